@@ -1,0 +1,594 @@
+"""Every number and figure that is reported: images, classification, probes, trivial rows, tables, pictures.
+
+Two rules run through the file. The subject is the unit: intervals resample subjects, probes are tuned on
+folds of subjects, slices are averaged to patients. And no number stands alone: beside each are the rows that
+need no model (a constant image, another slice, all-positive, PCA): they score higher than one expects.
+
+Numbers come back as numpy float64. Images are in [0,1] (data_range 1), AUROC in [0,1], 0/0 is nan.
+"""
+import io
+import json
+import os
+import subprocess
+import textwrap
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from scipy.stats import rankdata
+from sklearn.compose import TransformedTargetRegressor
+from sklearn.decomposition import PCA
+from sklearn.ensemble import BaggingClassifier, BaggingRegressor
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.metrics import log_loss
+from sklearn.model_selection import GroupKFold, StratifiedGroupKFold, cross_val_predict
+from sklearn.neural_network import MLPClassifier, MLPRegressor
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
+from tqdm import tqdm
+
+
+def to_numpy(x):
+    """Tensor (any device, any float type) or array-like -> numpy array."""
+    if torch.is_tensor(x):
+        x = x.detach().cpu()
+        x = x.float() if x.dtype == torch.bfloat16 else x  # numpy has no bfloat16
+    return np.asarray(x)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Images. All take (N,*S) or (N,1,*S) in [0,1], S = (H,W) or (D,H,W), and return one number per image, (N,).
+
+def image_pair(a, b):
+    """-> the two as float64 (N,*S) tensors. ValueError on other shapes, or a range that is not [0,1]."""
+    pair = []
+    for x in (a, b):
+        x = x.detach() if torch.is_tensor(x) else torch.from_numpy(np.array(x, dtype=np.float64))
+        x = x.cpu() if x.device.type == "mps" else x  # MPS has no float64
+        pair.append((x[:, 0] if x.ndim > 3 and x.shape[1] == 1 else x).double())
+    a, b = pair[0], pair[1].to(pair[0].device)
+    if a.shape != b.shape or a.ndim not in (3, 4):
+        raise ValueError(f"images: need two (N,H,W) or (N,D,H,W), got {tuple(a.shape)} and {tuple(b.shape)}")
+    # An overshoot is the model's error and counts. [-1,1] or 0..255 is the caller's and would go unnoticed:
+    # SSIM with the wrong data_range is a plausible number. Hence an error, with half a unit of tolerance.
+    for x in pair:
+        if x.numel() and (x.min() < -0.5 or x.max() > 1.5):
+            raise ValueError(f"images: need the range [0,1], got [{x.min():.2f}, {x.max():.2f}]")
+    return a, b
+
+
+def ssim(a, b, window="gaussian"):
+    """Structural similarity (Wang et al. 2004, eq. 13), mean over the positions where the window fits.
+
+    window: "gaussian" (Wang's: sigma 1.5, 11 taps, population covariance) or "uniform7" (7 equal taps, sample
+    covariance: scikit-image's default). A volume gets a 3D window, which is not the mean over its slices.
+    -> (N,), 1 = identical. ValueError if an image is smaller than the window."""
+    a, b = image_pair(a, b)
+    if window == "gaussian":
+        taps = np.exp(-(np.arange(11) - 5) ** 2 / (2 * 1.5 ** 2))
+        taps = (taps / taps.sum()).tolist()
+        correction = 1  # of the (co)variances: none, population
+    elif window == "uniform7":
+        taps = [1 / 7] * 7
+        correction = 7 ** (a.ndim - 1) / (7 ** (a.ndim - 1) - 1)  # n / (n - 1): sample covariance
+    else:
+        raise ValueError(f'ssim: window is "gaussian" or "uniform7", not {window!r}')
+    if min(a.shape[1:]) < len(taps):
+        raise ValueError(f"ssim: images {tuple(a.shape[1:])} are smaller than the {len(taps)}-tap window")
+
+    def local_mean(x):  # separable window: per axis one weighted sum of shifted views, valid region only
+        for dim in range(1, x.ndim):
+            length = x.shape[dim] - len(taps) + 1
+            x = sum(w * x.narrow(dim, i, length) for i, w in enumerate(taps))
+        return x
+
+    c1, c2 = 0.01 ** 2, 0.03 ** 2  # (K1 L)^2 and (K2 L)^2 with L = 1
+    values = []
+    few = max(1, 2 ** 16 // a[0].numel()) if len(a) else 1  # images at a time: stay in the cache
+    for x, y in zip(a.split(few), b.split(few)):
+        mx, my = local_mean(x), local_mean(y)
+        vx = correction * (local_mean(x * x) - mx * mx)
+        vy = correction * (local_mean(y * y) - my * my)
+        cxy = correction * (local_mean(x * y) - mx * my)
+        s = (2 * mx * my + c1) * (2 * cxy + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))
+        values.append(s.flatten(1).mean(1).cpu())
+    return torch.cat(values).numpy() if values else np.zeros(0)
+
+
+def mse(a, b):
+    """Mean squared error per image, (N,)."""
+    a, b = image_pair(a, b)
+    return ((a - b) ** 2).flatten(1).mean(1).cpu().numpy()
+
+
+def psnr(a, b):
+    """10 log10(1 / MSE) in dB per image, (N,). Identical images: inf."""
+    with np.errstate(divide="ignore"):
+        return -10 * np.log10(mse(a, b))
+
+
+def nmse(real, fake):
+    """MSE / Var(real) per image, (N,). The image's own mean scores 1: above that, a flat grey is better."""
+    x, _ = image_pair(real, fake)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return mse(real, fake) / x.flatten(1).var(1, correction=0).cpu().numpy()
+
+
+def nmse_fastmri(real, fake):
+    """||real - fake||^2 / ||real||^2 per image (fastMRI's), (N,). A black image scores 1. Not nmse."""
+    x, _ = image_pair(real, fake)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return mse(real, fake) / (x ** 2).flatten(1).mean(1).cpu().numpy()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Intervals.
+
+def bootstrap(statistic, subject, *arrays, n=1000, seed=0):
+    """95 % percentile interval of statistic(*arrays) -> float, resampling subjects with all their rows.
+
+    Slices of one heart are not independent: resampling rows would give too narrow an interval. To compare two
+    methods, bootstrap their difference. Resamples where the statistic is nan (one class only) are left out.
+    -> {"value", "ci": [lo, hi], "n": subjects}; ci is nan below 2 subjects. ValueError on unequal lengths."""
+    arrays = [to_numpy(a) for a in arrays]
+    names, index = np.unique(to_numpy(subject), return_inverse=True)
+    if not len(index) or any(len(a) != len(index) for a in arrays):
+        raise ValueError(f"bootstrap: {len(index)} subject rows, but arrays of {[len(a) for a in arrays]}")
+    rows = [np.flatnonzero(index == i) for i in range(len(names))]
+    rng = np.random.default_rng(seed)
+    draws = []
+    for _ in range(n if len(rows) > 1 else 0):
+        pick = np.concatenate([rows[i] for i in rng.integers(len(rows), size=len(rows))])
+        draws.append(float(statistic(*(a[pick] for a in arrays))))
+    draws = [d for d in draws if not np.isnan(d)]
+    ci = np.percentile(draws, [2.5, 97.5]).tolist() if draws else [np.nan, np.nan]
+    return {"value": float(statistic(*arrays)), "ci": ci, "n": len(names)}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Classification (y = 1 is pathological; a score is a logit, higher = more pathological) and regression.
+
+def auroc(score, y):
+    """P(a positive scores above a negative), ties half (Mann-Whitney U / n1 n0). One class only: nan."""
+    score, y = to_numpy(score), to_numpy(y) > 0
+    n1, n0 = y.sum(), (~y).sum()
+    if n1 == 0 or n0 == 0:
+        return np.nan
+    return float((rankdata(score)[y].sum() - n1 * (n1 + 1) / 2) / (n1 * n0))
+
+
+def threshold_f1(score_val, y_val):
+    """The threshold with the best F1 for `score >= threshold`; choose it on validation rows, never on test.
+
+    Candidates: the midpoints between neighbouring scores, and -inf (everything positive). Ties: the one whose
+    number of called positives is nearest to the true one. No positive in y_val: 0, the logit of p = 0.5."""
+    score, y = to_numpy(score_val), to_numpy(y_val) > 0
+    if not y.any():
+        return 0.0
+    values = np.unique(score).astype(np.float64)
+    cuts = np.concatenate([[-np.inf], (values[1:] + values[:-1]) / 2])
+    called = np.array([(score >= c).sum() for c in cuts])
+    hits = np.array([y[score >= c].sum() for c in cuts])
+    f1 = 2 * hits / (called + y.sum())
+    best = np.flatnonzero(f1 >= f1.max() - 1e-12)
+    return float(cuts[best[np.argmin(abs(called[best] - y.sum()))]])
+
+
+def classify(score, y, threshold):
+    """-> dict of auroc, f1, precision, recall, accuracy, prevalence for `score >= threshold`; 0/0 is nan.
+
+    The row to beat is all-positive, classify(zeros, y, 0): at prevalence p its F1 is 2p / (1 + p)."""
+    called, true = to_numpy(score) >= threshold, to_numpy(y) > 0
+    tp, fp, fn = (called & true).sum(), (called & ~true).sum(), (~called & true).sum()
+
+    def ratio(a, b):
+        return float(a / b) if b else np.nan
+
+    return {"auroc": auroc(score, y), "f1": ratio(2 * tp, 2 * tp + fp + fn), "precision": ratio(tp, tp + fp),
+            "recall": ratio(tp, tp + fn), "accuracy": ratio((called == true).sum(), len(true)),
+            "prevalence": ratio(true.sum(), len(true))}
+
+
+def patient_level(logit, subject, y):
+    """Slices -> patients: (mean logit, max y), each (patients,), in the order of np.unique(subject)."""
+    logit, y = to_numpy(logit), to_numpy(y)
+    names, index = np.unique(to_numpy(subject), return_inverse=True)
+    rows = [index == i for i in range(len(names))]
+    return np.array([logit[r].mean() for r in rows]), np.array([y[r].max() for r in rows])
+
+
+def regression(pred, y):
+    """-> dict of r2, mae, rmse in the units of y. r2 can be negative: worse than predicting the mean of y."""
+    pred, y = to_numpy(pred).astype(np.float64), to_numpy(y).astype(np.float64)
+    error, spread = ((pred - y) ** 2).sum(), ((y - y.mean()) ** 2).sum()
+    return {"r2": float(1 - error / spread) if spread else np.nan,
+            "mae": float(abs(pred - y).mean()), "rmse": float(np.sqrt(error / len(y)))}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Probes: what can be read from a frozen z.
+
+def subject_folds(task, y, subject, seed=0):
+    """Up to 4 (train, held-out) index pairs, no subject on both sides. [] if there are too few subjects."""
+    y, subject = to_numpy(y), to_numpy(subject)
+    if task == "class":
+        k = min(4, *(len(np.unique(subject[y == c])) for c in np.unique(y)))
+        splitter = StratifiedGroupKFold(max(k, 2), shuffle=True, random_state=seed)
+    else:
+        k = min(4, len(np.unique(subject)))
+        splitter = GroupKFold(max(k, 2), shuffle=True, random_state=seed)
+    folds = list(splitter.split(y, y, subject)) if k >= 2 else []
+    one_class = task == "class" and any(len(np.unique(y[train])) < 2 for train, _ in folds)
+    return [] if one_class else folds
+
+
+def probe(kind, task, z, y, subject, seed=0):
+    """Fits a "linear" or "mlp" probe from z (N,d) to y (N,), training rows only -> scikit-learn Pipeline.
+
+    task "class": y in {0,1}, read it with logits(); "regression": read it with model.predict(z). The L2
+    penalty is the one with the lowest log loss (or squared error) on held-out training subjects.
+    ValueError on an unknown kind or task, or if y does not have two classes."""
+    z, y = to_numpy(z).astype(np.float64), to_numpy(y)
+    if kind not in ("linear", "mlp") or task not in ("class", "regression"):
+        raise ValueError(f'probe: "linear" or "mlp" and "class" or "regression", not {kind!r} and {task!r}')
+    if task == "class" and not np.array_equal(np.unique(y), [0, 1]):
+        raise ValueError(f"probe: needs the classes 0 and 1 in training, got {np.unique(y).tolist()[:5]}")
+
+    def build(penalty, members):
+        if kind == "linear":
+            head = LogisticRegression(C=1 / penalty, max_iter=1000)
+            return make_pipeline(StandardScaler(), head if task == "class" else Ridge(alpha=penalty))
+        # A few hundred rows: lbfgs on all of them, no early stopping (scikit-learn's splits by row: a leak of
+        # subjects). bootstrap=False: the members differ in their initial weights only, and are averaged, so
+        # that the number is not that of a lucky seed.
+        net = dict(hidden_layer_sizes=(32,), solver="lbfgs", max_iter=100, alpha=penalty)
+        bag = dict(n_estimators=members, bootstrap=False, random_state=seed)
+        if task == "class":
+            return make_pipeline(StandardScaler(), BaggingClassifier(MLPClassifier(**net), **bag))
+        head = BaggingRegressor(MLPRegressor(**net), **bag)
+        return make_pipeline(StandardScaler(), TransformedTargetRegressor(head, transformer=StandardScaler()))
+
+    # With ~350 correlated rows and up to 512 dimensions the penalty decides the result, and the best differs
+    # between codes (the VAE's, PCA's, ours): a fixed one would favour some of them. Not above 30 for the MLP:
+    # at 300 all its weights shrink to 0, a fine log loss on hard data, but the order of its scores is noise.
+    penalties = (1, 10, 100, 1000, 10000) if kind == "linear" else (1, 3, 10, 30)
+    folds = subject_folds(task, y, subject, seed)
+    losses = []
+    with warnings.catch_warnings(), threadpool_limits(1):    # so small that threads only wait: 8 times slower
+        warnings.simplefilter("ignore", ConvergenceWarning)  # max_iter is part of the regularisation
+        for penalty in penalties if folds else ():
+            method = "predict_proba" if task == "class" else "predict"
+            out = cross_val_predict(build(penalty, 1), z, y, cv=folds, method=method)
+            losses.append(log_loss(y, out[:, 1]) if task == "class" else np.mean((out - y) ** 2))
+        best = penalties[int(np.argmin(losses))] if folds else penalties[len(penalties) // 2]
+        return build(best, 5).fit(z, y)
+
+
+def logits(model, z):
+    """Log-odds of class 1 from a class probe, (N,); p is clipped at 1e-6: means over slices stay finite."""
+    p = np.clip(model.predict_proba(to_numpy(z).astype(np.float64))[:, 1], 1e-6, 1 - 1e-6)
+    return np.log(p / (1 - p))
+
+
+def direction(model):
+    """Unit vector (d,) in z space along which a linear probe's attribute grows; natural step: std of z @ it.
+
+    A step along the weights in standardised space, mapped back: sd * w. (The gradient, w / sd, mostly
+    moves the dimensions that vary least, off the data; see Haufe et al. 2014.) ValueError for "mlp"."""
+    scaler, head = model[0], model[-1]
+    if not hasattr(head, "coef_"):
+        raise ValueError('direction: needs a "linear" probe')
+    v = scaler.scale_ * np.ravel(head.coef_)
+    return v / max(np.linalg.norm(v), 1e-12)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Rows that need no training, or little.
+
+def constant_image(x_train):
+    """The mean of x_train (N,*S), (*S): the best squared error possible without looking at the image."""
+    return to_numpy(x_train).astype(np.float64).mean(0)
+
+
+def copy_other_slice(subject):
+    """Per row the nearest other row of the same subject, (N,) int; ties: the earlier; -1 if there is none."""
+    subject = to_numpy(subject)
+    other = np.full(len(subject), -1)
+    for name in np.unique(subject):
+        rows = np.flatnonzero(subject == name)
+        for i in rows:
+            rest = rows[rows != i]
+            if len(rest):
+                other[i] = rest[np.argmin(abs(rest - i))]
+    return other
+
+
+def trivial_images(data, train, test):
+    """Stand-ins for the images data.image[test] that need no model: the mean training image and a nearby
+    slice of the same subject (black if it has no other). -> {"constant", "copy": (len(test),H,W) in [0,1]}"""
+    mean = constant_image(data.image[train]) / 255
+    near = copy_other_slice(data.subject)[test]
+    copy = data.image[np.maximum(near, 0)] / 255
+    copy[near < 0] = 0
+    return {"constant": np.broadcast_to(mean, copy.shape), "copy": copy}
+
+
+def pca(z_dim, x_train):
+    """PCA of the flattened training images, of the code's dimension: min(z_dim, N - 1, pixels) components."""
+    x = to_numpy(x_train).reshape(len(x_train), -1).astype(np.float32)
+    return PCA(min(z_dim, len(x) - 1, x.shape[1]), random_state=0).fit(x)
+
+
+def pca_codes(model, x):
+    """(N,*S) images -> (N,k) codes."""
+    return model.transform(to_numpy(x).reshape(len(x), -1).astype(np.float32))
+
+
+def pca_reconstruct(model, x):
+    """(N,*S) images -> their reconstructions in [0,1], same shape."""
+    return model.inverse_transform(pca_codes(model, x)).reshape(to_numpy(x).shape).clip(0, 1)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# results.json and the table that ends a run.
+
+def row(value, ci=(np.nan, np.nan), n=0, unit="", better="higher"):
+    """One entry of results.json's "metrics"; row(**bootstrap(...), better="lower") is the usual call."""
+    if better not in ("higher", "lower"):
+        raise ValueError(f'row: better is "higher" or "lower", not {better!r}')
+    return {"value": float(value), "ci": [float(c) for c in ci], "n": int(n), "unit": unit, "better": better}
+
+
+def row_of(statistic, subject, *arrays, unit="", better="higher"):
+    """row() of a statistic with its bootstrap interval over subjects."""
+    return row(**bootstrap(statistic, subject, *arrays), unit=unit, better=better)
+
+
+def image_numbers(key, name, real, fake, subject):
+    """SSIM and MSE of fake against real (N,*S) in [0,1] -> {KEY_ssim[.NAME], KEY_mse[.NAME]: row(..)}"""
+    dot = f".{name}" if name else ""
+    return {f"{key}_ssim{dot}": row_of(np.mean, subject, ssim(real, fake)),
+            f"{key}_mse{dot}": row_of(np.mean, subject, mse(real, fake), better="lower")}
+
+
+def probe_numbers(codes, y, part, subject, seed=0):
+    """Reads y (N,) from each of the codes {name, "" is ours: (N,d)}, by probes fitted to training subjects.
+
+    y in {0,1} (nan: left out): probe_auroc, _f1, _precision, _recall of an MLP, slice level, threshold from
+    the validation rows; patient_auroc; linear_auroc. Other y: probe_r2, _mae, _rmse. With the trivial rows.
+    -> (metrics, the linear probe of codes[""]). ValueError if training or test rows cannot answer."""
+    y = to_numpy(y).astype(np.float64)
+    train, val, test = (np.flatnonzero((part == p) & ~np.isnan(y)) for p in ("train", "val", "test"))
+    if len(np.unique(y[train])) < 2 or not len(test):
+        raise ValueError("the training rows have one value only" if len(test) else "no test row has a value")
+    task = "class" if set(np.unique(y[train])) == {0, 1} else "regression"
+    who, truth, out, axis, scores = subject[test], y[test], {}, None, {}
+    for name, z in tqdm(codes.items(), "evaluate: probes", unit="code"):
+        name = f".{name}" if name else ""
+        linear, mlp = (probe(k, task, z[train], y[train], subject[train], seed) for k in ("linear", "mlp"))
+        axis = axis if name else linear
+        if task == "regression":
+            guess = mlp.predict(z[test])
+            for k, better in (("r2", "higher"), ("mae", "lower"), ("rmse", "lower")):
+                statistic = lambda p, t: regression(p, t)[k]
+                out[f"probe_{k}{name}"] = row_of(statistic, who, guess, truth, better=better)
+                mean = np.full(len(truth), y[train].mean())
+                out[f"probe_{k}.mean"] = row_of(statistic, who, mean, truth, better=better)
+            continue
+        score = logits(mlp, z[test])
+        cut = threshold_f1(logits(mlp, z[val]), y[val]) if len(val) else 0.0
+        scores[name] = score
+        out["probe_auroc" + name] = row_of(auroc, who, score, truth)
+        if name == ".vae":      # of a difference, the interval of the difference
+            gain = lambda a, b, t: auroc(a, t) - auroc(b, t)
+            out["probe_auroc_gain"] = row_of(gain, who, scores[""], score, truth)
+        for k in ("f1", "precision", "recall"):
+            out[f"probe_{k}{name}"] = row_of(lambda s, t: classify(s, t, cut)[k], who, score, truth)
+            out[f"probe_{k}.all_positive"] = row_of(lambda t: classify(0 * t, t, 0)[k], who, truth)
+        out["patient_auroc" + name] = row_of(auroc, np.unique(who), *patient_level(score, who, truth))
+        out["linear_auroc" + name] = row_of(auroc, who, logits(linear, z[test]), truth)
+    return out, axis
+
+
+def factor_numbers(codes, columns, part, subject, seed=0):
+    """R2 of a linear probe of every known factor_NAME of a phantom, for each of the codes (as above)."""
+    train, test, out = np.flatnonzero(part == "train"), np.flatnonzero(part == "test"), {}
+    for name in sorted(k for k in columns if k.startswith("factor_")):
+        for code, z in codes.items():
+            y = columns[name]
+            known = [rows[~np.isnan(y[rows].astype(float))] for rows in (train, test)]
+            if min(map(len, known)) < 2:
+                continue
+            fitted = probe("linear", "regression", z[known[0]], y[known[0]], subject[known[0]], seed)
+            guess, y, who = fitted.predict(z[known[1]]), y[known[1]], subject[known[1]]
+            key = f"factor_r2_{name.removeprefix('factor_')}" + (f".{code}" if code else "")
+            out[key] = row_of(lambda p, t: regression(p, t)["r2"], who, guess, y)
+    return out
+
+
+def write_atomically(path, data):
+    """bytes -> file; a crash or a full disk leaves the old file or the new one, never half of one."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())  # else the rename can reach the disk before the bytes do
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def plain(x):
+    """Numpy, torch, Path values in dicts and lists -> what strict JSON knows; nan and inf become None."""
+    if isinstance(x, dict):
+        return {str(k): plain(v) for k, v in x.items()}
+    if torch.is_tensor(x) or isinstance(x, (np.ndarray, np.generic)):
+        x = to_numpy(x).tolist()
+    if isinstance(x, (list, tuple)):
+        return [plain(v) for v in x]
+    if isinstance(x, float) and not np.isfinite(x):
+        return None
+    return x if x is None or isinstance(x, (bool, int, float, str)) else str(x)
+
+
+def save_results(path, script, data, n, seconds, config, metrics, device="cpu"):
+    """Writes results.json: what was measured, on what, by which commit. n, config, metrics: dicts.
+
+    metrics: key -> row(...). device: "cpu", "mps", "cuda" (the card's name is added). Strict JSON, atomic."""
+    try:
+        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).resolve().parent,
+                             capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        git = ""  # no git on this machine: the results are still worth having
+    device = str(device)
+    if device.startswith("cuda"):
+        device += f" ({torch.cuda.get_device_name(device)})"
+    results = {"script": script, "data": data, "n": n, "seconds": seconds, "device": device,
+               "torch": torch.__version__, "git": git, "config": config, "metrics": metrics}
+    write_atomically(path, (json.dumps(plain(results), indent=1, allow_nan=False) + "\n").encode())
+
+
+def number(v):
+    """-> text: 3 decimals around 1, fewer for large, 2 significant digits for tiny; "-" for None, nan."""
+    if v is None or isinstance(v, str):
+        return v or "-"
+    if not np.isfinite(v):
+        return "-"
+    if v == 0 or 0.01 <= abs(v) < 10:
+        return f"{v:.3f}"
+    return f"{v:.2g}" if abs(v) < 0.01 else f"{v:.1f}" if abs(v) < 1000 else f"{v:.0f}"
+
+
+def table(metrics, keys, paper, width=110):
+    """The table that ends a run: per key the paper's number, ours with its interval, and every KEY.ROW.
+
+    metrics: key -> row(...); paper: key -> number, text or None. Columns beyond `width` continue in a second
+    block under the first. What is missing is "-"."""
+    names = list(dict.fromkeys(m[len(k) + 1:] for k in keys for m in metrics if m.startswith(k + ".")))
+    columns = [[""], ["n"], ["paper"], ["ours"], ["95 % interval"]] + [name.split("_") for name in names]
+    depth = max(map(len, columns))  # long names are stacked: all_positive takes two lines, 8 columns
+    columns = [[""] * (depth - len(c)) + c for c in columns]
+    for k in keys:
+        m = metrics.get(k, {})
+        unit = f" ({m['unit']})" if m.get("unit") else ""
+        arrow = {"higher": " ↑", "lower": " ↓"}.get(m.get("better"), "")
+        low, high = (number(c) for c in m.get("ci", (None, None)))
+        cells = [k + unit + arrow, str(m.get("n") or "-"), number(paper.get(k)), number(m.get("value")),
+                 "-" if low == high == "-" else f"[{low}, {high}]"]
+        cells += [number(metrics.get(f"{k}.{name}", {}).get("value")) for name in names]
+        for column, cell in zip(columns, cells):
+            column.append(cell)
+    size = [max(map(len, c)) for c in columns]
+    columns = [[t.ljust(n) if c is columns[0] else t.rjust(n) for t in c] for c, n in zip(columns, size)]
+    lines, block = [], columns[:1]  # every block starts with the keys
+    for i, column in enumerate(columns[1:], 1):
+        block.append(column)
+        used = sum(len(c[0]) + 1 for c in block)
+        if i + 1 == len(columns) or used + size[i + 1] > width:  # the last column, or the next does not fit
+            lines += [" ".join(r).rstrip() for r in zip(*block)] + [""]
+            block = columns[:1]
+    legend = "↑ higher is better, ↓ lower. Intervals: bootstrap over n subjects. -: no such number."
+    if names:
+        legend += " After the interval: " + ", ".join(names) + "."
+    return "\n".join(lines + textwrap.wrap(legend, width))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Figures.
+
+def wrap(text, font, width):
+    """Breaks text at spaces so that no line is wider than `width` pixels (a single long word may be)."""
+    lines = []
+    for paragraph in str(text).split("\n"):
+        line = ""
+        for word in paragraph.split():
+            longer = f"{line} {word}".strip()
+            if line and font.getlength(longer) > width:
+                lines.append(line)
+                longer = word
+            line = longer
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def grid(path, rows, row_labels, col_labels, caption, scale=None):
+    """Writes a labelled PNG. rows: lists of (H,W) or (H,W,3) images in [0,1] of one size; None leaves a gap.
+
+    Each pixel becomes scale x scale equal ones (smoothing would flatter the model); default: as many as make
+    a cell 96 pixels or more. Labels (or None) and caption: Latin letters, wrapped. -> (width, height)."""
+    cells = [[None if x is None else to_numpy(x) for x in r] for r in rows]
+    h, w = next(x.shape[:2] for r in cells for x in r if x is not None)
+    scale = scale or -(-96 // min(h, w))  # rounded up
+    h, w, gap, line = h * scale, w * scale, 4, 17
+    font = ImageFont.load_default(size=13)
+    row_labels = [wrap(t, font, 150) for t in row_labels or ()]
+    col_labels = [wrap(t, font, w) for t in col_labels or ()]
+    left = gap + max((int(font.getlength(t)) + 8 for t in "\n".join(row_labels).split("\n") if t), default=0)
+    width = max(left + max(map(len, cells)) * (w + gap), 420)  # a caption needs some room
+    caption = wrap(caption, font, width - 2 * gap)
+    top = 2 * gap + line * (caption.count("\n") + 1)
+    first = top + gap + line * max((t.count("\n") + 1 for t in col_labels), default=0)
+    picture = Image.new("RGB", (width, first + len(cells) * (h + gap)), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.multiline_text((gap, gap), caption, "black", font)
+    for j, text in enumerate(col_labels):
+        draw.multiline_text((left + j * (w + gap), top), text, "black", font)
+    for i, images in enumerate(cells):
+        y = first + i * (h + gap)
+        if i < len(row_labels):
+            draw.multiline_text((gap, y), row_labels[i], "black", font)
+        for j, x in enumerate(images):
+            if x is None:
+                continue
+            x = np.rint(np.nan_to_num(x).clip(0, 1) * 255).astype(np.uint8).repeat(scale, 0).repeat(scale, 1)
+            picture.paste(Image.fromarray(x).convert("RGB"), (left + j * (w + gap), y))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    write_atomically(path, buffer.getvalue())
+    return picture.size
+
+
+def curves(path, logs, keys=("loss", "z_gap")):
+    """Writes a PNG, one panel per key: every log's value over step (log axis), raw and as a running mean.
+
+    logs: a log.jsonl, a list of its records {"step", "loss", ...}, or {label: one of these}. Records without
+    a key are passed over, keys in no record left out. Nothing to draw: no file."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+    from matplotlib.figure import Figure  # slow to import, used only here; without pyplot: no display needed
+
+    logs = logs if isinstance(logs, dict) else {"": logs}
+    read = {}
+    for label, log in logs.items():
+        if isinstance(log, (str, Path)):  # a run in progress may have written half of its last line
+            log = [json.loads(t) for t in Path(log).read_text().splitlines() if t.endswith("}")]
+        read[label] = log
+    keys = [k for k in keys if any(k in r for log in read.values() for r in log)]
+    if not keys:
+        return
+    figure = Figure(figsize=(5.5 * len(keys), 3.6), layout="constrained")
+    for axis, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys):
+        for color, (label, log) in enumerate(read.items()):
+            points = [(r["step"] + 1, r[key]) for r in log if r.get(key) is not None]
+            if not points:
+                continue
+            step, value = np.array(points, dtype=np.float64).T
+            k = max(1, len(value) // 25)  # the diffusion loss of a batch is mostly the luck of its t
+            mean = np.convolve(value, np.ones(k) / k, "valid")
+            axis.plot(step, value, color=f"C{color}", alpha=0.25, linewidth=0.8)
+            axis.plot(step[k - 1:], mean, color=f"C{color}", label=label or None)
+        axis.set(xscale="log", xlabel="step", title=key)
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:.0f}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.grid(alpha=0.3)
+        if any(read) and axis.lines:
+            axis.legend(fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    write_atomically(path, buffer.getvalue())
