@@ -1,0 +1,1151 @@
+"""Diffusion autoencoder (DiffAE) on 2D cardiac MR, with its VAE baseline.
+
+A semantic encoder compresses an image into a vector z_sem; a diffusion model conditioned on z_sem decodes it.
+What z_sem leaves out, the same model run backwards (deterministic DDIM) stores in a noise image x_T.
+Question: does z_sem, learned without labels, tell an infarcted heart better than a VAE's code does?
+
+    x0 (B,1,H,W) --Encoder--> z_sem (B,d) --------------------------------> probes, edits, prior
+         |                       |      |
+         +--DDIM up: UNet(x_t, t, z_sem)--> x_T (B,1,H,W)
+                                        |      |
+                                        +--DDIM down: UNet(x_t, t, z_sem)--> image (B,1,H,W)
+
+Preechakul et al., Diffusion Autoencoders, CVPR 2022 (arXiv 2111.15640).
+
+    python diffae.py                     # phantom hearts; about 6 minutes on 2 CPU cores
+    python diffae.py --data emidec.h5    # your hearts; on a GPU this is the paper's 128x128 network
+
+`--recipe paper` is the published objective, conditioning and sampling, at the size of the preset (`--preset
+paper` is the published network). `--recipe ours`, the default, differs in:
+- predict v, t_power 0.5: the eps loss hardly trains the high noise levels, where z_sem must decide;
+- head position, z_map image: averaging features and scaling channels both lose where things are;
+- augment 0.5, no flip: small random motions of the training images, and no mirrored hearts;
+- stride trailing: sampling starts at the noisiest level that was trained, T - 1.
+Both warm up lr and EMA, which the original does not. Both are trained, beside a VAE of the same encoder, and
+every number stands beside theirs and the trivial ones.
+"""
+import copy, dataclasses, difflib, hashlib, inspect, json, math, os, shutil, signal, sys, time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import data as D
+import metrics as M
+
+try:
+    import fcntl, resource
+except ImportError:     # Windows: no lock on the output folder, no figure for peak memory
+    fcntl = resource = None
+
+
+# --------------------------------------------------------------------------------------------------------
+# Config: `--key value` changes any line. Order: these defaults < PRESETS < RECIPES < the command line.
+
+@dataclass
+class Config:
+    data: str = ""            # HDF5 file, or a folder of one file per subject; empty: phantom hearts
+    test: str = ""            # second file: train on all of --data, test on all of this one
+    out: str = "out/diffae"   # everything the run leaves; the same command again goes on from there
+    preset: str = ""          # demo (laptop) or paper (one GPU); empty: paper on CUDA, demo elsewhere
+    recipe: str = "ours"      # ours, or paper: objective, network and sampling times as published
+    device: str = ""          # cuda, mps, cpu; empty: the first of these that is there
+    seed: int = 0             # of the split, the weights, the order of the data and every draw
+    target: str = ""          # column that the probe predicts; empty: has_infarct if there, else label
+    eval: bool = False        # only evaluate the checkpoints in --out
+    rivals: bool = True       # also train the VAE and the paper's recipe, as long, for the table
+    # images and network
+    size: int = 128           # images are resized to size x size
+    patch: int = 1            # the networks see patch x patch pixels as channels: 2 is 4x faster, coarser
+    base: int = 128           # channels of the first level
+    mult: tuple = (1, 1, 2, 3, 4)         # channels per level of the UNet, in units of base
+    enc_mult: tuple = (1, 1, 2, 3, 4, 4)  # the same for the encoder, one level deeper
+    blocks: int = 2           # residual blocks per level (one more on the way up)
+    attention: int = 16       # self-attention where the feature map is this wide, and in the middle
+    groups: int = 32          # of GroupNorm; 0: one per 16 channels (backward up to 50x faster on a CPU)
+    dropout: float = 0.1      # in the UNet's blocks
+    z_dim: int = 512          # numbers in z_sem
+    z_scale: float = 1.0      # multiplies z_sem where it conditions the UNet
+    head: str = "position"    # of the encoder: position (flattens the feature map), pool (averages: paper)
+    z_map: str = "image"      # a linear layer of z_sem also enters: as an image beside x_t, as a map in the
+                              # middle of the UNet, or none (paper)
+    # objective
+    predict: str = "v"        # what the UNet outputs: v, or eps (paper)
+    t_power: float = 0.5      # times are drawn as T u^t_power: 0.5 favours high noise; paper: 1, uniform
+    augment: float = 0.5      # strength of random rotation, zoom and shift of the training images; paper: 0
+    flip: bool = False        # random left-right flips (paper: true; but a heart has its left and its right)
+    T: int = 1000             # diffusion steps, linear beta
+    vae_beta: float = 1e-3    # weight of the VAE's KL
+    # training
+    steps: int = 5000         # optimizer steps; raise it and run again to train longer
+    batch: int = 64           # images per step, over all processes
+    lr: float = 1e-4          # Adam; constant after 100 steps of warm-up
+    ema: float = 0.9999       # decay of the averaged weights, which are what is evaluated
+    bf16: bool = True         # bfloat16 autocast where the machine is fast at it
+    compile: bool = True      # torch.compile, on CUDA
+    save_every: int = 500     # steps between checkpoints
+    log_every: int = 20       # steps between lines of the log
+    # evaluation
+    S: int = 20               # DDIM steps, both ways
+    stride: str = "trailing"  # their times: trailing (the last is T-1) or leading (0, 50, .. 950: paper)
+    draws: int = 8            # random x_T over which the mean semantic reconstruction is taken
+    eval_images: int = 1000   # at most this many test images are reconstructed
+    prior_steps: int = 10000  # of the latent DDIM that draws new z_sem; 0: none
+    prior: tuple = (2048, 10) # its width and number of layers
+
+
+PRESETS = {
+    "paper": {},
+    "demo": dict(size=48, patch=2, base=32, mult=(1, 2, 4), enc_mult=(1, 2, 4, 4), blocks=1, attention=6,
+                 groups=0, dropout=0.0, z_dim=128, steps=800, batch=32, lr=1e-3, save_every=200,
+                 eval_images=60, prior_steps=3000, prior=(256, 4)),
+}
+RECIPES = {
+    "ours": {},
+    "paper": dict(predict="eps", t_power=1.0, head="pool", z_map="none", augment=0.0, flip=True,
+                  stride="leading"),
+}
+# What may differ when a run goes on in the same folder: nothing here alters what is learnt, only how far.
+FREE = {"data", "test", "out", "preset", "device", "target", "eval", "rivals", "steps", "bf16", "compile",
+        "save_every", "log_every", "S", "stride", "draws", "eval_images", "prior_steps"}
+
+
+# --------------------------------------------------------------------------------------------------------
+# Schedule and forward process. Level t in 0..T-1 is noisy, -1 is clean (alpha_bar = 1), T is pure noise (0).
+
+def linear_alpha_bar(T):
+    """Product of 1 - beta up to t, beta linear 1e-4 .. 0.02 (DDPM, Ho et al. 2020, sec. 4). -> (T,)"""
+    return torch.cumprod(1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64), 0)
+
+
+def signal_noise(alpha_bar, t, ndim):
+    """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t) of levels t (B,), as (B,1,..) to multiply ndim-d tensors"""
+    both = torch.stack([alpha_bar, 1 - alpha_bar]).sqrt().to(t.device, torch.float32)
+    return both[:, t].view(2, -1, *[1] * (ndim - 1))
+
+
+def q_sample(x0, t, eps, alpha_bar):
+    """x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps: q(x_t|x_0) (DDPM eq. 4). t (B,) -> like x0"""
+    a, s = signal_noise(alpha_bar, t, x0.ndim)
+    return a * x0 + s * eps
+
+
+def v_target(x0, t, eps, alpha_bar):
+    """v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x0 (Salimans & Ho 2022, sec. 4). -> like x0"""
+    a, s = signal_noise(alpha_bar, t, x0.ndim)
+    return a * eps - s * x0
+
+
+def eps_from_v(v, x_t, t, alpha_bar):
+    """eps = sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) x_t: the inverse of v_target, given x_t."""
+    a, s = signal_noise(alpha_bar, t, x_t.ndim)
+    return a * v + s * x_t
+
+
+def ranks():
+    """(rank, number of processes): (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def randn_like(x, g):
+    """N(0,1) shaped as x, drawn for the global batch and cut by rank: N processes see the noise of one."""
+    rank, world = ranks()
+    n = len(x)
+    return torch.randn(world * n, *x.shape[1:], generator=g, device=x.device)[rank * n:(rank + 1) * n]
+
+
+def rand(n, k, g):
+    """U(0,1) of shape (n,k), global batch sliced by rank as in randn_like."""
+    rank, world = ranks()
+    return torch.rand(world * n, k, generator=g, device=g.device)[rank * n:(rank + 1) * n]
+
+
+def random_t(n, T, power, g):
+    """n times in 0..T-1: T u^power, u uniform; a power below 1 draws high noise more often. -> (n,)"""
+    return (rand(n, 1, g)[:, 0] ** power * T).long().clamp(max=T - 1)
+
+
+# --------------------------------------------------------------------------------------------------------
+# Networks, small to large
+
+def norm(ch, groups):
+    """GroupNorm; its statistics are float32 also under autocast. groups 0: one per 16 channels."""
+    return nn.GroupNorm(groups or max(1, ch // 16), ch)
+
+
+def zero(layer):
+    """Zero-initialised: a block starts as the identity, the network as x -> 0."""
+    for p in layer.parameters():
+        nn.init.zeros_(p)
+    return layer
+
+
+def time_embedding(t, dim):
+    """Sinusoids of t (B,) -> (B,dim), cosines first, periods 2 pi .. 2 pi 10000."""
+    freq = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    angle = t[:, None].float() * freq
+    return torch.cat([angle.cos(), angle.sin()], 1)
+
+
+def resample(x, how):
+    """Halve ("down", 2x2 mean) or double ("up", each pixel four times) the side of (B,C,H,W).
+
+    Doubling is not F.interpolate, whose inputs torch.compile has given zero gradients, but copies side by
+    side of (B,H,W,C), as channels_last lies in memory: what follows stays in the fast layout."""
+    if how == "down":
+        return F.avg_pool2d(x, 2)
+    if how == "up":
+        B, C, H, W = x.shape
+        x = x.permute(0, 2, 3, 1)
+        x = torch.cat([x, x], 3).view(B, H, 1, 2 * W * C)
+        return torch.cat([x, x], 2).view(B, 2 * H, 2 * W, C).permute(0, 3, 1, 2)
+    return x
+
+
+class Attention(nn.Module):
+    """Self-attention over all pixels, one head, residual; its projection starts at zero. (B,C,H,W) -> same"""
+    def __init__(self, ch, groups):
+        super().__init__()
+        self.norm = norm(ch, groups)
+        self.qkv = nn.Conv2d(ch, 3 * ch, 1)
+        self.proj = zero(nn.Conv2d(ch, ch, 1))
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, -1)  # (B,1,H*W,C)
+        h = F.scaled_dot_product_attention(q, k, v)  # softmax in float32 inside
+        return x + self.proj(h.squeeze(1).transpose(1, 2).reshape(x.shape))
+
+
+class EncoderBlock(nn.Module):
+    """norm, SiLU, resample, one conv (so the original encoder), plus skip. (B,ch_in,..) -> (B,ch_out,..)"""
+    def __init__(self, ch_in, ch_out, groups, how=""):
+        super().__init__()
+        self.norm, self.how = norm(ch_in, groups), how
+        self.conv = nn.Conv2d(ch_in, ch_out, 3, padding=1)
+        self.skip = nn.Conv2d(ch_in, ch_out, 1) if ch_in != ch_out else nn.Identity()
+
+    def forward(self, x):
+        h = resample(F.silu(self.norm(x)), self.how)
+        return self.skip(resample(x, self.how)) + self.conv(h)
+
+
+class ResBlock(nn.Module):
+    """UNet block: t scales and shifts, z_sem scales again (AdaGN, DiffAE eq. 7; the 1 + is their code's).
+
+    x (B,C,H,W), emb (B,4*base), z (B,z_dim) -> (B,ch_out,H',W'). The second convolution starts at zero."""
+    def __init__(self, ch_in, ch_out, emb, z_dim, dropout, groups, how=""):
+        super().__init__()
+        self.norm1, self.how = norm(ch_in, groups), how
+        self.conv1 = nn.Conv2d(ch_in, ch_out, 3, padding=1)
+        self.t_proj = nn.Linear(emb, 2 * ch_out)
+        self.z_proj = nn.Linear(z_dim, ch_out)
+        self.norm2, self.dropout = norm(ch_out, groups), nn.Dropout(dropout)
+        self.conv2 = zero(nn.Conv2d(ch_out, ch_out, 3, padding=1))
+        self.skip = nn.Conv2d(ch_in, ch_out, 1) if ch_in != ch_out else nn.Identity()
+
+    def forward(self, x, emb, z):
+        h = self.conv1(resample(F.silu(self.norm1(x)), self.how))
+        t_scale, t_shift = self.t_proj(F.silu(emb))[:, :, None, None].chunk(2, 1)
+        z_scale = self.z_proj(F.silu(z))[:, :, None, None]
+        # (norm(h) (1 + t_scale) + t_shift) (1 + z_scale), multiplied out: two passes less over h
+        h = self.norm2(h) * ((1 + t_scale) * (1 + z_scale)) + t_shift * (1 + z_scale)
+        h = self.conv2(self.dropout(F.silu(h)))
+        return self.skip(resample(x, self.how)) + h
+
+
+class Encoder(nn.Module):
+    """Half a UNet that never sees noise or t. x0 (B,ch,H,W) -> (B,ch_out). Head "pool" loses position"""
+    def __init__(self, ch, width, base, mult, blocks, attention, groups, head, ch_out):
+        super().__init__()
+        layers, c = [nn.Conv2d(ch, base, 3, padding=1)], base
+        for i, m in enumerate(mult):
+            for _ in range(blocks):
+                layers.append(EncoderBlock(c, m * base, groups))
+                c = m * base
+                if width == attention:
+                    layers.append(Attention(c, groups))
+            if i < len(mult) - 1:
+                layers.append(EncoderBlock(c, c, groups, "down"))
+                width //= 2
+        layers += [EncoderBlock(c, c, groups), Attention(c, groups), EncoderBlock(c, c, groups)]
+        self.trunk = nn.Sequential(*layers, norm(c, groups), nn.SiLU())
+        self.head = head
+        self.out = nn.Linear(c if head == "pool" else c * width * width, ch_out)
+
+    def forward(self, x):
+        h = self.trunk(x)
+        return self.out(h.mean((2, 3)) if self.head == "pool" else h.flatten(1))
+
+
+class UNet(nn.Module):
+    """Denoiser. x_t (B,ch,H,W), t (B,), z_sem (B,z_dim) -> (B,ch,H,W), zero at initialisation."""
+    def __init__(self, ch, width, base, mult, blocks, attention, groups, dropout, z_dim, z_map):
+        super().__init__()
+        self.base, emb = base, 4 * base
+        self.time = nn.Sequential(nn.Linear(base, emb), nn.SiLU(), nn.Linear(emb, emb))
+        # AdaGN scales whole channels: it cannot say where. A map made of z_sem can.
+        self.z_image = nn.Linear(z_dim, ch * width * width) if z_map == "image" else None
+        self.conv_in = nn.Conv2d(2 * ch if z_map == "image" else ch, base, 3, padding=1)
+        skips, c = [base], base
+        self.down = nn.ModuleList()   # each entry: a list of layers whose output is kept for the way up
+        for i, m in enumerate(mult):
+            for _ in range(blocks):
+                layers = [ResBlock(c, m * base, emb, z_dim, dropout, groups)]
+                c = m * base
+                if width == attention:
+                    layers.append(Attention(c, groups))
+                self.down.append(nn.ModuleList(layers))
+                skips.append(c)
+            if i < len(mult) - 1:
+                self.down.append(nn.ModuleList([ResBlock(c, c, emb, z_dim, dropout, groups, "down")]))
+                skips.append(c)
+                width //= 2
+        self.z_middle = nn.Linear(z_dim, c * width * width) if z_map == "middle" else None
+        self.middle = nn.ModuleList([ResBlock(c, c, emb, z_dim, dropout, groups), Attention(c, groups),
+                                     ResBlock(c, c, emb, z_dim, dropout, groups)])
+        self.up = nn.ModuleList()     # each entry: takes one skip
+        for i, m in reversed(list(enumerate(mult))):
+            for j in range(blocks + 1):
+                layers = [ResBlock(c + skips.pop(), m * base, emb, z_dim, dropout, groups)]
+                c = m * base
+                if width == attention:
+                    layers.append(Attention(c, groups))
+                if i > 0 and j == blocks:
+                    layers.append(ResBlock(c, c, emb, z_dim, dropout, groups, "up"))
+                    width *= 2
+                self.up.append(nn.ModuleList(layers))
+        self.norm_out = norm(c, groups)
+        self.conv_out = zero(nn.Conv2d(c, ch, 3, padding=1))
+
+    def forward(self, x, t, z):
+        emb = self.time(time_embedding(t, self.base))
+        run = lambda layer, h: layer(h, emb, z) if isinstance(layer, ResBlock) else layer(h)
+        if self.z_image is not None:
+            x = torch.cat([x, self.z_image(z).view(x.shape)], 1)
+        h = self.conv_in(x)
+        skips = [h]
+        for layers in self.down:
+            for layer in layers:
+                h = run(layer, h)
+            skips.append(h)
+        if self.z_middle is not None:
+            h = h + self.z_middle(z).view(h.shape)
+        for layer in self.middle:
+            h = run(layer, h)
+        for layers in self.up:
+            h = torch.cat([h, skips.pop()], 1)
+            for layer in layers:
+                h = run(layer, h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class Decoder(nn.Module):
+    """The VAE's decoder: the encoder's trunk mirrored. z (B,z_dim) -> (B,ch,H,W)."""
+    def __init__(self, ch, width, base, mult, blocks, groups, z_dim):
+        super().__init__()
+        self.width = width // 2 ** (len(mult) - 1)
+        self.c = c = mult[-1] * base
+        self.fc = nn.Linear(z_dim, c * self.width ** 2)
+        layers = [EncoderBlock(c, c, groups), Attention(c, groups), EncoderBlock(c, c, groups)]
+        for i, m in reversed(list(enumerate(mult))):
+            for _ in range(blocks):
+                layers.append(EncoderBlock(c, m * base, groups))
+                c = m * base
+            if i > 0:
+                layers.append(EncoderBlock(c, c, groups, "up"))
+        self.trunk = nn.Sequential(*layers, norm(c, groups), nn.SiLU(), nn.Conv2d(c, ch, 3, padding=1))
+
+    def forward(self, z):
+        return self.trunk(self.fc(z).view(-1, self.c, self.width, self.width))
+
+
+class Prior(nn.Module):
+    """Latent DDIM: z_t (B,d), t (B,) -> eps_hat (B,d). An MLP whose every layer sees z_t (DiffAE app. A).
+
+    Its forward is the training loss on a batch of standardised z_sem: L1, constant beta = 0.008."""
+    def __init__(self, cfg):
+        super().__init__()
+        z_dim, (hidden, layers) = cfg.z_dim, cfg.prior
+        self.alpha_bar = 0.992 ** torch.arange(1, cfg.T + 1, dtype=torch.float64)
+        self.time = nn.Sequential(nn.Linear(64, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
+        self.lin = nn.ModuleList(nn.Linear(z_dim + hidden * (i > 0), hidden) for i in range(layers))
+        self.scale = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers))
+        self.norm = nn.ModuleList(nn.LayerNorm(hidden) for _ in range(layers))
+        self.out = nn.Linear(hidden + z_dim, z_dim)
+
+    def eps(self, z_t, t):
+        emb = F.silu(self.time(time_embedding(t, 64)))
+        h = z_t
+        for i, (lin, scale, norm) in enumerate(zip(self.lin, self.scale, self.norm)):
+            h = lin(h if i == 0 else torch.cat([h, z_t], 1))
+            h = F.silu(norm(h * (1 + scale(emb))))
+        return self.out(torch.cat([h, z_t], 1))
+
+    def forward(self, batch, g):
+        z0 = batch["z"]
+        t, eps = random_t(len(z0), len(self.alpha_bar), 1.0, g), randn_like(z0, g)
+        return (self.eps(q_sample(z0, t, eps, self.alpha_bar), t) - eps).abs().mean()
+
+
+# --------------------------------------------------------------------------------------------------------
+# The two models that are compared. forward(batch, g) is the training loss.
+
+def augment(x, strength, flip, g):
+    """Random motion of images (B,1,H,W): at strength 1 uniformly up to 20 degrees, 12 % zoom, 8 % of the
+    width of shift; what enters from outside repeats the border. flip: half are mirrored. -> like x"""
+    u = rand(len(x), 5, g)
+    mirror = torch.where(u[:, 0] < 0.5, -1.0, 1.0) if flip else torch.ones_like(u[:, 0])
+    if strength == 0:
+        return torch.where(mirror.view(-1, 1, 1, 1) < 0, x.flip(3), x)
+    angle, zoom, dx, dy = ((2 * u[:, 1:] - 1) * strength * u.new_tensor([0.35, 0.12, 0.16, 0.16])).unbind(1)
+    cos, sin = angle.cos() * (1 + zoom), angle.sin() * (1 + zoom)
+    theta = torch.stack([cos * mirror, -sin, dx, sin * mirror, cos, dy], 1).view(-1, 2, 3)
+    with torch.autocast(x.device.type, enabled=False):    # bfloat16 would round positions to a quarter pixel
+        grid = F.affine_grid(theta, x.shape, align_corners=False)
+        x = F.grid_sample(x, grid, mode="bicubic", padding_mode="border", align_corners=False)
+    return x.clamp(-1, 1)
+
+
+class Model(nn.Module):
+    """Diffusion autoencoder: || UNet(x_t, t, z_sem) - target ||^2, z_sem = Encoder(x0) (DiffAE sec. 3)."""
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        ch, width = cfg.patch ** 2, cfg.size // cfg.patch
+        self.encoder = Encoder(ch, width, cfg.base, cfg.enc_mult, cfg.blocks, cfg.attention, cfg.groups,
+                               cfg.head, cfg.z_dim)
+        self.unet = UNet(ch, width, cfg.base, cfg.mult, cfg.blocks, cfg.attention, cfg.groups, cfg.dropout,
+                         cfg.z_dim, cfg.z_map)
+        self.alpha_bar = linear_alpha_bar(cfg.T)    # stays on the CPU: samplers read single numbers from it
+
+    def encode(self, x0):
+        """x0 (B,1,H,W) in [-1,1] -> z_sem (B,z_dim)."""
+        return self.encoder(F.pixel_unshuffle(x0, self.cfg.patch))
+
+    def output(self, x_t, t, z_sem):
+        """What the UNet predicts, v or eps. -> (B,1,H,W) float32."""
+        out = self.unet(F.pixel_unshuffle(x_t, self.cfg.patch), t, self.cfg.z_scale * z_sem)
+        return F.pixel_shuffle(out.float(), self.cfg.patch)
+
+    def eps(self, x_t, t, z_sem):
+        """eps_hat (B,1,H,W) at levels t (B,), whatever the UNet was trained to predict."""
+        out = self.output(x_t, t, z_sem)
+        return out if self.cfg.predict == "eps" else eps_from_v(out, x_t, t, self.alpha_bar)
+
+    def loss(self, x0, z_sem, t, eps):
+        """Squared error of the prediction per image. -> (B,)"""
+        target = eps if self.cfg.predict == "eps" else v_target(x0, t, eps, self.alpha_bar)
+        out = self.output(q_sample(x0, t, eps, self.alpha_bar), t, z_sem)
+        return (out - target).square().mean((1, 2, 3))
+
+    def forward(self, batch, g):
+        x0 = augment(batch["image"], self.cfg.augment, self.cfg.flip, g)
+        t, eps = random_t(len(x0), self.cfg.T, self.cfg.t_power, g), randn_like(x0, g)
+        return self.loss(x0, self.encode(x0), t, eps).mean()
+
+
+class VAE(nn.Module):
+    """The baseline (Kingma & Welling 2014, eq. 10): the same encoder and code length, a plain decoder."""
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        ch, width = cfg.patch ** 2, cfg.size // cfg.patch
+        self.encoder = Encoder(ch, width, cfg.base, cfg.enc_mult, cfg.blocks, cfg.attention, cfg.groups,
+                               cfg.head, 2 * cfg.z_dim)
+        self.decoder = Decoder(ch, width, cfg.base, cfg.enc_mult, cfg.blocks, cfg.groups, cfg.z_dim)
+
+    def encode(self, x0):
+        """x0 (B,1,H,W) -> posterior mean (B,z_dim): the code that is probed."""
+        return self.encoder(F.pixel_unshuffle(x0, self.cfg.patch)).float()[:, :self.cfg.z_dim]
+
+    def decode(self, z):
+        """z (B,z_dim) -> (B,1,H,W)."""
+        return F.pixel_shuffle(self.decoder(z).float(), self.cfg.patch)
+
+    def forward(self, batch, g):
+        x0 = augment(batch["image"], self.cfg.augment, self.cfg.flip, g)
+        mean, logvar = self.encoder(F.pixel_unshuffle(x0, self.cfg.patch)).float().chunk(2, 1)
+        logvar = logvar.clamp(-20, 10)
+        recon = self.decode(mean + (logvar / 2).exp() * randn_like(mean, g))
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(1).mean()
+        return (recon - x0).square().mean() + self.cfg.vae_beta * kl / x0[0].numel()
+
+
+# --------------------------------------------------------------------------------------------------------
+# Samplers: functions of eps_fn(x_t, t), so that a closed-form oracle can stand in for the network
+
+def times(S, T, stride="trailing"):
+    """S of T times, increasing. trailing: round(i T/S) - 1, i = 1..S; leading: floor(i T/S), i = 0..S-1."""
+    if not 1 <= S <= T:
+        raise ValueError(f"S={S} sampling steps: from 1 to T={T} are possible")
+    if stride == "leading":
+        return [i * T // S for i in range(S)]
+    return [round(i * T / S) - 1 for i in range(1, S + 1)]
+
+
+def ddim_step(x, t_from, t_to, eps_hat, alpha_bar, clip=False):
+    """Deterministic DDIM from one level to another, up or down (Song et al. 2021, eq. 12 with sigma = 0).
+
+    x, eps_hat (B,..). Levels: -1 clean, 0..T-1, T pure noise. clip: x0_hat to [-1,1] and eps re-derived.
+    -> like x"""
+    ab = [1.0 if t < 0 else 0.0 if t == len(alpha_bar) else float(alpha_bar[t]) for t in (t_from, t_to)]
+    x0_hat = (x - math.sqrt(1 - ab[0]) * eps_hat) / math.sqrt(ab[0])
+    if clip and ab[0] < 1:
+        x0_hat = x0_hat.clamp(-1, 1)
+        eps_hat = (x - math.sqrt(ab[0]) * x0_hat) / math.sqrt(1 - ab[0])
+    return math.sqrt(ab[1]) * x0_hat + math.sqrt(1 - ab[1]) * eps_hat
+
+
+def ddim_decode(eps_fn, x_T, S, alpha_bar, stride="trailing", clip=False):
+    """x_T -> x_0 in S calls of eps_fn(x_t, t): the walk down (DDIM eq. 12). Shapes of x_T."""
+    x, ts = x_T, [-1] + times(S, len(alpha_bar), stride)
+    for t, t_prev in zip(ts[:0:-1], ts[-2::-1]):
+        x = ddim_step(x, t, t_prev, eps_fn(x, t), alpha_bar, clip)
+    return x
+
+
+def ddim_encode(eps_fn, x0, S, alpha_bar, stride="trailing", clip=False):
+    """x_0 -> x_T: the same walk up (DiffAE eq. 8), with eps at the level it is on (at 0 for the first step).
+
+    stride "leading" is the original code's: x_0 counts as level 0, and x_T is the last eps_hat itself."""
+    x, ts = x0, times(S, len(alpha_bar), stride)
+    ts = [-1] + ts if stride == "trailing" else ts + [len(alpha_bar)]
+    for t, t_next in zip(ts[:-1], ts[1:]):
+        x = ddim_step(x, t, t_next, eps_fn(x, max(t, 0)), alpha_bar, clip)
+    return x
+
+
+def slerp(a, b, alpha):
+    """From noise a to noise b on the sphere, each sample by its own angle. a, b (B,..); alpha number or (B,).
+
+    Never NaN: the cosine is clamped, and (anti)parallel samples are joined by a straight line. -> like a"""
+    shape, a, b = a.shape, a.flatten(1), b.flatten(1)
+    alpha = torch.as_tensor(alpha, dtype=a.dtype, device=a.device).view(-1, 1)
+    cos = F.cosine_similarity(a, b, dim=1).clamp(-1, 1).unsqueeze(1)
+    omega = cos.acos()
+    straight = omega.sin() < 1e-4
+    wa = torch.where(straight, 1 - alpha, ((1 - alpha) * omega).sin() / omega.sin().clamp(min=1e-4))
+    wb = torch.where(straight, alpha, (alpha * omega).sin() / omega.sin().clamp(min=1e-4))
+    return (wa * a + wb * b).view(shape)
+
+
+# --------------------------------------------------------------------------------------------------------
+# Training. Batch, noise and dropout of step k are functions of (seed, k) alone: there is no random state to
+# save, and a run that is killed and started again ends bitwise with the weights of one that was not.
+
+def mix(*numbers):
+    """One well-mixed 63-bit seed from several integers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def batch_rows(n, batch, seed, step):
+    """The `batch` row numbers of a step: an endless chain of permutations of 0..n-1, a new one each epoch."""
+    at = np.arange(step * batch, (step + 1) * batch)
+    order = {e: np.random.default_rng([seed, e]).permutation(n) for e in np.unique(at // n)}
+    return np.array([order[i // n][i % n] for i in at])
+
+
+def save(path, state):
+    """Atomic: written beside, fsynced, renamed. When that fails, the checkpoint that was there is kept."""
+    part = path.with_suffix(".part")
+    try:
+        with open(part, "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:
+        part.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free / 1e6
+        why = str(e).splitlines()[0]
+        D.fail(f"{path}: could not be saved ({why}; {free:.0f} MB free); the old one is kept")
+
+
+def restore(path, run):
+    """The checkpoint at `path`, or None. Exits if it is damaged, unsafe or not of the `run` described."""
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)  # never unpickles code
+        was = state["run"]
+    except OSError as e:
+        D.fail(f"{path}: cannot be read ({e.strerror or e})")
+    except Exception as e:    # what a damaged file raises is of any kind
+        D.fail(f"{path}: not a checkpoint of this program ({type(e).__name__}); delete it or change --out")
+    differ = [f"{k} {was.get(k)!r} -> {run.get(k)!r}" for k in {**was, **run} if was.get(k) != run.get(k)]
+    if differ:
+        D.fail(f"{path}: made by another run ({', '.join(differ)}); choose another --out, or delete it")
+    return state
+
+
+def compile_checked(model, batch, cfg, g):
+    """torch.compile the networks of `model`, unless one batch's gradients then differ from eager's.
+
+    Releases 2.10 to 2.13 have miscompiled blocks like these silently. The weights are shaken to compare, as a
+    zero-initialised layer hides what lies upstream of it; dropout is off. -> what was done, for the log"""
+    networks = [net for net in model.children() if any(True for _ in net.parameters())]
+    params, training = list(model.parameters()), model.training
+    kept = [p.detach().clone() for p in params]
+
+    def gradients():
+        with amp(cfg, g.device):
+            loss = model.eval()(batch, g.manual_seed(0))
+        return torch.autograd.grad(loss, params)
+
+    try:
+        with torch.no_grad():
+            for p in params:
+                p.add_(0.02 * torch.randn(p.shape, generator=g, device=p.device))
+        eager = gradients()
+        for net in networks:
+            net.compile()
+        scale = max(a.norm() for a in eager)     # a tensor whose gradient is all rounding must not count
+        errors = [(a - b).norm() / (a.norm() + 1e-3 * scale) for a, b in zip(eager, gradients())]
+        worst = float(torch.stack(errors).max())
+        outcome = f"compiled; its gradients are within {100 * worst:.1f} % of eager's"
+        if not worst < 0.3:                      # bfloat16 gives some per cent, the known bugs 100 or NaN
+            raise ArithmeticError(f"gradients off by {100 * worst:.0f} %")
+    except Exception as e:     # no compiler, an unsupported GPU, a miscompilation: slower, but right
+        outcome = f"runs eager, torch.compile failed ({type(e).__name__}: {str(e).splitlines()[0][:80]})"
+        for net in networks:
+            net._compiled_call_impl = None
+    with torch.no_grad():
+        for p, old in zip(params, kept):
+            p.copy_(old)
+    model.train(training)
+    return outcome
+
+
+def amp(cfg, device):
+    """bfloat16 autocast, if cfg wants it and the device is fast at it (CPUs without AVX512-BF16 are not)."""
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else \
+        device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    return torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16 and fast)
+
+
+def peak_gb(device):
+    """The most memory that this process has held, in GB: on the GPU, else in RAM."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0
+    return rss / (1e9 if sys.platform == "darwin" else 1e6)
+
+
+def trim_log(path, step):
+    """Keep the lines of `path` up to `step`: later ones will be made again, one may be cut in half."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    M.write_atomically(path, "".join(line + "\n" for line in kept).encode())
+
+
+def fit(model, loader, cfg, name, run, steps, watch=None):
+    """Train `model` to step `steps`. -> (its EMA, the step reached). model(batch, g) is the loss of a batch.
+
+    Goes on from OUT/name.pt, which must be of the same `run` (a dict of plain values). watch(ema, step)
+    -> dict joins the log at step 0 and each save. SIGTERM, SIGUSR1, SIGINT: save, exit with 143 or 130."""
+    rank, world = ranks()
+    device = next(model.parameters()).device
+    path, log_path = Path(cfg.out, f"{name}.pt"), Path(cfg.out, f"{name.replace('ckpt', 'log')}.jsonl")
+    model.to(memory_format=torch.channels_last).train()
+    params = [p for p in model.parameters() if p.requires_grad]
+    opt = torch.optim.Adam(params, lr=cfg.lr, fused=True)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    averaged = [e for e, p in zip(ema.parameters(), model.parameters()) if p.requires_grad]
+    step, seen = 0, []     # seen: (loss, gradient norm) of each step since the last line of the log
+
+    state, fresh = restore(path, run), True
+    if state:
+        try:
+            model.load_state_dict(state["model"])
+            ema.load_state_dict(state["ema"])
+            opt.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, KeyError):
+            D.fail(f"{path}: its weights do not fit this network (edited source?); choose another --out")
+        for p in params:   # the fused kernel walks raw memory: the state must lie in it as its parameter does
+            opt.state[p] = {k: torch.empty_like(p).copy_(v) if v.shape == p.shape else v
+                            for k, v in opt.state[p].items()}
+        step, seen, state, fresh = state["step"], list(state["seen"].to(device)), None, False
+    if step >= steps:
+        return ema, step
+
+    g = torch.Generator(device)
+    mine = slice(rank * cfg.batch // world, (rank + 1) * cfg.batch // world)
+    rows_of = lambda k: batch_rows(len(loader), cfg.batch, cfg.seed, k)[mine]
+    row = dict(step=0)
+    if cfg.compile and device.type == "cuda":
+        row["note"] = compile_checked(model, loader.batch(rows_of(0)), cfg, g)
+        tqdm.write(f"{name}: {row['note']}")
+    if rank == 0:
+        trim_log(log_path, -1 if fresh else step)
+        if fresh:          # a fault in watch shows now, and not after hours
+            row |= watch(ema, 0) if watch else {}
+            log_path.write_text(json.dumps(row) + "\n")
+    net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+
+    caught = []
+
+    def on_signal(number, frame):
+        if caught:
+            os._exit(128 + number)                       # the second one does not wait
+        caught.append(number)
+    signals = [getattr(signal, s) for s in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, s)]
+    handlers = [signal.signal(s, on_signal) for s in signals]
+
+    bar = tqdm(total=steps, initial=step, desc=name, unit="step", mininterval=1, disable=rank > 0)
+    began, since = time.time(), step
+    for batch in loader.stream(rows_of(k) for k in range(step, steps)):
+        g.manual_seed(mix(cfg.seed, 1, step))
+        torch.manual_seed(mix(cfg.seed, 2, step, rank))      # dropout
+        lr = cfg.lr * min(1, (step + 1) / 100)
+        for group in opt.param_groups:
+            group["lr"] = lr
+        with amp(cfg, device):
+            loss = net(batch, g)
+        opt.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(params, 1.0)
+        opt.found_inf = (~torch.isfinite(norm)).float()      # if so, the fused step skips itself: no sync
+        opt.step()
+        torch._foreach_lerp_(averaged, params, 1 - min(cfg.ema, (1 + step) / (10 + step)))
+        seen.append(torch.stack([loss.detach(), norm]))
+        step += 1
+        bar.update()
+
+        stop = bool(caught)
+        if world > 1:                                        # one process was told: all save the same step
+            flag = torch.tensor(float(stop), device=device)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            stop = flag.item() > 0
+        due = step % cfg.save_every == 0 or step == steps
+        line = due or step % cfg.log_every == 0
+        if not (line or stop):                               # the rest waits for the device: not every step
+            continue
+        values = torch.stack(seen)
+        if world > 1:
+            dist.all_reduce(values)
+            values /= world
+        bad = (~torch.isfinite(values)).any(1).nonzero()
+        if len(bad):
+            D.fail(f"loss or gradient not finite at step {step - len(seen) + int(bad[0])}, lr {lr:.2g}: "
+                   f"stopped before the weights changed; {path} is the last save; try a smaller --lr")
+        seen = [] if line else list(values)
+        if line and rank == 0:
+            loss, norm = values.cpu().double().mean(0).tolist()
+            row = dict(step=step, loss=loss, grad_norm=norm, lr=lr, peak_gb=round(peak_gb(device), 3),
+                       img_s=round((step - since) * cfg.batch / (time.time() - began), 1))
+            row |= watch(ema, step) if due and watch else {}
+            with open(log_path, "a") as f:
+                f.write(json.dumps(row) + "\n")
+            bar.set_postfix(loss=f"{loss:.4f}", img_s=row["img_s"])
+            began, since = time.time(), step
+        if (due or stop) and rank == 0:
+            save(path, dict(run=run, step=step, seen=torch.stack(seen) if seen else torch.zeros(0, 2),
+                            model=model.state_dict(), ema=ema.state_dict(), optimizer=opt.state_dict()))
+        if stop:
+            break
+    bar.close()
+    for s, handler in zip(signals, handlers):
+        signal.signal(s, handler)
+    if world > 1:
+        dist.barrier()         # a process that leaves early takes the one that is saving with it
+    if caught or stop:
+        print(f"saved step {step}; resume with the same command", flush=True)
+        sys.exit(130 if caught == [signal.SIGINT] else 143)
+    return ema, step
+
+
+# --------------------------------------------------------------------------------------------------------
+# Evaluation: every number is of patients that no network, probe or threshold has seen
+
+@torch.inference_mode()
+def in_batches(fn, *tensors, batch=64):
+    """fn over slices of the tensors' first axis, concatenated: any number of images in bounded memory."""
+    return torch.cat([fn(*(t[i:i + batch] for t in tensors)) for i in range(0, len(tensors[0]), batch)])
+
+
+def semantic_codes(model, loader):
+    """z_sem (the VAE: its mean) of every row, not augmented. -> (N,z_dim) float32"""
+    with amp(model.cfg, loader.device):
+        encode = lambda rows: model.encode(loader.batch(rows)["image"]).float()
+        return in_batches(encode, np.arange(len(loader)))
+
+
+def eps_fn(model, z_sem):
+    """model.eps at a fixed z_sem, as the samplers want it: (x_t (B,..), t int) -> eps_hat, like x_t."""
+    def fn(x_t, t):
+        with amp(model.cfg, x_t.device):
+            return model.eps(x_t, torch.full((len(x_t),), t, device=x_t.device), z_sem)
+    return fn
+
+
+def encode_noise(model, x0, z_sem):
+    """The x_T from which, with z_sem, decode() comes back to x0. x0 (B,1,H,W) -> same"""
+    c = model.cfg
+    up = lambda x, z: ddim_encode(eps_fn(model, z), x, c.S, model.alpha_bar, c.stride, clip=True)
+    return in_batches(up, x0, z_sem)
+
+
+def decode(model, x_T, z_sem):
+    """x_T (B,1,H,W), noise or encoded, and z_sem (B,z_dim) -> images (B,1,H,W) in [-1,1]"""
+    c = model.cfg
+    down = lambda x, z: ddim_decode(eps_fn(model, z), x, c.S, model.alpha_bar, c.stride, clip=True)
+    return in_batches(down, x_T, z_sem)
+
+
+def shown(x):
+    """(B,1,H,W) in [-1,1] -> numpy (B,H,W) in [0,1]"""
+    return ((x[:, 0].float().cpu().numpy() + 1) / 2).clip(0, 1)
+
+
+def other_patient(subject):
+    """For each row a row of another subject, about half the list away. (N,) -> (N,) int"""
+    n = len(subject)
+    far = (np.arange(n)[:, None] + n // 2 + np.arange(n)) % n
+    return np.array([next((j for j in far[i] if subject[j] != subject[i]), i) for i in range(n)])
+
+
+def z_losses(model, x0, z_sem, z_wrong, g, strata=8):
+    """Is z_sem used? The loss of each image with its z_sem and with a wrong one, t and eps being the same.
+
+    One t in each of the strata. -> two (strata,B), low to high noise. Their difference is z_gap; 0: unused"""
+    out = []
+    for k in range(strata):
+        t = ((k + torch.rand(len(x0), generator=g, device=x0.device)) / strata * model.cfg.T).long()
+        eps = torch.randn(x0.shape, generator=g, device=x0.device)
+        with amp(model.cfg, x0.device):
+            out.append(torch.stack([in_batches(model.loss, x0, z, t, eps) for z in (z_sem, z_wrong)]))
+    return torch.stack(out, 1)
+
+
+def watcher(cfg, loader, subject):
+    """-> watch(ema, step) for fit: z_gap of 16 validation images for the log, preview_*.png to look at."""
+    rows = np.linspace(0, len(loader) - 1, min(16, len(loader))).astype(int)
+    wrong = torch.as_tensor(other_patient(subject[rows]))
+
+    def watch(ema, step):
+        x0, g = loader.batch(rows)["image"], torch.Generator(loader.device).manual_seed(0)
+        with amp(cfg, x0.device):
+            z = in_batches(ema.encode, x0).float()
+        true, shuffled = z_losses(ema, x0, z, z[wrong.to(z.device)], g, strata=4).mean((1, 2)).tolist()
+        x0, z = x0[::4], z[::4]
+        noise = torch.randn(x0.shape, generator=g, device=x0.device)
+        lines = [x0, decode(ema, encode_noise(ema, x0, z), z), decode(ema, noise, z)]
+        M.grid(Path(cfg.out, f"preview_{cfg.recipe}.png"), [shown(x) for x in lines],
+               ["image", "z_sem + x_T", "z_sem, random x_T"], [], f"validation patients at step {step}")
+        return dict(val_loss=true, val_loss_shuffled=shuffled, z_gap=shuffled - true)
+    return watch
+
+
+def evaluate(cfg, data, part, loader, models, prior):
+    """Every number and picture of a run, on its test patients. -> metrics, as in results.json
+
+    models: {"": the diffusion autoencoder, "vae": .., "paper_recipe": ..}, EMAs; loader: all rows of data."""
+    device, train, test = loader.device, np.flatnonzero(part == "train"), np.flatnonzero(part == "test")
+    test = test[np.linspace(0, len(test) - 1, min(len(test), cfg.eval_images)).astype(int)]
+    subject, real, x0 = data.subject[test], data.image[test] / 255, loader.batch(test)["image"]
+    wrong = torch.as_tensor(other_patient(subject), device=device)
+    g = torch.Generator(device).manual_seed(cfg.seed)
+    noise = torch.randn(cfg.draws, *x0.shape, generator=g, device=device)
+    codes = {row: semantic_codes(model, loader) for row, model in models.items()}
+    metrics, pictures, average = {}, {"test image": real}, f"mean of {cfg.draws} random x_T"
+
+    def put(key, *arrays, statistic=np.mean, better="higher"):
+        metrics[key] = M.row_of(statistic, subject, *arrays, better=better)
+
+    # Images, from z_sem with the encoded x_T and from z_sem alone. A VAE has nothing but its code.
+    for row, model in tqdm(models.items(), "evaluate: images", unit="model"):
+        z, dot, label = codes[row][test], f".{row}" if row else "", f" ({row})" if row else ""
+        if isinstance(model, VAE):
+            pictures["vae"] = shown(in_batches(model.decode, z))
+            for key in ("recon", "semantic", "semantic_mean"):
+                metrics |= M.image_numbers(key, row, real, pictures["vae"], subject)
+            put("semantic_mean_gain", M.ssim(real, pictures[average]) - M.ssim(real, pictures["vae"]))
+            continue
+        began = time.time()
+        x_T = encode_noise(model, x0, z)
+        recon = shown(decode(model, x_T, z))
+        if not row:
+            metrics["recon_img_s"] = M.row(len(x0) / (time.time() - began), unit="1/s")
+        draws = [shown(decode(model, x, z)) for x in noise]
+        shuffled = shown(decode(model, noise[0], z[wrong]))     # another patient's z_sem, if there is one
+        for key, images in (("recon", recon), ("semantic", draws[0]), ("semantic_mean", np.mean(draws, 0)),
+                            ("shuffled", shuffled)):
+            metrics |= M.image_numbers(key, row, real, images, subject)
+        put("semantic_gain" + dot, M.ssim(real, draws[0]) - M.ssim(real, shuffled))
+        x_T_std = x_T.std((1, 2, 3)).cpu().numpy()               # 1 if x_T is the noise it should be
+        put("x_T_std_error" + dot, abs(x_T_std - 1), better="lower")
+        right, bad = z_losses(model, x0, z, z[wrong], g).cpu().numpy()
+        put("z_gap" + dot, (bad - right).mean(0))
+        for k in range(4):    # how much a wrong z_sem raises the loss, by quarter of t, low noise first
+            put(f"z_use_q{k + 1}{dot}", right[2 * k:2 * k + 2].mean(0), bad[2 * k:2 * k + 2].mean(0),
+                statistic=lambda a, b: b.mean() / a.mean() - 1)
+        pictures |= {f"z_sem + x_T{label}": recon, f"z_sem, random x_T{label}": draws[0],
+                     average + label: np.mean(draws, 0)}
+    some = train[np.linspace(0, len(train) - 1, min(len(train), 5000)).astype(int)]
+    pca = M.pca(cfg.z_dim, data.image[some] / 255)
+    pictures["pca"] = M.pca_reconstruct(pca, real)
+    for row, images in {**M.trivial_images(data, some, test), "pca": pictures["pca"]}.items():
+        for key in ("recon", "semantic", "semantic_mean"):
+            metrics |= M.image_numbers(key, row, real, images, subject)
+
+    # What can be read from the codes, on all the test slices.
+    codes = {row: z.cpu().numpy() for row, z in codes.items()}
+    chunks = np.array_split(np.arange(len(data)), -(-len(data) // 1000))
+    codes["pca"] = np.concatenate([M.pca_codes(pca, data.image[rows] / 255) for rows in chunks])
+    target = cfg.target or next((k for k in ("has_infarct", "label") if k in data.columns), "")
+    try:
+        y = data.columns.get(target, np.zeros(len(data)))
+        numbers, axis = M.probe_numbers(codes, y, part, data.subject, cfg.seed)
+        metrics |= numbers
+    except ValueError as e:
+        axis = None
+        print(f"no probe: {f'{target}: {e}' if target else 'no column to predict'}; choose one with --target")
+    metrics |= M.factor_numbers(codes, data.columns, part, data.subject, cfg.seed)
+    z = torch.as_tensor(codes[""], device=device)
+    draw(cfg, data, part, loader, test, models[""], z, pictures, axis, target, prior)
+    return metrics
+
+
+def draw(cfg, data, part, loader, test, model, codes, pictures, axis, target, prior):
+    """The pictures of a run, with captions. `pictures` {row label: (len(test),H,W)} are made already."""
+    out, device, g = Path(cfg.out), loader.device, torch.Generator(loader.device).manual_seed(cfg.seed)
+    patients = np.unique(data.subject[test])[:8]
+    few = np.array([(rows := np.flatnonzero(data.subject[test] == p))[len(rows) // 2] for p in patients])
+    M.grid(out / "reconstructions.png", [v[few] for v in pictures.values()], list(pictures), list(patients),
+           f"The middle slice of test patients, whom no network has seen. {cfg.S} DDIM steps.")
+
+    n, x0, z = len(few), loader.batch(test[few])["image"], codes[test[few]]
+    real, x_T, b = shown(x0), encode_noise(model, x0, z), np.roll(np.arange(n), -1)
+    swapped = [shown(decode(model, x_T, z[b])), shown(decode(model, x_T[b], z))]
+    M.grid(out / "swap.png", [real, real[b], *swapped],
+           ["A", "B", "z_sem of B, x_T of A", "z_sem of A, x_T of B"], [],
+           "Swapped codes. Row 3 should be heart B and row 4 heart A; if they are not, z_sem is not used.")
+
+    alpha, lines = torch.linspace(0, 1, 7, device=device), []
+    for i, j in zip(range(0, n - 1, 2), range(1, n, 2)):
+        noises, zs = slerp(x_T[[i] * 7], x_T[[j] * 7], alpha), torch.lerp(z[[i]], z[[j]], alpha[:, None])
+        lines.append([real[i], *shown(decode(model, noises, zs)), real[j]])
+    if lines:
+        M.grid(out / "interpolation.png", lines, [], ["A", *[f"{v:.2f}" for v in alpha.tolist()], "B"],
+               "From one test patient to another: z_sem on a straight line, x_T on the sphere.")
+
+    train = torch.as_tensor(part == "train", device=device)
+    if axis is not None:
+        v = torch.as_tensor(M.direction(axis), dtype=z.dtype, device=device)
+        moves = torch.tensor([-4, -2, -1, 0, 1, 2, 4], device=device)
+        step = moves[:, None] * (codes[train] @ v).std() * v
+        lines = [[real[i], *shown(decode(model, x_T[[i] * 7], z[[i]] + step))] for i in range(min(n, 6))]
+        M.grid(out / "manipulation.png", lines, list(patients),
+               ["image", *[f"{k:+d} SD" for k in moves.tolist()]],
+               f"z_sem moved along the linear probe of {target}, in SDs of the training codes; x_T kept.")
+    if prior is not None:
+        z_T = torch.randn(8, z.shape[1], generator=g, device=device)
+        with torch.inference_mode():
+            z_new = ddim_decode(lambda z_t, t: prior.eps(z_t, torch.full((8,), t, device=device)), z_T,
+                                min(50, cfg.T), prior.alpha_bar)
+        noise = torch.randn(8, *x0.shape[1:], generator=g, device=device)
+        fake = shown(decode(model, noise, z_new * codes[train].std(0) + codes[train].mean(0)))
+        seen = data.image[np.flatnonzero(part == "train")[:5000]] / 255
+        near = [seen[((seen - x) ** 2).sum((1, 2)).argmin()] for x in fake]
+        M.grid(out / "samples.png", [fake, near], ["new heart", "nearest training image"], [],
+               "Nobody's hearts: z_sem from the latent DDIM prior, x_T fresh noise. Row 2 is there to see "
+               "whether they are copies.")
+    M.curves(out / "curves.png", {p.stem[4:] or cfg.recipe: p for p in sorted(out.glob("log*.jsonl"))
+                                  if "prior" not in p.stem})
+
+
+# --------------------------------------------------------------------------------------------------------
+# The command
+
+def parse(argv):
+    """Flags (`--key value`, `--key=value`, `--key` alone for a switch) -> (Config, the keys that were given).
+
+    Presets and recipes are filled in; an unknown key or a value of the wrong type is one line and exit 2."""
+    if {"-h", "--help"} & set(argv):
+        print(f"{__doc__}\n{inspect.getsource(Config)}\npresets: {PRESETS}\n\nrecipes: {RECIPES}")
+        raise SystemExit(0)
+    kinds = {f.name: type(f.default) for f in dataclasses.fields(Config)}
+    given, words = {}, list(argv)
+    while words:
+        flag, equals, value = words.pop(0).partition("=")
+        key = flag.removeprefix("--").replace("-", "_")
+        if key not in kinds or not flag.startswith("--"):
+            near = difflib.get_close_matches(key, kinds, 1)
+            hint = f"did you mean --{near[0]}? " if near else ""
+            D.fail(f"unknown flag {flag}; {hint}--help lists them all")
+        kind, more = kinds[key], bool(words) and not words[0].startswith("--")
+        if not equals:
+            if not more and kind is not bool:
+                D.fail(f"{flag} needs a value, a {kind.__name__}")
+            value = words.pop(0) if more else "true"
+        try:
+            given[key] = {"true": True, "false": False}[value.lower()] if kind is bool else \
+                tuple(int(v) for v in value.split(",")) if kind is tuple else kind(value)
+        except (KeyError, ValueError):
+            example = {bool: "true or false", tuple: "1,2,4", int: "3", float: "0.5"}[kind]
+            D.fail(f"{flag} {value}: not of the form {example}")
+    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device, recipe = given.get("device") or found, given.get("recipe") or "ours"
+    preset = given.get("preset") or ("paper" if device.startswith("cuda") else "demo")
+    for key, value, known in (("preset", preset, PRESETS), ("recipe", recipe, RECIPES)):
+        if value not in known:
+            D.fail(f"--{key} {value}: choose from {', '.join(known)}")
+    chosen = dict(device=device, preset=preset, recipe=recipe)
+    return Config(**{**PRESETS[preset], **RECIPES[recipe], **given, **chosen}), given
+
+
+def check_config(c):
+    """Refuse impossible values, in one line, before anything is read or written."""
+    for f in dataclasses.fields(c):
+        value = getattr(c, f.name)
+        low = 0 if f.name in ("seed", "attention", "groups", "prior_steps") else 1
+        if type(value) is int and value < low or type(value) is tuple and min(value) < 1:
+            D.fail(f"--{f.name} {value}: must be at least {low}")
+        if type(value) is float and not 0 <= value < math.inf:
+            D.fail(f"--{f.name} {value}: must be a number >= 0")
+    choices = dict(predict=("v", "eps"), head=("position", "pool"), stride=("trailing", "leading"),
+                   z_map=("image", "middle", "none"))
+    for key, known in choices.items():
+        if getattr(c, key) not in known:
+            D.fail(f"--{key} {getattr(c, key)}: choose from {', '.join(known)}")
+    unit = c.patch * 2 ** (max(len(c.mult), len(c.enc_mult)) - 1)
+    if c.size % unit:
+        near = c.size // unit * unit
+        fits = " or ".join(str(v) for v in (near, near + unit) if v)
+        D.fail(f"--size {c.size}: this network needs a multiple of {unit}, such as {fits}")
+    if c.seed >= 2 ** 32 or c.device.split(":")[0] not in ("cuda", "mps", "cpu") or not c.out:
+        D.fail(f"--seed {c.seed} --device {c.device} --out {c.out}: below 2**32; cuda, mps, cpu; a folder")
+    if c.size < 16:
+        D.fail(f"--size {c.size}: at least 16, SSIM's window is 11 pixels wide")
+    if c.base % 2 or c.groups and any(m * c.base % c.groups for m in (*c.mult, *c.enc_mult)):
+        D.fail(f"--base {c.base} --groups {c.groups}: widths must be even and multiples of the groups")
+    if c.S > c.T or not c.lr or c.ema >= 1 or c.dropout >= 1 or len(c.prior) != 2:
+        D.fail(f"--S {c.S} --lr {c.lr} --ema {c.ema} --dropout {c.dropout} --prior {c.prior}: needed are "
+               f"S <= T = {c.T}, lr > 0, ema and dropout < 1, prior as width,layers")
+    if c.batch % ranks()[1]:
+        D.fail(f"--batch {c.batch}: not divisible by {ranks()[1]} processes")
+    try:
+        torch.empty(1, device=c.device)
+    except (RuntimeError, AssertionError) as e:
+        D.fail(f"--device {c.device}: {str(e).splitlines()[0][:120]}")
+
+
+def lock(out):
+    """One run per output folder: the kernel drops the lock when the process ends, even by kill -9. -> file"""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        handle = open(out / ".lock", "a+")
+    except OSError as e:
+        D.fail(f"--out {out}: cannot be written ({e.strerror})")
+    try:
+        if fcntl:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        handle.seek(0)
+        D.fail(f"--out {out}: in use by process {handle.read() or '?'}; wait for it, or choose another --out")
+    handle.truncate(0)
+    handle.write(str(os.getpid()))
+    handle.flush()
+    return handle
+
+
+PAPER = {"recon_ssim": 0.66, "semantic_ssim": 0.20, "probe_f1": 0.78}     # the study's numbers on EMIDEC
+
+
+def main(argv):
+    if "RANK" in os.environ:           # started by torchrun
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    cfg, given = parse(argv)
+    check_config(cfg)
+    device, out, began = torch.device(cfg.device), Path(cfg.out), time.time()
+    rank, world = ranks()
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+    held = lock(out) if rank == 0 else None        # until the process ends
+
+    path = cfg.data or str(out / "hearts.h5")
+    if rank == 0 and not cfg.data and not os.path.exists(path):
+        D.phantom_hearts(path)
+    if world > 1:
+        dist.barrier()
+    data, part = D.load_study(path, cfg.test, cfg.size, cfg.seed, square="size" not in given)
+    train, val = np.flatnonzero(part == "train"), np.flatnonzero(part == "val")
+    if cfg.target and data.columns.get(cfg.target, np.array("")).dtype.kind not in "biuf":
+        names = ", ".join(data.columns) or "none"
+        D.fail(f"--target {cfg.target}: no numbers of that name in {path}, which has {names}")
+    count = {p: len(np.unique(data.subject[part == p])) for p in ("train", "val", "test")}
+    if not count["train"] or not count["test"]:
+        D.fail(f"{path}: {count['train']} training and {count['test']} test subjects; one of each is needed")
+    if rank == 0:
+        why = "as asked" if "preset" in given else f"the default on {device.type}"
+        print(f"diffae: preset {cfg.preset} ({why}), recipe {cfg.recipe}, {device}, "
+              f"torch {torch.__version__}\n"
+              f"data: {data.path} at {cfg.size}x{cfg.size}; patients (slices): " +
+              ", ".join(f"{p} {n} ({(part == p).sum()})" for p, n in count.items()) +
+              f"\n{cfg.steps} steps a network; bars show the time left. The demo takes about 6 minutes on 2 "
+              f"CPU cores.\nout: {out}/; stop at any time, the same command goes on", flush=True)
+        M.write_atomically(out / "config.json", json.dumps(dataclasses.asdict(cfg), indent=1).encode())
+        if not cfg.eval:
+            M.write_atomically(out / "diffae.py", Path(__file__).read_bytes())
+
+    # A checkpoint must agree on these: nobody it was trained on may be tested on, whatever the split is now.
+    who = hashlib.sha256("\n".join(sorted(set(data.subject[train]))).encode()).hexdigest()[:16]
+
+    def trained(name, make, cfg, steps, loader, watch=None):
+        """One stage: build, then train from where it was left; --eval: only load. -> (EMA, step reached)"""
+        run = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(cfg).items()}
+        run = {k: v for k, v in run.items() if k not in FREE}
+        run |= dict(script="diffae", stage=name, data=data.fingerprint, training_subjects=who)
+        if cfg.eval and not Path(out, f"{name}.pt").exists():
+            D.fail(f"{out / name}.pt: not there; the same command without --eval trains it")
+        torch.manual_seed(mix(cfg.seed, 3))
+        return fit(make(cfg).to(device), loader, cfg, name, run, 0 if cfg.eval else steps, watch)
+
+    images, unseen = (D.Loader({"image": data.image}, device, rows) for rows in (train, val))
+    watch = watcher(cfg, unseen, data.subject[val]) if len(val) else None
+    models = {}
+    models[""], reached = trained("ckpt", Model, cfg, cfg.steps, images, watch)
+    if cfg.rivals:     # for as many steps, also when the run was longer once
+        models["vae"], _ = trained("ckpt_vae", VAE, cfg, reached, images)
+        if cfg.recipe == "ours":
+            published = dataclasses.replace(cfg, recipe="paper", **RECIPES["paper"])
+            watch = watcher(published, unseen, data.subject[val]) if len(val) else None
+            models["paper_recipe"], _ = trained("ckpt_paper", Model, published, reached, images, watch)
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()               # the rest is the work of one process
+        if rank > 0:
+            return
+    everything, prior = D.Loader({"image": data.image}, device), None
+    if cfg.prior_steps:
+        z = semantic_codes(models[""], everything)[torch.as_tensor(train, device=device)]
+        z = ((z - z.mean(0)) / z.std(0).clamp(min=1e-6)).cpu().numpy()
+        codes = D.Loader({"z": z}, device)
+        prior, _ = trained(f"ckpt_prior_at_{reached}", Prior, cfg, cfg.prior_steps, codes)
+    metrics = evaluate(cfg, data, part, everything, models, prior)
+    log = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
+    metrics["train_img_s"] = M.row(np.median([r["img_s"] for r in log if "img_s" in r]), unit="1/s")
+    metrics["peak_gb"] = M.row(peak_gb(device), unit="GB", better="lower")
+    M.save_results(out / "results.json", "diffae", cfg.data or "phantom hearts", count, time.time() - began,
+                   dataclasses.asdict(cfg) | dict(steps=reached), metrics, device)
+    print(M.table(metrics, [k for k in metrics if "." not in k], PAPER))
+    print(f"{time.time() - began:.0f} s. Numbers: {out}/results.json. Pictures: {out}/*.png")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except torch.OutOfMemoryError:
+        D.fail("out of GPU memory; a smaller --batch or --size needs less. The last save is kept")
+    except OSError as e:
+        D.fail(f"{e.filename or 'output'}: {e.strerror or e}. The last save is kept")

@@ -1,0 +1,647 @@
+"""diffae.py: every cited equation against its closed form, samplers against an exact oracle and diffusers, the
+training loop against a plain one, and runs that are killed, interrupted, parallel, full or fed with rubbish."""
+import gc
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import data as D  # noqa: E402
+import diffae as m  # noqa: E402
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+AB = m.linear_alpha_bar(1000)
+TINY = m.Config(size=16, base=16, mult=(1, 2), enc_mult=(1, 2, 2), blocks=1, attention=8, groups=0, dropout=0.0,
+                z_dim=8, steps=12, batch=4, lr=1e-3, save_every=4, log_every=2, bf16=False, device="cpu", S=4, draws=2,
+                eval_images=8, prior_steps=5, prior=(16, 2))
+FLAGS = ["--size=16", "--base=16", "--patch=1", "--mult=1,2", "--enc_mult=1,2,2", "--blocks=1", "--attention=8",
+         "--z_dim=8", "--steps=12", "--batch=4", "--save_every=4", "--log_every=2", "--bf16=false", "--device=cpu", "--S=4",
+         "--draws=2", "--eval_images=8", "--prior_steps=5", "--prior=16,2"]
+
+
+def images(n=12, size=16, seed=0):
+    """Bright discs on noise, as uint8: something that can be learnt."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:size, :size]
+    c = rng.uniform(0.3, 0.7, (n, 2, 1, 1)) * size
+    return (np.clip(((x - c[:, 0]) ** 2 + (y - c[:, 1]) ** 2 < size) * 0.7 + rng.uniform(0, 0.2, (n, size, size)), 0, 1)
+            * 255).astype(np.uint8)
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A file of 12 subjects x 2 slices."""
+    path = tmp_path / "tiny.h5"
+    label = np.repeat(np.arange(12) % 2, 2)
+    D.write(str(path), [dict(image=images(24), subject=np.repeat([f"p{i:02d}" for i in range(12)], 2), label=label,
+                             has_infarct=label, factor_size=np.linspace(0, 1, 24).astype(np.float32))], {})
+    return str(path)
+
+
+def main(*flags):
+    m.main([str(f) for f in flags])
+    gc.collect()     # lets go of the lock on --out, as the end of a process does
+
+
+def error_of(capsys, *flags):
+    """The one line that a run with these flags ends in, exit code 2."""
+    with pytest.raises(SystemExit) as e:
+        main(*flags)
+    code, lines = e.value.code, capsys.readouterr().err.strip().splitlines()
+    del e
+    gc.collect()     # the traceback keeps main's frame alive, and with it the lock on --out
+    assert code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+# --------------------------------------------------------------------------------- equations
+
+def test_ddpm_schedule():
+    beta = [1e-4 + (0.02 - 1e-4) * t / 999 for t in range(1000)]
+    assert abs(AB.numpy() - np.cumprod([1 - b for b in beta])).max() < 1e-14
+
+
+def test_ddpm_eq4_mean_and_variance():
+    x0, t = torch.full((20000, 1, 1, 1), 0.7), 300
+    x_t = m.q_sample(x0, torch.full((20000,), t), torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)), AB)
+    assert abs(x_t.mean() - 0.7 * AB[t].sqrt()) < 0.02 and abs(x_t.var() - (1 - AB[t])) < 0.02
+
+
+def test_times_of_training_follow_their_density():
+    """P(t < a T) = a^(1/power), and every t from 0 to T-1 can be drawn."""
+    g = torch.Generator().manual_seed(0)
+    for power in (1.0, 0.5):
+        t = m.random_t(200_000, 1000, power, g)
+        assert t.min() >= 0 and t.max() == 999
+        for a in (0.1, 0.5, 0.9):
+            assert abs((t < 1000 * a).double().mean() - a ** (1 / power)) < 0.005
+
+
+def test_salimans_v_target_and_its_inverse():
+    g = torch.Generator().manual_seed(0)
+    x0, eps, t = torch.randn(6, 1, 4, 4, generator=g), torch.randn(6, 1, 4, 4, generator=g), torch.tensor([0, 1, 9, 300, 700, 999])
+    x_t, v = m.q_sample(x0, t, eps, AB), m.v_target(x0, t, eps, AB)
+    a, s = AB[t].sqrt().view(-1, 1, 1, 1), (1 - AB[t]).sqrt().view(-1, 1, 1, 1)
+    assert (a * eps - s * x0 - v).abs().max() < 1e-6
+    assert (m.eps_from_v(v, x_t, t, AB) - eps).abs().max() < 1e-5          # and alpha x_t - sigma v gives x0 back
+    assert (a * x_t - s * v - x0).abs().max() < 1e-5
+
+
+def test_diffae_eq7_adagn():
+    """z_s (t_s GN(h) + t_b) with 1 + on both scales, between the two convolutions."""
+    torch.manual_seed(0)
+    block = m.ResBlock(32, 16, 64, 8, 0.0, 0).double()
+    torch.nn.init.normal_(block.conv2.weight)
+    x, emb, z = torch.randn(2, 32, 8, 8).double(), torch.randn(2, 64).double(), torch.randn(2, 8).double()
+    t_s, t_b = block.t_proj(F.silu(emb)).view(2, 32, 1, 1).split(16, 1)
+    z_s = block.z_proj(F.silu(z)).view(2, 16, 1, 1)
+    h = block.conv1(F.silu(F.group_norm(x, 2, block.norm1.weight, block.norm1.bias)))
+    h = (1 + z_s) * ((1 + t_s) * F.group_norm(h, 1, block.norm2.weight, block.norm2.bias) + t_b)
+    assert (block(x, emb, z) - block.skip(x) - block.conv2(F.silu(h))).abs().max() < 1e-12
+
+
+def test_vae_eq10_kl():
+    """The KL term against torch.distributions, through the loss: two betas differ by their KL."""
+    torch.manual_seed(0)
+    vae = m.VAE(replace(TINY, augment=0.0))
+    batch = {"image": torch.randn(4, 1, 16, 16)}
+    loss = []
+    for beta in (0.0, 3.0):
+        vae.cfg = replace(vae.cfg, vae_beta=beta)
+        loss.append(vae(batch, torch.Generator().manual_seed(1)).item())
+    x0 = m.augment(batch["image"], 0.0, False, torch.Generator().manual_seed(1))
+    mean, logvar = vae.encoder(x0).chunk(2, 1)
+    N = torch.distributions.Normal
+    kl = torch.distributions.kl_divergence(N(mean, (logvar / 2).exp()), N(0.0, 1.0)).sum(1).mean().item()
+    assert loss[1] - loss[0] == pytest.approx(3 * kl / 256, rel=1e-3)
+
+
+def test_prior_schedule_is_constant_beta():
+    ab = m.Prior(TINY).alpha_bar
+    assert abs(ab[99] - 0.992 ** 100) < 1e-12
+
+
+# --------------------------------------------------------------------------------- networks
+
+def test_paper_network_has_the_original_number_of_parameters():
+    cfg = m.Config(**m.RECIPES["paper"])
+    with torch.device("meta"):
+        model = m.Model(cfg)
+    count = lambda net: sum(p.numel() for p in net.parameters())
+    assert (count(model.encoder), count(model.unet), count(model)) == (24_671_232, 103_867_009, 128_538_241)
+
+
+@pytest.mark.parametrize("recipe", ["ours", "paper"])
+def test_encoder_gets_gradient_from_the_third_step(recipe):
+    """Zero-initialised layers hide the encoder for two steps: by design, and then it must train."""
+    torch.manual_seed(0)
+    model = m.Model(replace(TINY, **m.RECIPES[recipe]))
+    opt, g, seen = torch.optim.Adam(model.parameters(), 1e-3), torch.Generator().manual_seed(0), []
+    for _ in range(3):
+        opt.zero_grad()
+        model({"image": torch.randn(4, 1, 16, 16, generator=g)}, g).backward()
+        seen.append(max(p.grad.abs().max().item() for p in model.encoder.parameters()))
+        opt.step()
+    assert seen[0] == 0 and seen[2] > 0
+
+
+def test_resample_equals_interpolate_and_keeps_channels_last():
+    x = torch.randn(2, 3, 4, 6)
+    assert torch.equal(m.resample(x, "up"), F.interpolate(x, scale_factor=2))
+    y = m.resample(x.to(memory_format=torch.channels_last), "up")
+    assert y.is_contiguous(memory_format=torch.channels_last) and torch.equal(y, F.interpolate(x, scale_factor=2))
+    assert torch.equal(m.resample(x, "down"), F.avg_pool2d(x, 2))
+
+
+def test_position_head_sees_position_and_pool_does_not():
+    """A disc moved by half the image: what pooling makes of it hardly moves, a flattened map does."""
+    torch.manual_seed(0)
+    x = torch.zeros(2, 1, 32, 32)
+    x[0, :, 4:10, 4:10] = x[1, :, 20:26, 20:26] = 1.0
+    moved = {}
+    for head in ("pool", "position"):
+        torch.manual_seed(0)
+        z = m.Encoder(1, 32, 16, (1, 2, 2), 1, 0, 0, head, 8)(x)
+        moved[head] = ((z[0] - z[1]).norm() / z.norm()).item()
+    assert moved["position"] > 3 * moved["pool"], moved
+
+
+def test_augment_is_a_rigid_motion_of_the_image():
+    """The disc's mass stays, its centre moves; strength 0 only flips, if asked."""
+    x = torch.zeros(64, 1, 32, 32)
+    x[:, :, 12:20, 10:16] = 1.0
+    g = torch.Generator().manual_seed(0)
+    y = m.augment(x, 1.0, False, g)
+    mass = y.sum((1, 2, 3)) / x.sum((1, 2, 3))
+    assert 0.7 < mass.min() < mass.max() < 1.35 and (y - x).abs().amax((1, 2, 3)).min() > 0
+    z = m.augment(x, 0.0, True, g)
+    flipped = (z == x.flip(3)).all(3).all(2).all(1)
+    assert ((z == x).all(3).all(2).all(1) | flipped).all() and 16 < flipped.sum() < 48
+    assert torch.equal(m.augment(x, 0.0, False, g), x)
+
+
+def test_augment_is_exact_under_autocast():
+    """affine_grid multiplies matrices; in bfloat16 the positions would be off by a quarter of a pixel."""
+    x = torch.rand(8, 1, 32, 32) * 2 - 1
+    plain = m.augment(x, 1.0, False, torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(m.augment(x, 1.0, False, torch.Generator().manual_seed(0)), plain)
+
+
+# --------------------------------------------------------------------------------- samplers
+
+def gaussian_eps(mean=0.5, sd=0.25):
+    """The exact eps_hat of x0 ~ N(mean, sd^2): E[eps | x_t] in closed form."""
+    def eps(x_t, t):
+        ab = float(AB[t])
+        return (1 - ab) ** 0.5 * (x_t - ab ** 0.5 * mean) / (ab * sd ** 2 + 1 - ab)
+    return eps
+
+
+@pytest.mark.parametrize("S, rmse", [(20, 0.104), (50, 0.048), (100, 0.025), (250, 0.0103), (500, 0.0052)])
+def test_ddim_round_trip_of_the_gaussian_oracle(S, rmse):
+    x0 = 0.5 + 0.25 * torch.randn(200_000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x_T = m.ddim_encode(gaussian_eps(), x0, S, AB)
+    back = m.ddim_decode(gaussian_eps(), x_T, S, AB)
+    assert (back - x0).square().mean().sqrt().item() == pytest.approx(rmse, rel=0.02)
+
+
+def test_ddim_decode_of_the_oracle_gives_its_distribution():
+    x_T = torch.randn(200_000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = m.ddim_decode(gaussian_eps(), x_T, 1000, AB)
+    assert abs(x.mean() - 0.5) < 0.005 and abs(x.std() - 0.25) < 0.005
+
+
+@pytest.mark.parametrize("S", [1, 3, 20, 64, 128, 300, 1000])
+def test_times_work_for_any_number_of_steps(S):
+    ts = m.times(S, 1000)
+    assert len(ts) == S and ts[-1] == 999 and ts[0] >= 0 and all(b > a for a, b in zip(ts, ts[1:]))
+    assert m.times(20, 1000, "leading") == list(range(0, 1000, 50))
+    with pytest.raises(ValueError):
+        m.times(1001, 1000)
+
+
+def test_ddim_eq12_single_steps_in_float64():
+    x, eps = torch.randn(3, 1, 4, 4).double(), torch.randn(3, 1, 4, 4).double()
+    for t, s in ((999, 949), (49, -1), (0, -1), (-1, 49), (400, 401)):
+        a, b = (float(AB[i]) if i >= 0 else 1.0 for i in (t, s))
+        expected = b ** 0.5 * (x - (1 - a) ** 0.5 * eps) / a ** 0.5 + (1 - b) ** 0.5 * eps
+        assert (m.ddim_step(x, t, s, eps, AB) - expected).abs().max() < 1e-11
+    x0_hat = ((x - (1 - AB[400]).sqrt() * eps) / AB[400].sqrt()).clamp(-1, 1)       # clipped: eps re-derived
+    eps2 = (x - AB[400].sqrt() * x0_hat) / (1 - AB[400]).sqrt()
+    expected = AB[350].sqrt() * x0_hat + (1 - AB[350]).sqrt() * eps2
+    assert (m.ddim_step(x, 400, 350, eps, AB, clip=True) - expected).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("S", [10, 20, 50])
+def test_decoding_equals_diffusers_ddim(S, clip):
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.DDIMScheduler(1000, 1e-4, 0.02, "linear", clip_sample=clip, timestep_spacing="trailing")
+    assert (scheduler.alphas_cumprod - AB).abs().max() < 1e-6
+    scheduler.alphas_cumprod, scheduler.final_alpha_cumprod = AB, torch.tensor(1.0).double()   # theirs is float32
+    scheduler.set_timesteps(S)
+    eps = lambda x, t: torch.tanh(x * (1 + t / 1000)) * 0.9            # any function will do
+    x = y = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)).double()
+    for t in scheduler.timesteps:
+        y = scheduler.step(eps(y, int(t)), int(t), y, use_clipped_model_output=True).prev_sample
+    assert (m.ddim_decode(eps, x, S, AB, clip=clip) - y).abs().max() < 1e-6
+
+
+def test_diffae_eq8_leading_stride_is_the_original_codes():
+    """x0 counts as level 0, the last step goes to alpha_bar = 0: x_T is the last eps."""
+    eps, calls = gaussian_eps(), []
+    x0 = torch.randn(5, 1, dtype=torch.float64)
+    x_T = m.ddim_encode(lambda x, t: calls.append((x, t)) or eps(x, t), x0, 20, AB, "leading")
+    assert [t for _, t in calls] == list(range(0, 1000, 50)) and torch.equal(calls[0][0], x0)
+    assert (x_T - eps(calls[-1][0], 950)).abs().max() < 1e-12
+
+
+def test_slerp():
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(300, 1, 8, 8, generator=g), torch.randn(300, 1, 8, 8, generator=g)
+    half = m.slerp(a, b, 0.5)
+    assert (half.flatten(1).norm(dim=1) / a.flatten(1).norm(dim=1) - 1).abs().max() < 0.45
+    assert abs(half.std() - 1) < 0.02
+    assert torch.allclose(m.slerp(a, b, 0.0), a, atol=1e-5) and torch.allclose(m.slerp(a, b, 1.0), b, atol=1e-5)
+    for c in (a, -a, a * 1.0001, torch.zeros_like(a)):
+        assert m.slerp(a, c, torch.linspace(0, 1, 300)).isfinite().all()
+    per_sample = m.slerp(a, b, 0.3)
+    assert torch.allclose(per_sample[:1], m.slerp(a[:1], b[:1], 0.3), atol=1e-6)              # own angle for each
+
+
+# --------------------------------------------------------------------------------- is z_sem used?
+
+def test_z_losses_of_a_decoder_that_ignores_or_uses_z():
+    model = m.Model(TINY)                                    # untrained: the output is zero whatever z_sem
+    x0, g = torch.randn(6, 1, 16, 16), torch.Generator().manual_seed(0)
+    true, other = m.z_losses(model, x0, torch.randn(6, 8), torch.randn(6, 8), g)
+    assert true.shape == (8, 6) and torch.equal(true, other)
+    model.loss = lambda x0, z, t, eps: z.square().sum(1)
+    true, other = m.z_losses(model, x0, torch.zeros(6, 8), torch.ones(6, 8), g)
+    assert (other - true).mean() == 8
+
+
+def test_other_patient_is_another():
+    s = np.array(list("aaaaabbc"))
+    assert all(s[i] != s[j] for i, j in enumerate(m.other_patient(s)))
+    assert m.other_patient(np.array(["a", "a"])).tolist() == [0, 1]       # nobody else: itself
+
+
+# --------------------------------------------------------------------------------- training
+
+def loader(n=12):
+    return D.Loader({"image": images(n)}, "cpu")
+
+
+def test_batch_rows_are_chained_permutations():
+    rows = np.concatenate([m.batch_rows(10, 4, 7, k) for k in range(10)])
+    epochs = rows.reshape(4, 10)
+    assert all(sorted(e) == list(range(10)) for e in epochs) and len({tuple(e) for e in epochs}) == 4
+    assert not np.array_equal(rows[:4], m.batch_rows(10, 4, 8, 0))
+    assert sorted(m.batch_rows(3, 6, 0, 0)) == [0, 0, 1, 1, 2, 2]          # a batch larger than the data
+
+
+def test_fit_equals_a_plain_loop(tmp_path):
+    """Weights and EMA of 12 steps against unfused Adam written out, with the same batches and noise."""
+    torch.manual_seed(0)
+    model = m.Model(TINY)
+    plain = m.Model(TINY)
+    plain.load_state_dict(model.state_dict())
+    ema, _ = m.fit(model, loader(), replace(TINY, out=str(tmp_path)), "ckpt", {}, 12)
+    average = [p.detach().clone() for p in plain.parameters()]
+    first = [torch.zeros_like(p) for p in average]
+    second = [torch.zeros_like(p) for p in average]
+    for k in range(12):
+        g = torch.Generator().manual_seed(m.mix(0, 1, k))
+        loss = plain(loader().batch(m.batch_rows(12, 4, 0, k)), g)
+        grads = torch.autograd.grad(loss, list(plain.parameters()))
+        size = torch.stack([x.norm() for x in grads]).norm()
+        with torch.no_grad():
+            for p, x, m1, m2, e in zip(plain.parameters(), grads, first, second, average):
+                x = x * min(1, 1 / (size + 1e-6))
+                m1.mul_(0.9).add_(0.1 * x)
+                m2.mul_(0.999).add_(0.001 * x * x)
+                step = m1 / (1 - 0.9 ** (k + 1)) / ((m2 / (1 - 0.999 ** (k + 1))).sqrt() + 1e-8)
+                p -= 1e-3 * (k + 1) / 100 * step
+                decay = min(0.9999, (1 + k) / (10 + k))
+                e.copy_(decay * e + (1 - decay) * p)
+    for p, q, e, f in zip(model.parameters(), plain.parameters(), ema.parameters(), average):
+        assert (p - q).abs().max() < 2e-5 and (e - f).abs().max() < 2e-5
+
+
+def test_overfits_four_images(tmp_path):
+    cfg = replace(TINY, out=str(tmp_path), augment=0.0, save_every=1000, log_every=10, lr=3e-3)
+    torch.manual_seed(0)
+    m.fit(m.Model(cfg), loader(4), cfg, "ckpt", {}, 150)
+    rows = [json.loads(t) for t in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert np.mean([r["loss"] for r in rows[-3:]]) < 0.5 * rows[1]["loss"]
+
+
+CRASH = """
+import dataclasses, os, random, signal, sys, time, torch
+sys.path.insert(0, sys.argv[4])
+import diffae as m, tests.test_diffae as t
+out, tries, steps = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+cfg = dataclasses.replace(t.TINY, out=out, dropout=0.1, log_every=3, save_every=5)
+rng = random.Random(0)
+for k in range(tries + 1):
+    pid = os.fork()                       # torch has not run yet: its threads are not forked
+    if pid == 0:
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
+        m.fit(m.Model(cfg), t.loader(), cfg, "ckpt", {"a": 1}, steps)
+        os._exit(0)
+    if k < tries:
+        time.sleep(rng.uniform(0.05, 0.6))
+        os.kill(pid, signal.SIGKILL)
+    print(os.waitpid(pid, 0)[1], flush=True)
+"""
+
+
+def same_run(a, b):
+    """Bitwise the same checkpoint, and the same log but for its clock."""
+    x, y = (torch.load(Path(d) / "ckpt.pt", weights_only=True) for d in (a, b))
+    assert x["step"] == y["step"]
+
+    def equal(u, v):
+        if torch.is_tensor(u):
+            return torch.equal(u, v)
+        if isinstance(u, dict):
+            return u.keys() == v.keys() and all(equal(u[k], v[k]) for k in u)
+        return all(map(equal, u, v)) and len(u) == len(v) if isinstance(u, (list, tuple)) else u == v
+    assert all(equal(x[k], y[k]) for k in ("model", "ema", "optimizer", "seen", "run"))
+    logs = [[{k: v for k, v in json.loads(t).items() if k not in ("img_s", "peak_gb")}
+             for t in (Path(d) / "log.jsonl").read_text().splitlines()] for d in (a, b)]
+    assert logs[0] == logs[1]
+
+
+def test_killed_20_times_and_resumed_is_bitwise_the_unbroken_run(tmp_path):
+    """kill -9 at random moments, in saves too; what is resumed in the end equals a run that was left alone."""
+    (tmp_path / "whole").mkdir(), (tmp_path / "killed").mkdir()
+    for name, tries in (("whole", 0), ("killed", 20)):
+        done = subprocess.run([sys.executable, "-c", CRASH, tmp_path / name, str(tries), "60", str(ROOT)], env=ENV,
+                              capture_output=True, text=True)
+        codes = done.stdout.split()
+        assert codes[-1] == "0", done.stderr[-2000:]
+    assert codes.count("9") >= 5, codes      # it was killed while it ran
+    same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 143)])
+def test_signal_saves_and_says_how_to_resume(tmp_path, capsys, number, code):
+    cfg = replace(TINY, out=str(tmp_path), save_every=1000)
+    model = m.Model(cfg)
+    forward, calls = model.forward, []
+
+    def interrupted(batch, g):
+        calls.append(1)
+        if len(calls) == 5:
+            os.kill(os.getpid(), number)
+        return forward(batch, g)
+    model.forward = interrupted
+    with pytest.raises(SystemExit) as e:
+        m.fit(model, loader(), cfg, "ckpt", {}, 12)
+    for s in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(s, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert e.value.code == code and "saved step 5; resume with the same command" in capsys.readouterr().out
+    assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["step"] == 5
+
+
+def test_longer_training_on_top_of_a_finished_run(tmp_path):
+    for out, lengths in (("once", (12,)), ("twice", (6, 12))):
+        (tmp_path / out).mkdir()
+        for steps in lengths:
+            torch.manual_seed(0)
+            m.fit(m.Model(TINY), loader(), replace(TINY, out=str(tmp_path / out)), "ckpt", {}, steps)
+    a, b = (torch.load(tmp_path / d / "ckpt.pt", weights_only=True) for d in ("once", "twice"))
+    assert all(torch.equal(a["ema"][k], b["ema"][k]) for k in a["ema"])
+
+
+def test_nonfinite_loss_stops_before_the_step(tmp_path, capsys):
+    cfg = replace(TINY, out=str(tmp_path), log_every=1, save_every=2)
+    model = m.Model(cfg)
+    forward, calls = model.forward, []
+
+    def broken(batch, g):
+        calls.append(1)
+        return forward(batch, g) * (float("nan") if len(calls) == 6 else 1)
+    model.forward = broken
+    with pytest.raises(SystemExit) as e:
+        m.fit(model, loader(), cfg, "ckpt", {}, 12)
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert e.value.code == 2 and "at step 5" in message and "lr" in message
+    kept = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    assert kept["step"] == 4 and all(torch.isfinite(v).all() for v in kept["model"].values())
+    assert all(torch.isfinite(p).all() for p in model.parameters())      # the bad step did not reach the weights
+
+
+def test_full_disk_keeps_the_last_checkpoint(tmp_path):
+    """RLIMIT_FSIZE: a write that ends too early, as on a full disk."""
+    code = ("import sys, resource, signal, torch; sys.path.insert(0, sys.argv[2]); import diffae as m\n"
+            "from pathlib import Path; p = Path(sys.argv[1])\n"
+            "m.save(p, {'step': 1, 'run': {}, 'x': torch.zeros(10)})\n"
+            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+            "m.save(p, {'step': 2, 'run': {}, 'x': torch.zeros(1_000_000)})")
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "ckpt.pt", ROOT], env=ENV, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "could not be saved" in done.stderr
+    assert os.listdir(tmp_path) == ["ckpt.pt"] and m.restore(tmp_path / "ckpt.pt", {})["step"] == 1
+
+
+def test_compiled_gradients_are_checked_against_eager(monkeypatch, tmp_path):
+    """compile_checked keeps what agrees, drops what does not, and leaves the weights as they were."""
+    torch.manual_seed(0)
+    model = m.Model(replace(TINY, mult=(1,), enc_mult=(1,), attention=0))
+    before, batch, g = [p.detach().clone() for p in model.parameters()], loader().batch(range(4)), torch.Generator()
+    kept = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: setattr(self, "_compiled_call_impl", self._call_impl))
+    assert "within" in m.compile_checked(model, batch, TINY, g) and model.unet._compiled_call_impl is not None
+    monkeypatch.setattr(torch.nn.Module, "compile",
+                        lambda self: setattr(self, "_compiled_call_impl", lambda *a: self._call_impl(*a).detach() * 1.0
+                                             if self is model.encoder else self._call_impl(*a)))
+    assert "eager" in m.compile_checked(model, batch, TINY, g) and model.unet._compiled_call_impl is None
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before)), kept
+
+
+# --------------------------------------------------------------------------------- whole runs
+
+def test_whole_run_leaves_results_and_pictures(tiny, tmp_path, capsys):
+    out = tmp_path / "out"
+    main("--data", tiny, "--out", out, *FLAGS)
+    printed = capsys.readouterr().out
+    assert "12x" not in printed and "16x16" in printed and "recon_ssim" in printed
+    results = json.loads((out / "results.json").read_text())
+    assert results["script"] == "diffae" and results["n"] == {"train": 8, "val": 2, "test": 2}
+    for key in ("recon_ssim", "recon_mse", "semantic_ssim", "semantic_mse", "semantic_mean_ssim", "shuffled_ssim", "z_gap",
+                "probe_auroc", "probe_f1", "probe_precision", "probe_recall", "patient_auroc", "factor_r2_size",
+                "train_img_s", "recon_img_s", "peak_gb"):
+        entry = results["metrics"][key]
+        assert set(entry) == {"value", "ci", "n", "unit", "better"}, key
+    for key in ("recon_ssim.constant", "recon_ssim.copy", "recon_ssim.pca", "recon_ssim.vae", "recon_ssim.paper_recipe",
+                "probe_f1.all_positive", "probe_auroc.vae", "probe_auroc.pca", "factor_r2_size.vae", "probe_auroc_gain",
+                "semantic_mean_gain"):
+        assert key in results["metrics"], key
+    for name in ("reconstructions", "swap", "interpolation", "manipulation", "samples", "curves", "preview_ours"):
+        assert (out / f"{name}.png").stat().st_size > 1000, name
+    assert (out / "diffae.py").read_text() == (ROOT / "diffae.py").read_text()
+    assert json.loads((out / "config.json").read_text())["z_dim"] == 8
+    before = (out / "ckpt.pt").read_bytes()
+    main("--data", tiny, "--out", out, *FLAGS, "--eval")                   # changes nothing, gives the same numbers
+    again = json.loads((out / "results.json").read_text())
+    assert (out / "ckpt.pt").read_bytes() == before
+    assert again["metrics"]["recon_ssim"] == results["metrics"]["recon_ssim"]
+
+
+def test_test_file_is_all_test(tiny, tmp_path):
+    other = tmp_path / "other.h5"
+    D.write(str(other), [dict(image=images(8, seed=9), subject=np.repeat(["q0", "q1", "q2", "q3"], 2),
+                              label=np.repeat([0, 1, 0, 1], 2), has_infarct=np.repeat([0, 1, 0, 1], 2))], {})
+    main("--data", tiny, "--test", other, "--out", tmp_path / "out", *FLAGS, "--rivals=false", "--prior_steps=0")
+    n = json.loads((tmp_path / "out" / "results.json").read_text())["n"]
+    assert n == {"train": 10, "val": 2, "test": 4}
+
+
+def test_two_processes_give_the_run_of_one(tiny, tmp_path):
+    flags = ["--data", tiny, *FLAGS, "--recipe=ours", "--rivals=false", "--prior_steps=0"]
+    one = subprocess.run([sys.executable, ROOT / "diffae.py", *flags, "--out", tmp_path / "one"], env=ENV, capture_output=True, text=True)
+    two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517",
+                          ROOT / "diffae.py", *flags, "--out", tmp_path / "two"], env=ENV, capture_output=True, text=True)
+    assert one.returncode == two.returncode == 0, one.stderr[-800:] + two.stderr[-2000:]
+    a, b = (torch.load(tmp_path / d / "ckpt.pt", weights_only=True) for d in ("one", "two"))
+    assert max((a["model"][k] - b["model"][k]).abs().max() for k in a["model"]) < 1e-5
+    losses = [[json.loads(t).get("loss", 0) for t in (tmp_path / d / "log.jsonl").read_text().splitlines()] for d in ("one", "two")]
+    assert np.abs(np.subtract(*losses)).max() < 1e-5
+
+
+# --------------------------------------------------------------------------------- bad input, one line each
+
+@pytest.mark.parametrize("flags, word", [
+    (["--stesp=3"], "did you mean --steps"), (["--steps=many"], "not of the form"), (["--steps"], "needs a value"),
+    (["--preset=huge"], "demo"), (["--recipe=theirs"], "ours"), (["--size=30"], "such as"), (["--S=2000"], "S <= T"),
+    (["--device=tpu9"], "--device"), (["--mult=1,b"], "1,2,4"), (["--batch=0"], "at least 1"), (["--lr=-1"], "number >= 0"),
+    (["--data=/no/such.h5"], "no such file"), (["--head=nose"], "position"), (["steps"], "unknown flag"),
+    (["--groups=7"], "multiples of the groups"), (["--eval=maybe"], "true or false"),
+    (["--seed=4294967296"], "2**32"), (["--device=meta"], "cuda, mps, cpu"), (["--out="], "a folder"),
+])
+def test_bad_flags(flags, word, tmp_path, capsys):
+    assert word in error_of(capsys, "--out", tmp_path / "out", *FLAGS, *flags)
+
+
+def test_output_folder_that_cannot_be_written(tiny, tmp_path, capsys):
+    (tmp_path / "file").write_text("not a folder")
+    assert "file" in error_of(capsys, "--data", tiny, "--out", tmp_path / "file", *FLAGS)
+    assert "file" in error_of(capsys, "--data", tiny, "--out", tmp_path / "file" / "below", *FLAGS)
+
+
+def test_two_runs_in_one_folder(tiny, tmp_path, capsys):
+    held = m.lock(tmp_path / "out")
+    assert str(os.getpid()) in error_of(capsys, "--data", tiny, "--out", tmp_path / "out", *FLAGS)
+    held.close()
+
+
+def test_checkpoint_of_another_run(tiny, tmp_path, capsys):
+    out = tmp_path / "out"
+    short = [*FLAGS, "--rivals=false", "--prior_steps=0", "--steps=2"]
+    main("--data", tiny, "--out", out, *short)
+    capsys.readouterr()
+    kept = (out / "ckpt.pt").read_bytes()
+    message = error_of(capsys, "--data", tiny, "--out", out, *short, "--z_dim=4", "--seed=3")
+    assert "z_dim 8 -> 4" in message and "seed 0 -> 3" in message
+    other = tmp_path / "other.h5"
+    D.write(str(other), [dict(image=images(20, seed=5), subject=np.repeat(list("abcdefghij"), 2))], {})
+    assert "data" in error_of(capsys, "--data", other, "--out", out, *short)
+    state = torch.load(out / "ckpt.pt", weights_only=True)
+    torch.save({**state, "run": {**state["run"], "script": "ldae"}}, out / "ckpt.pt")
+    assert "script 'ldae' -> 'diffae'" in error_of(capsys, "--data", tiny, "--out", out, *short)
+    (out / "ckpt.pt").write_bytes(kept)
+    main("--data", tiny, "--out", out, *short)                             # and the right command still works
+
+
+def test_nobody_trained_on_is_tested_on_after_the_split_changed(tiny, tmp_path, capsys):
+    """First with --test (all of --data trains), then without: the old weights know today's test patients."""
+    other, out = tmp_path / "other.h5", tmp_path / "out"
+    D.write(str(other), [dict(image=images(8, seed=9), subject=np.repeat(["q0", "q1", "q2", "q3"], 2))], {})
+    short = ["--out", out, *FLAGS, "--rivals=false", "--prior_steps=0", "--steps=2"]
+    main("--data", tiny, "--test", other, *short)
+    capsys.readouterr()
+    assert "training_subjects" in error_of(capsys, "--data", tiny, *short)
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, ("touch " + os.environ["BOMB"],)
+
+
+@pytest.mark.parametrize("content", ["pickle", "torch pickle", "empty", "text", "truncated"])
+def test_damaged_or_hostile_checkpoint(content, tiny, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    path, mark = out / "ckpt.pt", tmp_path / "exploded"
+    monkeypatch.setenv("BOMB", str(mark))
+    if content == "pickle":
+        path.write_bytes(pickle.dumps(Bomb()))
+    elif content == "torch pickle":
+        torch.save({"step": 1, "run": Bomb()}, path)
+    else:
+        torch.save({"step": 1, "run": {}, "x": torch.zeros(1000)}, path)
+        path.write_bytes({"empty": b"", "text": b"a,b\n1,2\n", "truncated": path.read_bytes()[:1500]}[content])
+    message = error_of(capsys, "--data", tiny, "--out", out, *FLAGS)
+    assert "ckpt.pt" in message and not mark.exists()
+
+
+def test_eval_without_a_checkpoint(tiny, tmp_path, capsys):
+    assert "without --eval" in error_of(capsys, "--data", tiny, "--out", tmp_path / "out", *FLAGS, "--eval")
+
+
+def test_image_shapes_that_do_not_fit(tmp_path, capsys):
+    wide = tmp_path / "wide.h5"
+    D.write(str(wide), [dict(image=np.random.default_rng(0).integers(0, 255, (6, 16, 24), dtype=np.uint8),
+                             subject=np.array(list("abcdef")))], {})
+    assert "--size" in error_of(capsys, "--data", wide, "--out", tmp_path / "o", *[f for f in FLAGS if "--size" not in f])
+    deep = tmp_path / "deep.h5"
+    D.write(str(deep), [dict(image=np.random.default_rng(0).integers(0, 255, (6, 16, 16, 16), dtype=np.uint8),
+                             subject=np.array(list("abcdef")))], {})
+    assert "deep.h5" in error_of(capsys, "--data", deep, "--out", tmp_path / "o", *FLAGS)
+
+
+def test_one_class_only_skips_the_probe(tmp_path, capsys):
+    path = tmp_path / "one.h5"
+    D.write(str(path), [dict(image=images(24), subject=np.repeat([f"p{i:02d}" for i in range(12)], 2),
+                             label=np.ones(24, int))], {})
+    main("--data", path, "--out", tmp_path / "out", *FLAGS, "--rivals=false", "--prior_steps=0", "--steps=2")
+    assert "no probe: label" in capsys.readouterr().out
+    assert "probe_auroc" not in json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]
+
+
+def test_unknown_target(tiny, tmp_path, capsys):
+    assert "factor_size" in error_of(capsys, "--data", tiny, "--out", tmp_path / "out", *FLAGS, "--target=ejection")
+
+
+def test_continuous_target(tiny, tmp_path):
+    main("--data", tiny, "--out", tmp_path / "out", *FLAGS, "--target=factor_size", "--prior_steps=0", "--steps=2")
+    metrics = json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]
+    assert {"probe_r2", "probe_mae", "probe_mae.mean", "probe_mae.vae"} <= set(metrics)
+
+
+def test_real_hearts(tmp_path):
+    path = ROOT.parent / "shared" / "data" / "emidec.h5"
+    if not path.exists():
+        pytest.skip("no real EMIDEC file beside the repository")
+    main("--data", path, "--out", tmp_path / "out", *FLAGS, "--size=32", "--steps=4", "--prior_steps=2")
+    metrics = json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]
+    assert metrics["probe_auroc"]["n"] == 14
+    assert metrics["recon_ssim.copy"]["value"] > metrics["recon_ssim.constant"]["value"] > 0.1   # real anatomy
