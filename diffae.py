@@ -900,6 +900,8 @@ def evaluate(cfg, data, part, loader, models, prior):
     target = cfg.target or next((k for k in ("has_infarct", "label") if k in data.columns), "")
     try:
         y = data.columns.get(target, np.zeros(len(data)))
+        if not set(np.unique(y[y == y])) <= {0, 1}:      # y == y: not missing
+            print(f"{target} is not 0 or 1 everywhere: it is regressed, not classified")
         numbers, axis = M.probe_numbers(codes, y, part, data.subject, cfg.seed)
         metrics |= numbers
     except ValueError as e:

@@ -506,6 +506,23 @@ def test_whole_run_leaves_results_and_pictures(tiny, tmp_path, capsys):
     assert again["metrics"]["recon_ssim"] == results["metrics"]["recon_ssim"]
 
 
+@pytest.mark.parametrize("flags", [["--recipe=paper"], ["--z_scale=3"], ["--z_map=middle"], ["--z_map=none"]])
+def test_the_settings_that_readme_names_run(flags, tiny, tmp_path):
+    main("--data", tiny, "--out", tmp_path / "out", *FLAGS, "--steps=2", "--prior_steps=0", *flags)
+    metrics = json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]
+    assert "recon_ssim.vae" in metrics and ("recon_ssim.paper_recipe" in metrics) == (flags != ["--recipe=paper"])
+
+
+def test_z_scale_multiplies_z_sem_in_the_conditioning():
+    torch.manual_seed(0)
+    model = m.Model(TINY)
+    torch.nn.init.normal_(model.unet.conv_out.weight)
+    x, z, t = torch.randn(2, 1, 16, 16), torch.randn(2, 8), torch.tensor([3, 700])
+    tripled = model.output(x, t, 3 * z)
+    model.cfg = replace(TINY, z_scale=3.0)
+    assert torch.equal(model.output(x, t, z), tripled) and not torch.equal(tripled, model.output(x, t, 3 * z))
+
+
 def test_test_file_is_all_test(tiny, tmp_path):
     other = tmp_path / "other.h5"
     D.write(str(other), [dict(image=images(8, seed=9), subject=np.repeat(["q0", "q1", "q2", "q3"], 2),
