@@ -96,14 +96,16 @@ class Config:
     draws: int = 8            # random x_T over which the mean semantic reconstruction is taken
     eval_images: int = 1000   # at most this many test images are reconstructed
     prior_steps: int = 10000  # of the latent DDIM that draws new z_sem; 0: none
-    prior: tuple = (2048, 10) # its width and number of layers
+    prior_width: int = 2048   # of the MLP that it is
+    prior_layers: int = 10
 
 
 PRESETS = {
     "paper": {},
     "demo": dict(size=48, patch=2, base=32, mult=(1, 2, 4), enc_mult=(1, 2, 4, 4), blocks=1, attention=6,
                  groups=0, dropout=0.0, z_dim=128, steps=800, batch=32, lr=1e-3, save_every=200,
-                 eval_images=60, prior_steps=3000, prior=(256, 4)),
+                 eval_images=60, prior_steps=3000, prior_width=256,
+                 prior_layers=4),
 }
 RECIPES = {
     "ours": {},
@@ -113,6 +115,9 @@ RECIPES = {
 # What may differ when a run goes on in the same folder: nothing here alters what is learnt, only how far.
 FREE = {"data", "test", "out", "preset", "device", "target", "eval", "rivals", "steps", "bf16", "compile",
         "save_every", "log_every", "S", "stride", "draws", "eval_images", "prior_steps"}
+# The words that a field may hold.
+CHOICES = dict(predict=("v", "eps"), head=("position", "pool"), z_map=("image", "middle", "none"),
+               stride=("trailing", "leading"))
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -370,7 +375,7 @@ class Prior(nn.Module):
     Its forward is the training loss on a batch of standardised z_sem: L1, constant beta = 0.008."""
     def __init__(self, cfg):
         super().__init__()
-        z_dim, (hidden, layers) = cfg.z_dim, cfg.prior
+        z_dim, hidden, layers = cfg.z_dim, cfg.prior_width, cfg.prior_layers
         self.alpha_bar = 0.992 ** torch.arange(1, cfg.T + 1, dtype=torch.float64)
         self.time = nn.Sequential(nn.Linear(64, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
         self.lin = nn.ModuleList(nn.Linear(z_dim + hidden * (i > 0), hidden) for i in range(layers))
@@ -423,9 +428,9 @@ class Model(nn.Module):
                          cfg.z_dim, cfg.z_map)
         self.alpha_bar = linear_alpha_bar(cfg.T)    # stays on the CPU: samplers read single numbers from it
 
-    def encode(self, x0):
-        """x0 (B,1,H,W) in [-1,1] -> z_sem (B,z_dim)."""
-        return self.encoder(F.pixel_unshuffle(x0, self.cfg.patch))
+    def encode(self, batch):
+        """batch["image"] (B,1,H,W) in [-1,1] -> z_sem (B,z_dim)."""
+        return self.encoder(F.pixel_unshuffle(batch["image"], self.cfg.patch))
 
     def output(self, x_t, t, z_sem):
         """What the UNet predicts, v or eps. -> (B,1,H,W) float32."""
@@ -446,7 +451,7 @@ class Model(nn.Module):
     def forward(self, batch, g):
         x0 = augment(batch["image"], self.cfg.augment, self.cfg.flip, g)
         t, eps = random_t(len(x0), self.cfg.T, self.cfg.t_power, g), randn_like(x0, g)
-        return self.loss(x0, self.encode(x0), t, eps).mean()
+        return self.loss(x0, self.encode(batch | {"image": x0}), t, eps).mean()
 
 
 class VAE(nn.Module):
@@ -459,9 +464,14 @@ class VAE(nn.Module):
                                cfg.head, 2 * cfg.z_dim)
         self.decoder = Decoder(ch, width, cfg.base, cfg.enc_mult, cfg.blocks, cfg.groups, cfg.z_dim)
 
-    def encode(self, x0):
-        """x0 (B,1,H,W) -> posterior mean (B,z_dim): the code that is probed."""
-        return self.encoder(F.pixel_unshuffle(x0, self.cfg.patch)).float()[:, :self.cfg.z_dim]
+    def posterior(self, x0):
+        """x0 (B,1,H,W) -> mean and log variance of q(z|x0), each (B,z_dim) float32."""
+        mean, logvar = self.encoder(F.pixel_unshuffle(x0, self.cfg.patch)).float().chunk(2, 1)
+        return mean, logvar.clamp(-20, 10)
+
+    def encode(self, batch):
+        """batch["image"] (B,1,H,W) -> posterior mean (B,z_dim): the code that is probed."""
+        return self.posterior(batch["image"])[0]
 
     def decode(self, z):
         """z (B,z_dim) -> (B,1,H,W)."""
@@ -469,8 +479,7 @@ class VAE(nn.Module):
 
     def forward(self, batch, g):
         x0 = augment(batch["image"], self.cfg.augment, self.cfg.flip, g)
-        mean, logvar = self.encoder(F.pixel_unshuffle(x0, self.cfg.patch)).float().chunk(2, 1)
-        logvar = logvar.clamp(-20, 10)
+        mean, logvar = self.posterior(x0)
         recon = self.decode(mean + (logvar / 2).exp() * randn_like(mean, g))
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(1).mean()
         return (recon - x0).square().mean() + self.cfg.vae_beta * kl / x0[0].numel()
@@ -771,7 +780,7 @@ def in_batches(fn, *tensors, batch=64):
 def semantic_codes(model, loader):
     """z_sem (the VAE: its mean) of every row, not augmented. -> (N,z_dim) float32"""
     with amp(model.cfg, loader.device):
-        encode = lambda rows: model.encode(loader.batch(rows)["image"]).float()
+        encode = lambda rows: model.encode(loader.batch(rows)).float()
         return in_batches(encode, np.arange(len(loader)))
 
 
@@ -828,9 +837,9 @@ def watcher(cfg, loader, subject):
     wrong = torch.as_tensor(other_patient(subject[rows]))
 
     def watch(ema, step):
-        x0, g = loader.batch(rows)["image"], torch.Generator(loader.device).manual_seed(0)
-        with amp(cfg, x0.device):
-            z = in_batches(ema.encode, x0).float()
+        batch, g = loader.batch(rows), torch.Generator(loader.device).manual_seed(0)
+        with torch.inference_mode(), amp(cfg, loader.device):
+            x0, z = batch["image"], ema.encode(batch).float()
         true, shuffled = z_losses(ema, x0, z, z[wrong.to(z.device)], g, strata=4).mean((1, 2)).tolist()
         x0, z = x0[::4], z[::4]
         noise = torch.randn(x0.shape, generator=g, device=x0.device)
@@ -1010,31 +1019,33 @@ def check_config(c):
             D.fail(f"--{f.name} {value}: must be at least {low}")
         if type(value) is float and not 0 <= value < math.inf:
             D.fail(f"--{f.name} {value}: must be a number >= 0")
-    choices = dict(predict=("v", "eps"), head=("position", "pool"), stride=("trailing", "leading"),
-                   z_map=("image", "middle", "none"))
-    for key, known in choices.items():
+    for key, known in CHOICES.items():
         if getattr(c, key) not in known:
             D.fail(f"--{key} {getattr(c, key)}: choose from {', '.join(known)}")
-    unit = c.patch * 2 ** (max(len(c.mult), len(c.enc_mult)) - 1)
-    if c.size % unit:
-        near = c.size // unit * unit
-        fits = " or ".join(str(v) for v in (near, near + unit) if v)
-        D.fail(f"--size {c.size}: this network needs a multiple of {unit}, such as {fits}")
     if c.seed >= 2 ** 32 or c.device.split(":")[0] not in ("cuda", "mps", "cpu") or not c.out:
         D.fail(f"--seed {c.seed} --device {c.device} --out {c.out}: below 2**32; cuda, mps, cpu; a folder")
-    if c.size < 16:
-        D.fail(f"--size {c.size}: at least 16, SSIM's window is 11 pixels wide")
-    if c.base % 2 or c.groups and any(m * c.base % c.groups for m in (*c.mult, *c.enc_mult)):
-        D.fail(f"--base {c.base} --groups {c.groups}: widths must be even and multiples of the groups")
-    if c.S > c.T or not c.lr or c.ema >= 1 or c.dropout >= 1 or len(c.prior) != 2:
-        D.fail(f"--S {c.S} --lr {c.lr} --ema {c.ema} --dropout {c.dropout} --prior {c.prior}: needed are "
-               f"S <= T = {c.T}, lr > 0, ema and dropout < 1, prior as width,layers")
+    if c.S > c.T or not c.lr or c.ema >= 1 or c.dropout >= 1:
+        D.fail(f"--S {c.S} --lr {c.lr} --ema {c.ema} --dropout {c.dropout}: needed are S <= T = {c.T}, "
+               "lr > 0, ema and dropout < 1")
     if c.batch % ranks()[1]:
         D.fail(f"--batch {c.batch}: not divisible by {ranks()[1]} processes")
     try:
         torch.empty(1, device=c.device)
     except (RuntimeError, AssertionError) as e:
         D.fail(f"--device {c.device}: {str(e).splitlines()[0][:120]}")
+
+
+def check_network(c):
+    """Refuse sizes that the 2D networks cannot have, and name some that they can."""
+    unit = c.patch * 2 ** (max(len(c.mult), len(c.enc_mult)) - 1)
+    if c.size % unit:
+        near = c.size // unit * unit
+        fits = " or ".join(str(v) for v in (near, near + unit) if v)
+        D.fail(f"--size {c.size}: this network needs a multiple of {unit}, such as {fits}")
+    if c.size < 16:
+        D.fail(f"--size {c.size}: at least 16, SSIM's window is 11 pixels wide")
+    if c.base % 2 or c.groups and any(m * c.base % c.groups for m in (*c.mult, *c.enc_mult)):
+        D.fail(f"--base {c.base} --groups {c.groups}: widths must be even and multiples of the groups")
 
 
 def lock(out):
@@ -1056,21 +1067,52 @@ def lock(out):
     return handle
 
 
-PAPER = {"recon_ssim": 0.66, "semantic_ssim": 0.20, "probe_f1": 0.78}     # the study's numbers on EMIDEC
-
-
-def main(argv):
+def start(argv):
+    """The flags, checked, and the device, made ready. -> (Config, the keys that were given, torch.device)"""
     if "RANK" in os.environ:           # started by torchrun
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     cfg, given = parse(argv)
     check_config(cfg)
-    device, out, began = torch.device(cfg.device), Path(cfg.out), time.time()
-    rank, world = ranks()
+    device = torch.device(cfg.device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+    return cfg, given, device
+
+
+def stage(name, make, cfg, steps, loader, facts, watch=None):
+    """One network, make(cfg): trained from where it was left to `steps`; --eval: only loaded.
+
+    facts: what else its checkpoint must agree on. -> (EMA, step reached)"""
+    run = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(cfg).items()}
+    run = {k: v for k, v in run.items() if k not in FREE}
+    run |= dict(script=Path(__file__).stem, stage=name, **facts)
+    path = Path(cfg.out, f"{name}.pt")
+    if cfg.eval and not path.exists():
+        D.fail(f"{path}: not there; the same command without --eval trains it")
+    torch.manual_seed(mix(cfg.seed, 3))
+    return fit(make(cfg).to(loader.device), loader, cfg, name, run, 0 if cfg.eval else steps, watch)
+
+
+def leave():
+    """The rest is the work of one process: True for all others, which are done."""
+    rank, world = ranks()
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    return rank > 0
+
+
+PAPER = {"recon_ssim": 0.66, "semantic_ssim": 0.20, "probe_f1": 0.78}     # the study's numbers on EMIDEC
+
+
+def main(argv):
+    began = time.time()
+    cfg, given, device = start(argv)
+    check_network(cfg)
+    out, (rank, world) = Path(cfg.out), ranks()
     held = lock(out) if rank == 0 else None        # until the process ends
 
     path = cfg.data or str(out / "hearts.h5")
@@ -1100,38 +1142,25 @@ def main(argv):
 
     # A checkpoint must agree on these: nobody it was trained on may be tested on, whatever the split is now.
     who = hashlib.sha256("\n".join(sorted(set(data.subject[train]))).encode()).hexdigest()[:16]
-
-    def trained(name, make, cfg, steps, loader, watch=None):
-        """One stage: build, then train from where it was left; --eval: only load. -> (EMA, step reached)"""
-        run = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(cfg).items()}
-        run = {k: v for k, v in run.items() if k not in FREE}
-        run |= dict(script="diffae", stage=name, data=data.fingerprint, training_subjects=who)
-        if cfg.eval and not Path(out, f"{name}.pt").exists():
-            D.fail(f"{out / name}.pt: not there; the same command without --eval trains it")
-        torch.manual_seed(mix(cfg.seed, 3))
-        return fit(make(cfg).to(device), loader, cfg, name, run, 0 if cfg.eval else steps, watch)
-
+    facts = dict(data=data.fingerprint, training_subjects=who)
     images, unseen = (D.Loader({"image": data.image}, device, rows) for rows in (train, val))
     watch = watcher(cfg, unseen, data.subject[val]) if len(val) else None
     models = {}
-    models[""], reached = trained("ckpt", Model, cfg, cfg.steps, images, watch)
+    models[""], reached = stage("ckpt", Model, cfg, cfg.steps, images, facts, watch)
     if cfg.rivals:     # for as many steps, also when the run was longer once
-        models["vae"], _ = trained("ckpt_vae", VAE, cfg, reached, images)
+        models["vae"], _ = stage("ckpt_vae", VAE, cfg, reached, images, facts)
         if cfg.recipe == "ours":
             published = dataclasses.replace(cfg, recipe="paper", **RECIPES["paper"])
             watch = watcher(published, unseen, data.subject[val]) if len(val) else None
-            models["paper_recipe"], _ = trained("ckpt_paper", Model, published, reached, images, watch)
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()               # the rest is the work of one process
-        if rank > 0:
-            return
+            models["paper_recipe"], _ = stage("ckpt_paper", Model, published, reached, images, facts, watch)
+    if leave():
+        return
     everything, prior = D.Loader({"image": data.image}, device), None
     if cfg.prior_steps:
         z = semantic_codes(models[""], everything)[torch.as_tensor(train, device=device)]
         z = ((z - z.mean(0)) / z.std(0).clamp(min=1e-6)).cpu().numpy()
         codes = D.Loader({"z": z}, device)
-        prior, _ = trained(f"ckpt_prior_at_{reached}", Prior, cfg, cfg.prior_steps, codes)
+        prior, _ = stage(f"ckpt_prior_at_{reached}", Prior, cfg, cfg.prior_steps, codes, facts)
     metrics = evaluate(cfg, data, part, everything, models, prior)
     log = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
     metrics["train_img_s"] = M.row(np.median([r["img_s"] for r in log if "img_s" in r]), unit="1/s")

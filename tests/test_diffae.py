@@ -25,10 +25,11 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 AB = m.linear_alpha_bar(1000)
 TINY = m.Config(size=16, base=16, mult=(1, 2), enc_mult=(1, 2, 2), blocks=1, attention=8, groups=0, dropout=0.0,
                 z_dim=8, steps=12, batch=4, lr=1e-3, save_every=4, log_every=2, bf16=False, device="cpu", S=4, draws=2,
-                eval_images=8, prior_steps=5, prior=(16, 2))
+                eval_images=8, prior_steps=5, prior_width=16,
+                prior_layers=2)
 FLAGS = ["--size=16", "--base=16", "--patch=1", "--mult=1,2", "--enc_mult=1,2,2", "--blocks=1", "--attention=8",
          "--z_dim=8", "--steps=12", "--batch=4", "--save_every=4", "--log_every=2", "--bf16=false", "--device=cpu", "--S=4",
-         "--draws=2", "--eval_images=8", "--prior_steps=5", "--prior=16,2"]
+         "--draws=2", "--eval_images=8", "--prior_steps=5", "--prior_width=16", "--prior_layers=2"]
 
 
 def images(n=12, size=16, seed=0):
