@@ -391,13 +391,13 @@ def split(data, seed=0, fractions=(0.7, 0.1, 0.2)):
     return part[row_of]
 
 
-def load_study(path, test="", size=None, seed=0, square=True):
+def load_study(path, test="", size=None, seed=0, square=True, fractions=(0.7, 0.1, 0.2)):
     """-> (Dataset, (N,) "train"/"val"/"test"): path by its split; or path to train and all of `test` to test.
 
     size: images are resized to it; square=True refuses other shapes instead of padding them (exit 2)."""
     data, *more = [load(p, size, square=square) for p in (path, test) if p]
     if not more:
-        return data, split(data, seed)
+        return data, split(data, seed, fractions)
     other = more[0]
     both = sorted(set(data.subject) & set(other.subject))
     if both:

@@ -19,6 +19,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from scipy.stats import rankdata
 from sklearn.compose import TransformedTargetRegressor
+from sklearn.covariance import LedoitWolf
 from sklearn.decomposition import PCA
 from sklearn.ensemble import BaggingClassifier, BaggingRegressor
 from sklearn.exceptions import ConvergenceWarning
@@ -207,6 +208,20 @@ def regression(pred, y):
     error, spread = ((pred - y) ** 2).sum(), ((y - y.mean()) ** 2).sum()
     return {"r2": float(1 - error / spread) if spread else np.nan,
             "mae": float(abs(pred - y).mean()), "rmse": float(np.sqrt(error / len(y)))}
+
+
+def spearman(a, b):
+    """Rank correlation of (N,) and (N,), in [-1,1]; nan if one of them is constant."""
+    a, b = rankdata(a), rankdata(b)
+    return float(np.corrcoef(a, b)[0, 1]) if a.std() and b.std() else np.nan
+
+
+def mahalanobis(z, rows):
+    """Distance of z (N,d) from the mean of its `rows` in their standard deviations, (N,).
+
+    The covariance is shrunk (Ledoit & Wolf 2004): with few rows the plain one is singular."""
+    fitted = LedoitWolf().fit(to_numpy(z)[rows])
+    return np.sqrt(fitted.mahalanobis(to_numpy(z)))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -408,6 +423,16 @@ def factor_numbers(codes, columns, part, subject, seed=0):
             key = f"factor_r2_{name.removeprefix('factor_')}" + (f".{code}" if code else "")
             out[key] = row_of(lambda p, t: regression(p, t)["r2"], who, guess, y)
     return out
+
+
+def brain_age_gap(codes, age, train, rows, subject):
+    """Age as read from codes (N,k) by a ridge fit to the healthy `train` rows, minus the true one, (N,).
+
+    Such a guess falls towards the mean age, so the gap falls with age: the line of gap on age over `rows`,
+    held-out healthy, is taken off (de Lange & Cole 2020). -> (predict(codes) -> ages, gap)"""
+    model = probe("linear", "regression", codes[train], age[train], subject[train])
+    gap = model.predict(codes) - age
+    return model.predict, gap - np.polyval(np.polyfit(age[rows], gap[rows], 1), age)
 
 
 def write_atomically(path, data):
