@@ -492,8 +492,9 @@ class Loader:
 def write(path, parts, attrs):
     """Write schema v1 from a list of column dicts: one checksummed gzip chunk per image.
 
+    A single dict may hold a memmap: its images are read one by one.
     Complete or not at all (os.replace); a failure is one line and leaves an older file as it was."""
-    columns = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+    columns = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]} if len(parts) > 1 else parts[0]
     attrs, temporary = dict(attrs), f"{path}.{os.getpid()}.tmp"
     try:
         with h5py.File(temporary, "w") as file:
@@ -692,26 +693,44 @@ def phantom_hearts(path, subjects=100, seed=0, size=128, jitter=1.0):
 # ---------------------------------------------------------------------------------------------------
 # EMIDEC (Lalande et al. 2020): Case_N006/Images/Case_N006.nii.gz, Case_N006/Contours/..., "Case N006.txt"
 
+def read_voxels(path, zooms=1.0):
+    """.nii, .nii.gz or .npy -> (X,Y,Z) float32 as stored, (3,) mm per voxel, affine (npy: zooms, None).
+
+    Axes of length 1 beyond the third are dropped. ValueError says why not; nibabel raises others."""
+    if path.lower().endswith(".npy"):
+        volume, affine = np.load(path, mmap_mode="r", allow_pickle=False), None
+        volume = volume.squeeze() if volume.ndim > 3 else volume  # OpenBHB: (1,1,X,Y,Z)
+    else:
+        import nibabel
+        volume = nibabel.load(path)
+        affine = volume.affine
+        with nibabel.openers.ImageOpener(path) as file:  # nibabel would mend a spacing of 0 to 1 mm
+            header = type(volume.header).from_fileobj(file, check=False)
+        zooms = abs(header["pixdim"][1:4])  # not the affine: EMIDEC's says 1 mm, wrongly
+    shape = volume.shape[:3]
+    if len(shape) < 3 or min(shape) < 2 or max(volume.shape[3:], default=1) > 1:
+        raise ValueError(f"{path}: shape {volume.shape}, expected one volume")
+    if np.prod(shape, dtype=object) > 1e9:
+        raise ValueError(f"{path}: shape {volume.shape}, more than 1e9 voxels")
+    zooms = np.array(np.broadcast_to(zooms, 3), float)
+    if not (np.isfinite(zooms).all() and (zooms > 0).all()):
+        raise ValueError(f"{path}: spacing {zooms} mm")
+    voxels = volume.astype(np.float32) if affine is None else volume.get_fdata(dtype=np.float32)
+    if not np.isfinite(voxels).all():
+        raise ValueError(f"{path}: NaN or Inf")
+    return voxels.reshape(shape), zooms, affine
+
+
 def read_nifti(folder, case):
     """CASE.nii.gz of a folder -> (rows, columns, slices) float32 array, its spacing in mm.
 
     Also found: CASE.nii, and a folder of either name that holds the file. ValueError says why not."""
-    import nibabel
     pattern = os.path.join(glob.escape(folder), case + ".nii")
     found = [p for end in (".gz", "", "/*.nii*", ".gz/*.nii*") for p in sorted(glob.glob(pattern + end))
              if os.path.isfile(p)]
     if not found:
         raise ValueError(f"no {pattern}.gz")
-    volume = nibabel.load(found[0])
-    zooms = np.array(volume.header.get_zooms()[:3], float)  # not the affine: here it says 1 mm, wrongly
-    if len(volume.shape) != 3 or np.prod(volume.shape, dtype=object) > 1e9:
-        raise ValueError(f"{found[0]}: shape {volume.shape}, expected one volume")
-    if not (np.isfinite(zooms).all() and (zooms > 0).all()):
-        raise ValueError(f"{found[0]}: spacing {zooms} mm in the header")
-    voxels = volume.get_fdata(dtype=np.float32)
-    if not np.isfinite(voxels).all():
-        raise ValueError(f"{found[0]}: NaN or Inf")
-    return voxels, zooms
+    return read_voxels(found[0])[:2]
 
 
 def read_case(root, case):
