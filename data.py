@@ -4,6 +4,8 @@
     python data.py show    FILE_OR_FOLDER [--out X.png]    contact sheet with mask contours
     python data.py phantom hearts OUT.h5 [--subjects 100 --seed 0 --size 128 --jitter 1]
     python data.py emidec  ROOT OUT.h5 [--spacing MM]      EMIDEC's NIfTI folders -> HDF5
+    python data.py volumes TABLE.csv OUT.h5 [--spacing 1.5] [--shape 128,160,128 | --size N]
+                           [--slice axial:mid]             head scans that a CSV lists -> HDF5
 
     image    (N,H,W) or (N,D,H,W)  uint8, or float in [0,1]                             required
     subject  (N,) utf-8            the unit of every split, test and interval           required
@@ -13,7 +15,7 @@
     split    (N,) train/val/test   else made by split()
     anything else (N,) numeric is a probe target; factor_* are the known causes of a phantom
 """
-import argparse, difflib, glob, hashlib, os, re, sys
+import argparse, csv, difflib, glob, hashlib, io, json, os, re, sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +25,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageColor, ImageDraw
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:     # Windows: no lock on a conversion
+    fcntl = None
 
 
 def fail(message):
@@ -492,8 +499,9 @@ class Loader:
 def write(path, parts, attrs):
     """Write schema v1 from a list of column dicts: one checksummed gzip chunk per image.
 
+    A single dict may hold a memmap: its images are read one by one.
     Complete or not at all (os.replace); a failure is one line and leaves an older file as it was."""
-    columns = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+    columns = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]} if len(parts) > 1 else parts[0]
     attrs, temporary = dict(attrs), f"{path}.{os.getpid()}.tmp"
     try:
         with h5py.File(temporary, "w") as file:
@@ -692,26 +700,44 @@ def phantom_hearts(path, subjects=100, seed=0, size=128, jitter=1.0):
 # ---------------------------------------------------------------------------------------------------
 # EMIDEC (Lalande et al. 2020): Case_N006/Images/Case_N006.nii.gz, Case_N006/Contours/..., "Case N006.txt"
 
+def read_voxels(path, zooms=1.0):
+    """.nii, .nii.gz or .npy -> (X,Y,Z) float32 as stored, (3,) mm per voxel, affine (npy: zooms, None).
+
+    Axes of length 1 beyond the third are dropped. ValueError says why not; nibabel raises others."""
+    if path.lower().endswith(".npy"):
+        volume, affine = np.load(path, mmap_mode="r", allow_pickle=False), None
+        volume = volume.squeeze() if volume.ndim > 3 else volume  # OpenBHB: (1,1,X,Y,Z)
+    else:
+        import nibabel
+        volume = nibabel.load(path)
+        affine = volume.affine
+        with nibabel.openers.ImageOpener(path) as file:  # nibabel would mend a spacing of 0 to 1 mm
+            header = type(volume.header).from_fileobj(file, check=False)
+        zooms = abs(header["pixdim"][1:4])  # not the affine: EMIDEC's says 1 mm, wrongly
+    shape = volume.shape[:3]
+    if len(shape) < 3 or min(shape) < 2 or max(volume.shape[3:], default=1) > 1:
+        raise ValueError(f"{path}: shape {volume.shape}, expected one volume")
+    if np.prod(shape, dtype=object) > 1e9:
+        raise ValueError(f"{path}: shape {volume.shape}, more than 1e9 voxels")
+    zooms = np.array(np.broadcast_to(zooms, 3), float)
+    if not (np.isfinite(zooms).all() and (zooms > 0).all()):
+        raise ValueError(f"{path}: spacing {zooms} mm")
+    voxels = volume.astype(np.float32) if affine is None else volume.get_fdata(dtype=np.float32)
+    if not np.isfinite(voxels).all():
+        raise ValueError(f"{path}: NaN or Inf")
+    return voxels.reshape(shape), zooms, affine
+
+
 def read_nifti(folder, case):
     """CASE.nii.gz of a folder -> (rows, columns, slices) float32 array, its spacing in mm.
 
     Also found: CASE.nii, and a folder of either name that holds the file. ValueError says why not."""
-    import nibabel
     pattern = os.path.join(glob.escape(folder), case + ".nii")
     found = [p for end in (".gz", "", "/*.nii*", ".gz/*.nii*") for p in sorted(glob.glob(pattern + end))
              if os.path.isfile(p)]
     if not found:
         raise ValueError(f"no {pattern}.gz")
-    volume = nibabel.load(found[0])
-    zooms = np.array(volume.header.get_zooms()[:3], float)  # not the affine: here it says 1 mm, wrongly
-    if len(volume.shape) != 3 or np.prod(volume.shape, dtype=object) > 1e9:
-        raise ValueError(f"{found[0]}: shape {volume.shape}, expected one volume")
-    if not (np.isfinite(zooms).all() and (zooms > 0).all()):
-        raise ValueError(f"{found[0]}: spacing {zooms} mm in the header")
-    voxels = volume.get_fdata(dtype=np.float32)
-    if not np.isfinite(voxels).all():
-        raise ValueError(f"{found[0]}: NaN or Inf")
-    return voxels, zooms
+    return read_voxels(found[0])[:2]
 
 
 def read_case(root, case):
@@ -781,6 +807,325 @@ def emidec(root, out, spacing=None):
 
 
 # ---------------------------------------------------------------------------------------------------
+# Volumes: head scans that a CSV lists, e.g. ADNI, OASIS-3, IXI, OpenBHB or a private cohort. Stored as
+# D inferior to superior, H anterior (row 0) to posterior, W patient's left (column 0) to right: an axial
+# slice stands upright with left on the left. Slices of the other two planes have superior in row 0.
+
+MISSING = {"", "na", "n/a", "nan", "none", "null", "?"}
+HEALTHY = {"cn", "nc", "nl", "hc", "control", "controls", "healthy", "normal"}
+
+
+def read_table(path):
+    """CSV -> line numbers of its n rows, {column in lower case: n stripped texts}, hash of the file."""
+    try:
+        with open(path, "rb") as file:
+            raw = file.read()
+        text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError:  # an older Excel
+        text = raw.decode("latin-1")
+    except OSError as error:
+        fail(f"{path}: cannot be read: {error}")
+    if "\0" in text:
+        fail(f"{path}: not a text file; export the table as CSV")
+    first = (text.strip().splitlines() or [""])[0]
+    comma = max(",;\t", key=first.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=comma, skipinitialspace=True)
+    try:
+        rows = [(reader.line_num, [c.strip() for c in row]) for row in reader if any(map(str.strip, row))]
+    except csv.Error as error:
+        fail(f"{path}: line {reader.line_num}: not CSV: {error}")
+    header = [c.lower() for c in rows[0][1]] if rows else []
+    for name in ("path", "subject"):
+        if name not in header:
+            near = difflib.get_close_matches(name, header, 1)
+            fail(f"{path}: no column {name}, the header has {', '.join(header):.200}"
+                 + (f"; rename {near[0]} to {name}" if near else ""))
+    for name in header:
+        if name and header.count(name) > 1:
+            fail(f"{path}: column {name} occurs {header.count(name)} times; keep one")
+    if len(rows) == 1:
+        fail(f"{path}: a header but no rows; expected one row per volume")
+    for line, row in rows[1:]:
+        if any(row[len(header):]):
+            fail(f"{path}: line {line}: {len(row)} cells, the header has {len(header)}; "
+                 f"quote cells that contain {comma!r}")
+        row += [""] * (len(header) - len(row))
+        if comma == ";":  # decimal commas come with it
+            row[:] = [re.sub(r"^(-?\d+),(\d+)$", r"\1.\2", c) for c in row]
+    cells = {name: [row[k] for _, row in rows[1:]] for k, name in enumerate(header)}
+    return [line for line, _ in rows[1:]], cells, hashlib.sha256(raw).hexdigest()
+
+
+def number(text, allowed=lambda x: True):
+    """Text -> finite float for which allowed() holds, NaN if it says missing, else ValueError."""
+    if text.lower() in MISSING:
+        return np.nan
+    x = float(text)
+    if not (abs(x) < 3e38 and allowed(x)):  # a float32
+        raise ValueError(text)
+    return x
+
+
+def months(text):
+    """Session -> months: 6, M06, ses-M006, d0183 (days), bl or baseline; NaN if missing, else ValueError."""
+    found = re.fullmatch(r"(?:ses-)?(?:(bl|baseline)|m(\d+)|d(\d+))", text.lower())
+    if not found:
+        return number(text)  # not ses-1: the number of a visit is no month
+    return 0.0 if found[1] else float(found[2] or int(found[3]) / 30.4375)
+
+
+KINDS = dict(  # column: text -> number, and what to say of a text that is none
+    age=(number, "is no number of years"),
+    session=(months, "is no number of months; they are 6, M06, ses-M006, d0183 (days) or bl"),
+    time=(lambda text: number(text, lambda x: x > 0), "is no time > 0 in days"),
+    event=(lambda text: number(text, lambda x: x in (0, 1)), "is neither 0 (censored) nor 1"),
+    label=(lambda text: number(text, lambda x: x >= 0 and x == int(x)),
+           "is no whole number >= 0; names of classes go into a column diagnosis"))
+
+
+def classes(diagnoses):
+    """Texts -> {casefolded: label}, label names: 0 is healthy, the others are sorted and count from 1."""
+    spelt = {}
+    for text in diagnoses:
+        spelt.setdefault(text.casefold(), text)
+    sick = sorted(set(spelt) - HEALTHY - MISSING)
+    names = [next((spelt[t] for t in spelt if t in HEALTHY), "healthy"), *(spelt[t] for t in sick)]
+    return dict.fromkeys(HEALTHY, 0) | {t: k for k, t in enumerate(sick, 1)}, names
+
+
+def table_columns(path, lines, cells):
+    """Texts of n rows -> {name: (n,) array of the schema}, label names, (n,) why a row is skipped or "".
+
+    Fails, naming lines, on a value that its column cannot hold and on a repeated subject and session."""
+    given = {k: [t if t.lower() not in MISSING else "" for t in texts] for k, texts in cells.items()}
+    columns, names, nothing = dict(subject=np.array(given["subject"])), [], np.full(len(lines), np.nan)
+    for name, texts in given.items():
+        if name in ("path", "subject", "spacing") or not any(texts):
+            continue
+        if name == "sex":
+            columns[name] = np.array([t[:1].upper() for t in texts])
+        elif name == "split":
+            columns[name] = np.array([t.lower() for t in texts])
+        elif name == "diagnosis":
+            if not any(given.get("label", [])):
+                label, names = classes(texts)
+                if any(re.fullmatch(r"[\d.]+", n) for n in names):
+                    fail(f"{path}: diagnosis holds numbers; name them, or make it label with 0 = healthy")
+                columns["label"] = np.array([label.get(t.casefold(), np.nan) for t in texts])
+        else:
+            to_number, what = KINDS.get(name, (number, ""))
+            x, bad = np.empty(len(lines), np.float32), None
+            for i, text in enumerate(texts):
+                try:
+                    x[i] = to_number(text)
+                except ValueError:
+                    if what:
+                        fail(f"{path}: line {lines[i]}: {name} {text!r:.40} {what}")
+                    bad = f"line {lines[i]} holds {text!r:.40}"
+                    break
+            bad = "not a column of a table of volumes" if name in ("", "image", "mask") else bad
+            if bad:
+                print(f"warning: {path}: column {name or 'without a name'}: ignored, {bad}", file=sys.stderr)
+            else:
+                columns[re.sub(r"\W+", "_", name)] = x  # "a/b" would be a group
+
+    label, time, session = (columns.get(k, nothing) for k in ("label", "time", "session"))
+    unknown = np.isnan(label) & ("label" in columns)
+    why = ["no path" if not p else "no subject" if not s else "no diagnosis or label" if u else ""
+           for p, s, u in zip(given["path"], given["subject"], unknown)]
+    if "label" in columns:
+        columns["label"] = np.nan_to_num(label).astype(int)
+    if "event" in columns:  # NaN becomes 0: the healthy rows of a cohort may have no follow-up
+        odd = np.flatnonzero(np.isnan(columns["event"]) & ~np.isnan(time))
+        if len(odd):
+            fail(f"{path}: line {lines[odd[0]]}: a time without an event; 0 is censored, 1 happened")
+        columns["event"] = np.nan_to_num(columns["event"]).astype(np.uint8)
+    seen, part = {}, {}
+    for i, subject in enumerate(given["subject"]):
+        month = "no session" if np.isnan(session[i]) else f"month {session[i]:g}"
+        if subject and seen.setdefault((subject, month), i) != i:
+            fail(f"{path}: lines {lines[seen[subject, month]]} and {lines[i]} are both subject {subject}, "
+                 f"{month}; keep one, or tell them apart in a column session")
+        if subject and "split" in columns:
+            if columns["split"][i] not in ("train", "val", "test"):
+                fail(f"{path}: line {lines[i]}: split {cells['split'][i]!r:.40} is none of train, val, test")
+            first = part.setdefault(subject, i)
+            if columns["split"][first] != columns["split"][i]:
+                fail(f"{path}: lines {lines[first]} and {lines[i]} put subject {subject} into two splits")
+    return columns, names, why
+
+
+def read_brain(path, spacing, shape, mm=""):
+    """-> (D,H,W) uint8 around the head at one isotropic spacing, and whether the frame cuts the head.
+
+    mm: text, voxel size of a .npy. Grey window: percentiles 0.5-99.5 of what stands out from the corners
+    (air) by a tenth of the 98th percentile. A head taller than the frame keeps its top. ValueError, or one
+    of nibabel's many errors, says why not."""
+    if not path.lower().endswith((".nii", ".nii.gz", ".npy")):
+        raise ValueError("none of .nii, .nii.gz, .npy")
+    if not os.path.isfile(path):
+        raise ValueError("no such file")
+    x, zooms, affine = read_voxels(path, [number(v) for v in re.split(r"[\s,x]+", mm)] if mm else 1.0)
+    if affine is not None:  # a .npy has none: taken to point right, anterior, superior
+        import nibabel
+        turn = nibabel.io_orientation(affine)
+        if np.isnan(turn).any():
+            raise ValueError("the affine gives no orientation")
+        x, zooms = nibabel.apply_orientation(x, turn), zooms[np.argsort(turn[:, 0])]
+    x, zooms = x.transpose(2, 1, 0)[:, ::-1], zooms[::-1]
+    corners = x[::x.shape[0] - 1, ::x.shape[1] - 1, ::x.shape[2] - 1]
+    far = abs(x - np.median(corners))
+    if not far.any():
+        raise ValueError(f"empty: every voxel is {x[0, 0, 0]:g}")
+    head = far > 0.1 * np.percentile(far[far > 0], 98)
+    low, high = map(float, np.percentile(x[head], [0.5, 99.5]))
+    if head.sum() < 100 or high <= low:
+        raise ValueError(f"no brain: {head.sum()} voxels of {low:g} to {high:g} stand out from the corners")
+    x = np.clip((x - low) / (high - low), 0, 1)
+    x[far == 0] = 0  # black also where the background's 0 lies between the greys of the brain (z-scores)
+    areas = [head.sum(axes) for axes in ((1, 2), (0, 2), (0, 1))]
+    ends = np.array([np.flatnonzero(a > 0.02 * a.max())[[0, -1]] for a in areas])  # not single hot voxels
+    first, last, step = ends[:, 0], ends[:, 1] + 1, spacing / zooms
+    start = (first + last - step * shape) / 2
+    start[0] = max(start[0], last[0] - step[0] * shape[0])  # the neck goes, not the crown
+    depth, rows, columns = (axis_weights(x.shape[a], start[a], step[a], shape[a]) for a in range(3))
+    image = rows @ np.tensordot(depth, x, 1) @ columns.T
+    return np.rint(255 * image).astype(np.uint8), bool((last - first > step * shape).any())
+
+
+def read_plane(text, size, spacing):
+    """axial:mid, coronal:40 (row of the frame) or sagittal:-10 (mm from the middle to superior, anterior or
+    right) -> axis and index in a frame of size^3 voxels. Exits when it is none of them or lies outside."""
+    found = re.fullmatch(r"(axial|coronal|sagittal):(?:(mid)|(\d+)|([+-]\d+(?:\.\d+)?))", text)
+    if not found:
+        fail(f"--slice {text}: expected axial, coronal or sagittal, then :mid, :40 (row) or :+10 (mm)")
+    axis = ("axial", "coronal", "sagittal").index(found[1])
+    away = round(float(found[4] or 0) / spacing) * (-1 if axis == 1 else 1)  # H runs to posterior
+    index = int(found[3]) if found[3] else size // 2 + away
+    if not 0 <= index < size:
+        fail(f"--slice {text}: row {index} lies outside of 0 to {size - 1}")
+    return axis, index
+
+
+def resume(log, pixels, key, size, path):
+    """Cut a log and its pixel file (`size` bytes a volume) to the rows that are whole in both -> those rows.
+
+    Row: [line of the CSV, why skipped or "", frame cuts the head]. Another key: both are emptied."""
+    log.seek(0)
+    whole = log.read().split(b"\n")[:-1]  # what follows the last line end was being written
+    try:
+        before, *rows = map(json.loads, whole)
+    except ValueError:  # empty, or damaged
+        before, rows = None, []
+    kept = size * sum(not why for _, why, _ in rows)
+    if before != key or pixels.tell() < kept:
+        if log.tell() or pixels.tell():
+            print(f"{path}: from another table, other options or damaged; discarded")
+        rows, whole, kept = [], [json.dumps(key).encode()], 0
+        log.truncate(0)
+        log.write(whole[0] + b"\n")
+        log.flush()
+    log.truncate(sum(len(line) + 1 for line in whole))
+    pixels.truncate(kept)
+    return rows
+
+
+def volumes(table, out, spacing=1.5, shape=None, size=None, where=None):
+    """Convert the head scans of a CSV into frames of shape (D,H,W) voxels of `spacing` mm, or of size^3;
+    where="axial:mid" keeps one slice (size,size) of each.
+
+    Columns: path, subject; age, sex, diagnosis or label, session, time, event, split; spacing (mm, for .npy);
+    other numeric ones become probe targets. One volume is in memory at a time. OUT.part and OUT.part.log grow
+    row by row; after a kill the same command goes on from them and ends in the same file. Skipped rows are
+    listed with line and reason; a table that is wrong in itself exits 2 before any volume is read."""
+    if shape and (size or where):
+        fail("--shape is for whole volumes; --size gives the side of a cube, or of a slice")
+    shape = (size or 128,) * 3 if size or where else tuple(shape or (128, 160, 128))
+    if len(shape) != 3 or not all(8 <= n <= 1024 for n in shape) or not 0.01 <= spacing <= 100:
+        fail(f"shape {shape}, spacing {spacing}: expected three lengths of 8 to 1024, and mm")
+    axis, index = read_plane(where, shape[0], spacing) if where else (None, None)
+    frame = shape[1:] if where else shape
+    lines, cells, digest = read_table(table)
+    columns, names, reasons = table_columns(table, lines, cells)
+    if any(".nii" in p.lower() for p in cells["path"]):
+        try:
+            import nibabel  # noqa: F401
+        except ImportError:
+            fail("volumes reads NIfTI files: pip install nibabel")
+    if os.path.isdir(out):
+        fail(f"{out}: a folder; name the file to write")
+    part, mm = f"{out}.part", cells.get("spacing", [""] * len(lines))
+    try:
+        with open(part + ".log", "ab+") as log, open(part, "ab") as pixels:
+            try:
+                if fcntl:
+                    fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                fail(f"{part}: in use, another process converts to {out}")
+            except OSError:  # a network disk that has no locks
+                pass
+            for stale in glob.glob(f"{glob.escape(out)}.[0-9]*.tmp"):  # killed when it wrote the result
+                os.remove(stale)
+            key = [os.path.abspath(table), digest, spacing, list(shape), where]
+            rows = resume(log, pixels, key, int(np.prod(frame)), part)
+            if rows:
+                print(f"{part}: goes on after {len(rows)} of {len(lines)} rows")
+            for i in tqdm(range(len(rows), len(lines)), "converting", len(lines), initial=len(rows),
+                          unit="row", disable=None):
+                reason, cut = reasons[i], False
+                try:
+                    if not reason:
+                        path = os.path.join(os.path.dirname(table), cells["path"][i])
+                        image, cut = read_brain(path, spacing, shape, mm[i])
+                        if where:  # superior on top
+                            image = np.take(image, index, axis)[::-1 if axis else 1]
+                        if not image.any():
+                            raise ValueError("nothing of the brain in this slice")
+                except Exception as error:  # of a dozen types: files are damaged in many ways
+                    reason = " ".join(str(error).split()) or type(error).__name__
+                    reason = reason if path in reason else f"{path}: {reason}"
+                if reason:
+                    tqdm.write(f"skipped line {lines[i]}: {reason}")
+                else:
+                    pixels.write(image.tobytes())
+                    pixels.flush()
+                    os.fsync(pixels.fileno())  # so that no row is in the log that is not on disk
+                rows.append([lines[i], reason, cut])
+                log.write(json.dumps(rows[-1]).encode() + b"\n")
+                log.flush()
+            skipped = [f"line {line}: {why}" for line, why, _ in rows if why]
+            kept = np.array([not why for _, why, _ in rows])
+            if kept.any():
+                attrs = dict(source=f"python data.py volumes {os.path.basename(table)} --spacing {spacing:g} "
+                             + (f"--size {shape[0]} --slice {where}" if where else
+                                "--shape " + ",".join(map(str, shape))), spacing_mm=[spacing] * 3,
+                             licence="as the source's", orientation="D inferior to superior, H anterior to "
+                             "posterior, W left to right" + "; rows superior to inferior" * bool(axis))
+                if names:
+                    attrs["label_names"] = names
+                image = np.memmap(part, np.uint8, "r", shape=(int(kept.sum()), *frame))
+                write(out, [dict(image=image, **{k: x[kept] for k, x in columns.items()})], attrs)
+                del image
+        os.remove(part)
+        os.remove(part + ".log")
+    except OSError as error:
+        fail(f"{out}: cannot be written: {error}; the same command goes on from there")
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on from {part}")
+        raise SystemExit(130)
+    if not kept.any():
+        fail(f"{table}: none of {len(lines)} rows could be converted; the first: {skipped[0]}")
+    for line in skipped:
+        print("skipped", line)
+    cut = sum(cut for *_, cut in rows)
+    if cut:
+        print(f"warning: {cut} heads are larger than the frame of "
+              f"{' x '.join(f'{n * spacing:g}' for n in shape)} mm and were cut", file=sys.stderr)
+    print(f"{out}: {len(np.unique(columns['subject'][kept]))} subjects, {kept.sum()} images of "
+          f"{' x '.join(map(str, frame))} at {spacing:g} mm, {len(skipped)} of {len(lines)} rows skipped")
+
+
+# ---------------------------------------------------------------------------------------------------
 # Command line
 
 def summary(path):
@@ -841,7 +1186,8 @@ def show(path, out):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    verify, sheet, phantom, nifti = map(commands.add_parser, ("check", "show", "phantom", "emidec"))
+    verify, sheet, phantom, nifti, scans = map(
+        commands.add_parser, ("check", "show", "phantom", "emidec", "volumes"))
     verify.add_argument("path")
     sheet.add_argument("path")
     sheet.add_argument("--out", default="sheet.png")
@@ -852,7 +1198,14 @@ def main():
     nifti.add_argument("root")
     nifti.add_argument("out")
     nifti.add_argument("--spacing", type=float, help="mm per pixel; default: the smallest that fits all")
-    for p in (parser, verify, sheet, phantom, nifti):
+    scans.add_argument("table")
+    scans.add_argument("out")
+    scans.add_argument("--spacing", type=float, default=1.5, help="mm per voxel, default 1.5")
+    scans.add_argument("--shape", type=lambda text: [int(n) for n in text.split(",")],
+                       help="depth,height,width of a volume, default 128,160,128")
+    scans.add_argument("--size", type=int, help="a cube, or the side of a slice; default 128")
+    scans.add_argument("--slice", help="axial:mid, coronal:40 (row) or sagittal:-10 (mm from the middle)")
+    for p in (parser, verify, sheet, phantom, nifti, scans):
         p.error = lambda message: fail(f"{message}; see python data.py --help")  # one line, as all errors
     a = parser.parse_args()
     if a.command == "check":
@@ -862,8 +1215,10 @@ def main():
     elif a.command == "phantom":
         phantom_hearts(a.out, a.subjects, a.seed, a.size, a.jitter)
         print(a.out)
-    else:
+    elif a.command == "emidec":
         emidec(a.root, a.out, a.spacing)
+    else:
+        volumes(a.table, a.out, a.spacing, a.shape, a.size, a.slice)
 
 
 if __name__ == "__main__":
