@@ -228,3 +228,78 @@ def test_sex_code():
     assert M.sex_code(["M", "F"]).tolist() == [0, 1]       # equally many: the first of the alphabet
     for constant in (["", ""], ["M", ""], ["F", "F"]):
         assert np.ptp(M.sex_code(constant)) == 0
+
+
+# What a script reports
+
+KEYS = ["hr_per_sd", "hr_p", "hr_alone", "hr_alone_p", "ph_p", "c_index", "c_index_alone", "logrank_p", "ks_p"]
+
+
+def test_survival_numbers_of_a_planted_cohort():
+    severity, time, event, age, sex = cohort(5, n=260, hr=2)
+    sex[:9] = ""
+    scores = {"": -severity, "noise": np.random.default_rng(0).normal(size=260), "inverted": severity}
+    got = M.survival_numbers(scores, time, event, age, sex)
+    expected = {k + n for k in (*KEYS, "c_index_gain") for n in ("", ".noise", ".inverted")}
+    expected |= {"c_index.age_sex", "c_index_alone.age_sex", "events", "power"}
+    assert set(got) == expected and all(m["n"] == 260 for m in got.values())
+    value = {k: m["value"] for k, m in got.items()}
+    assert np.isfinite(list(value.values())).all()
+    low, high = got["hr_per_sd"]["ci"]
+    assert low < 0.5 < high < 0.9                          # planted 1 / 2 per SD of similarity
+    assert got["hr_per_sd"]["better"] == "lower" and value["hr_per_sd.inverted"] > 1.2
+    assert value["hr_per_sd.inverted"] == pytest.approx(1 / value["hr_per_sd"])
+    assert value["hr_p"] < 1e-6 < 0.01 < value["hr_p.noise"] and value["logrank_p"] < 1e-3
+    assert value["c_index"] > value["c_index.age_sex"] > 0.5
+    assert value["c_index_alone"] > 0.6 and value["c_index_alone.inverted"] < 0.4
+    assert value["c_index_alone"] == M.c_index(severity, time, event)
+    assert value["c_index.inverted"] == pytest.approx(value["c_index"])    # a Cox finds the sign by itself
+    assert value["c_index_alone.age_sex"] == value["c_index.age_sex"]
+    assert value["c_index_gain"] == pytest.approx(value["c_index"] - value["c_index.age_sex"])
+    assert got["c_index_gain"]["ci"][0] > 0
+    assert got["c_index_gain.inverted"]["ci"] == pytest.approx([0, 0], abs=1e-12)  # paired: the same risks
+    assert value["events"] == event.sum() and value["power"] == M.power(0.73, event.sum())
+    high = M.median_split(-severity)
+    assert value["ks_p"] == M.ks_p(time, high) and value["logrank_p"] == M.logrank_p(time, event, high)
+
+
+def test_interval_of_the_gain_is_that_of_the_paired_difference():
+    severity, time, event, age, sex = cohort(6, n=70)
+    got = M.survival_numbers({"": -severity}, time, event, age, sex, seed=4)
+    base = {"age": age, "sex": M.sex_code(sex)}
+    ours, other = (M.cox_risk(time, event, x, seed=4) for x in ({"score": -severity, **base}, base))
+    difference = M.bootstrap(lambda a, b, t, e: M.c_index(a, t, e) - M.c_index(b, t, e), np.arange(70),
+                             ours, other, time, event)
+    assert got["c_index_gain"]["value"] == pytest.approx(difference["value"])
+    assert got["c_index_gain"]["ci"] == pytest.approx(difference["ci"], abs=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:survival")
+@pytest.mark.parametrize("events", [1, 3])
+def test_few_events_a_constant_and_a_nan_score_give_nan_and_not_a_crash(events):
+    severity, time, _, age, _ = cohort(7, n=40)
+    event = np.zeros(40)
+    event[np.argsort(time)[[2, 9, 20][:events]]] = 1
+    scores = {"": -severity, "constant": np.ones(40), "nan": np.where(age > 80, np.nan, severity)}
+    with pytest.warns(UserWarning, match=r"survival\.nan: cox"):
+        got = M.survival_numbers(scores, time, event, age, np.full(40, ""))
+    assert all(np.isnan(got[f"{k}.nan"]["value"]) for k in (*KEYS, "c_index_gain"))
+    assert np.isnan(got["hr_per_sd.constant"]["value"]) and got["c_index_alone.constant"]["value"] == 0.5
+    assert got["events"]["value"] == events and got["power"]["value"] < 0.1
+    assert np.isnan(got["c_index"]["value"]) == (events == 1)   # a single death cannot be held out
+    if events == 3:
+        assert got["c_index.constant"] == got["c_index.age_sex"]
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(time=[5, 0, 9, 7]), "time is not > 0 in 1 of 4 rows, the first is row 1"),
+    (dict(time=[5, 3, np.nan, 7]), "time is not > 0 in 1 of 4 rows, the first is row 2"),
+    (dict(event=[1, 0, 0, 2]), "event is not 0 or 1 in 1 of 4 rows, the first is row 3"),
+    (dict(event=[0, 0, 0, 0]), "none of 4 patients"),
+    (dict(age=[50, np.nan, 60, 70]), "age is missing"),
+    (dict(age=[50, 60]), "unequal lengths"), (dict(scores={"": [1, 2]}), "unequal lengths")])
+def test_bad_input_is_refused(change, message):
+    good = dict(time=[5, 6, 9, 7], event=[1, 1, 0, 1], age=[50, 60, 70, 80], sex=[""] * 4,
+                scores={"": [1, 2, 3, 4]})
+    with pytest.raises(ValueError, match=message):
+        M.survival_numbers(**good | change)
