@@ -289,7 +289,7 @@ def direction(model):
 # ------------------------------------------------------------------------------------------------------------
 # Survival: time in days > 0, event 1 = died, 0 = censored (alive when last seen). Two directions meet here: a
 # score is a similarity, higher = healthier = lives longer, so its hazard ratio is < 1; a risk is the reverse.
-# lifelines is imported where it is used: a second or more, for one script of four.
+# lifelines and matplotlib are imported where they are used: a second or more, for one script of four.
 
 def c_index(risk, time, event):
     """Harrell's C: of all pairs in which one is known to have died first, the share in which that one had the
@@ -508,6 +508,65 @@ def survival_numbers(scores, time, event, age, sex, seed=0):
         out[key] = interval(gain, draws["c_index"] - draws[f"c_index.{name}"])
     out["events"], out["power"] = row(event.sum(), n=n), row(power(0.73, event.sum()), n=n)
     return out
+
+
+def survival_curves(path, time, event, score, caption):
+    """Writes a PNG: Kaplan-Meier curves of the halves of score (N,) (higher = healthier) with 95 % bands,
+    a tick for every censored patient, how many are still at risk below, log-rank p in the legend."""
+    from lifelines import KaplanMeierFitter
+    from matplotlib.figure import Figure
+    time, event, high = to_numpy(time).astype(np.float64), to_numpy(event) > 0, median_split(score)
+    figure = Figure(figsize=(7, 5.2), layout="constrained")
+    axis, below = figure.subplots(2, 1, height_ratios=[7, 1])
+    halves = [("more similar to healthy", high, "#0072B2", "-"), ("less similar", ~high, "#D55E00", "--")]
+    halves = [h for h in halves if h[1].any()]  # a constant score has one
+    for label, half, color, style in halves:
+        km = KaplanMeierFitter().fit(time[half], event[half])
+        share, band = km.survival_function_.iloc[:, 0], km.confidence_interval_
+        axis.step(share.index, share, where="post", color=color, linestyle=style,
+                  label=f"{label}: {half.sum()} patients, {event[half].sum()} events")
+        axis.fill_between(band.index, *band.to_numpy().T, step="post", color=color, alpha=0.15, linewidth=0)
+        censored = np.sort(time[half & ~event])
+        axis.plot(censored, share.asof(censored), "|", color=color, markersize=6)
+    p = number(logrank_p(time, event, high))
+    axis.set(ylim=(0, 1.02), xlim=(0, None), xlabel="days", ylabel="event-free share (Kaplan-Meier)")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=9, title=f"halves at the median, log-rank p = {p}")
+    axis.secondary_xaxis("top", (lambda days: days / 365.25, lambda y: y * 365.25)).set_xlabel("years")
+    for t in axis.get_xticks():
+        for y, (_, half, color, _) in enumerate(halves):
+            if t <= axis.get_xlim()[1]:
+                below.text(t, -y, (time[half] >= t).sum(), color=color, ha="center", va="center", fontsize=9)
+    below.set(xlim=axis.get_xlim(), ylim=(0.6 - len(halves), 0.6), xticks=[], yticks=[])
+    below.set_ylabel("at risk", rotation=0, ha="right", va="center", labelpad=16)
+    below.spines[:].set_visible(False)
+    save_figure(path, figure, caption)
+
+
+def scatter(path, x, y, groups, xlabel, ylabel, caption, line=None):
+    """Writes a PNG: y over x (N,) each, coloured by groups {label: (N,) bool}; line: a curve (xs, ys)."""
+    from matplotlib.figure import Figure
+    x, y = to_numpy(x), to_numpy(y)
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
+    colors = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")  # Okabe and Ito: safe if colour-blind
+    for i, (label, rows) in enumerate(groups.items()):
+        axis.scatter(x[rows], y[rows], s=16, color=colors[i % 5], marker="osD^v"[i % 5], alpha=0.6,
+                     linewidth=0, label=f"{label} ({np.sum(rows)})")
+    if line is not None:
+        axis.plot(*line, color="black")
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=9)
+    save_figure(path, figure, caption)
+
+
+def save_figure(path, figure, caption):
+    """Matplotlib figure -> PNG, with the caption above it."""
+    figure.suptitle("\n".join(textwrap.wrap(caption, 95)), fontsize=10, x=0.01, ha="left")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    write_atomically(path, buffer.getvalue())
 
 
 # ------------------------------------------------------------------------------------------------------------

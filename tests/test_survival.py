@@ -7,6 +7,7 @@ from lifelines import CoxPHFitter
 from lifelines.datasets import load_rossi
 from lifelines.statistics import proportional_hazard_test
 from lifelines.utils import concordance_index
+from PIL import Image
 from scipy.stats import norm
 
 import metrics as M
@@ -303,3 +304,25 @@ def test_bad_input_is_refused(change, message):
                 scores={"": [1, 2, 3, 4]})
     with pytest.raises(ValueError, match=message):
         M.survival_numbers(**good | change)
+
+
+# Figures
+
+def test_survival_curves(tmp_path):
+    severity, time, event, *_ = cohort(8)
+    for name, score, lived in (("two", -severity, event), ("one", np.ones(220), event),
+                               ("all", -severity, np.ones(220)), ("none", -severity, np.zeros(220))):
+        M.survival_curves(tmp_path / f"{name}.png", time, lived, score, "Survival of the two halves. " * 6)
+        pixels = np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB")).reshape(-1, 3)
+        blue, red = ((pixels == c).all(1).sum() for c in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)))
+        assert red > 100 and (blue > 100) == (name != "one"), name   # a constant score has one half
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_scatter(tmp_path):
+    x = np.arange(40.0)
+    groups = {"healthy": x < 20, "patients": x >= 20}
+    M.scatter(tmp_path / "a.png", x, -x, groups, "age (years)", "similarity", "Caption")
+    M.scatter(tmp_path / "b.png", x, -x, groups, "age (years)", "similarity", "Caption", line=(x, -x))
+    a, b = (np.asarray(Image.open(tmp_path / f"{k}.png").convert("L")) for k in "ab")
+    assert a.shape == b.shape and (b < 30).sum() > (a < 30).sum() + 300   # the black line
