@@ -807,6 +807,25 @@ def table(metrics, keys, paper, width=110):
     return "\n".join(lines + textwrap.wrap(legend, width))
 
 
+def row_table(metrics, keys, paper):
+    """The same numbers turned: one line per ROW (ours first, as "ours"), one column per key, intervals in it.
+
+    For when many rows are compared by few keys. paper: key -> number, the last line."""
+    names = ["", *dict.fromkeys(k[len(key) + 1:] for key in keys for k in metrics if k.startswith(key + "."))]
+
+    def cell(m):
+        low, high = m.get("ci", (np.nan, np.nan))
+        return number(m.get("value")) + ("" if low != low else f" [{number(low)}, {number(high)}]")
+
+    lines = [["", *(k + {"higher": " ↑", "lower": " ↓"}.get(metrics.get(k, {}).get("better"), "")
+                   for k in keys)]]
+    lines += [[name or "ours", *(cell(metrics.get(f"{k}.{name}" if name else k, {})) for k in keys)]
+              for name in names]
+    lines += [["paper", *(number(paper.get(k)) for k in keys)]] if paper else []
+    size = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(c.ljust(n) for c, n in zip(line, size)).rstrip() for line in lines)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Figures.
 
