@@ -966,14 +966,14 @@ def phantom_brains(path, subjects=120, seed=0, size=48):
     """Write T1 volumes of controls (CN) and Alzheimer's disease (AD), 3-5 sessions each, 6 months apart.
 
     (D,H,W) = inferior to superior, anterior to posterior, left to right; D = W = size, H = size * 5/4 cut
-    to a multiple of 8; isotropic, H is 172 mm. age and session (months) are the session's; factor_rate: years
+    to a multiple of 8; isotropic, H is 176 mm. age and session (months) are the session's; factor_rate: years
     that this brain ages per year; factor_ventricle_ml, factor_hippocampus_ml: as drawn; factor_alzheimer
     0..1. All is held in memory, twice while writing: 480 volumes are 0.12 GB at 48x56x48, 2.5 GB at
     128x160x128. A subject depends on (seed, number); every second one has AD."""
     if subjects < 1 or seed < 0 or size < 16:
         fail(f"{path}: phantom needs subjects >= 1, seed >= 0, size >= 16")
     shape = size, size * 5 // 32 * 8, size
-    table, voxel = [], 172 / shape[1]
+    table, voxel = [], 176 / shape[1]
     frame = grid(shape, voxel)
     for i in tqdm(range(subjects), "brains", leave=False, disable=None):
         rng, ill = np.random.default_rng([seed, i]), i % 2
