@@ -707,12 +707,16 @@ MIDDLE = np.array([0.0, -16.0, 12.0])  # of the frame: the level of the thalami
 BRAIN = ["background", "CSF", "grey matter", "white matter", "ventricle", "hippocampus"]
 
 
-def waves(rng, x, y, z, length, n=8, slope=False):
-    """Sum (sd 1) of n random plane waves of `length` mm at x, y, z; with slope also its three derivatives."""
-    k = rng.standard_normal((n, 3))
+def waves(rng, x, y, z, length, n=8, slope=False, own=None):
+    """Sum (sd 1) of n random plane waves of `length` mm at x, y, z; with slope also its three derivatives.
+
+    own: the waves are the same for everybody, but for phases that differ by so much (radians, SD)."""
+    common = rng if own is None else np.random.default_rng(7)
+    k = common.standard_normal((n, 3))
     k *= 2 * np.pi / length / np.linalg.norm(k, axis=1, keepdims=True)
     total, slopes = 0, [0, 0, 0]
-    for (a, b, c), phase in zip(k.tolist(), rng.uniform(0, 2 * np.pi, n).tolist()):
+    phases = common.uniform(0, 2 * np.pi, n) + (0 if own is None else rng.normal(0, own, n))
+    for (a, b, c), phase in zip(k.tolist(), phases.tolist()):
         angle = a * x + b * y + c * z + phase
         total = total + np.cos(angle) * (2 / n) ** 0.5
         if slope:
@@ -779,11 +783,12 @@ def brain(rng, x, y, z, voxel, age=40.0, severity=0.0, alzheimer=0.0):
     # Ageing: slow at first, faster later. 0 at 20 years, 1 at 80.
     wear = 0.35 * (age - 20) / 60 + 0.65 * max(age - 45, 0) ** 2 / 35 ** 2
 
-    # The individual: warped coordinates; X = distance from the midplane; the surface of the cerebrum.
-    warp = [1.2 * waves(rng, x, y, z, 75, 6) + 0.4 * waves(rng, x, y, z, 34) for _ in range(3)]
+    # The individual: warped coordinates; X = distance from the midplane; the surface of the cerebrum. Little
+    # is left of shape and folding of one's own, as after deformable registration to a template.
+    warp = [0.36 * waves(rng, x, y, z, 75, 6) + 0.12 * waves(rng, x, y, z, 34) for _ in range(3)]
     x, y, z = (c + d for c, d in zip((x, y, z), warp))
     X, back, high = abs(x), y + 16, z - 18                             # from the middle of the head
-    stretch = np.exp(rng.normal(0, 0.023, 3)).tolist()
+    stretch = np.exp(rng.normal(0, 0.005, 3)).tolist()
     radii = 66 * stretch[0] * (1 - 0.0011 * back), 79 * stretch[1], 58 * stretch[2]
     e, _, steep = egg((x, back, high), radii, 2.1)
     hull = (1 - e) / steep                                             # depth in mm
@@ -792,17 +797,17 @@ def brain(rng, x, y, z, voxel, age=40.0, severity=0.0, alzheimer=0.0):
     centre = 1 - np.sqrt(((y + 4) / 40) ** 2 + ((z - 3) / 26) ** 2)  # > 0: below the corpus callosum's crest
 
     # Sulci are sheets that cut into the cerebrum: (distance, how far past the sheet's end, half width).
-    gap, wide = 0.35 + 0.75 * wear, 0.7 + 0.5 * wear
+    gap, wide = 0.35 + 1.2 * wear, 0.7 + 0.8 * wear
     ends = 17 + sided(1.5)
     bend = [1.6 * waves(rng, x, y, z, 26) for _ in range(4)]
-    strip = (y + 3 - sided(1.5) + 0.3 * (z - 16) + 0.28 * (62 - X)) * 0.92 + bend[0]  # central sulcus
+    strip = (y + 3 - sided(0.4) + 0.3 * (z - 16) + 0.28 * (62 - X)) * 0.92 + bend[0]  # central sulcus
     loss = np.clip(1 - (strip / 13) ** 2, 0, 1) * np.clip((34 - hull) / 12, 0, 1) * np.clip(z / 8, 0, 1)
     right, left = rng.permutation(np.float32([1, 0.65]))               # one side is worse
     loss = severity * loss * np.where(x > 0, right, left)
     insula = 39 - 0.8 * (y / 14) ** 2 + sided(1) + 0.6 * bend[3]
-    lip = (z - 16 + 0.7 * (y + 25) + sided(2)) * 0.82 + 0.5 * bend[1]  # Sylvian fissure: climbs backwards
+    lip = (z - 16 + 0.7 * (y + 25) + sided(0.5)) * 0.82 + 0.5 * bend[1]  # Sylvian fissure: climbs backwards
     over_lip = np.maximum(cerebrum - ends, 6 - lip)
-    sheets = [(strip, over_lip, wide + 0.35 * gap + 3.6 * loss),
+    sheets = [(strip, over_lip, wide + 0.35 * gap + 8 * loss),
               (strip - 14 + bend[1], over_lip + 3, 0.7 * wide),
               (strip + 14 + bend[2], over_lip + 2, 0.7 * wide),
               (lip, np.maximum(insula - X, -44 - y), wide + 0.5 + 0.4 * wear + 1.0 * alzheimer),
@@ -811,11 +816,11 @@ def brain(rng, x, y, z, voxel, age=40.0, severity=0.0, alzheimer=0.0):
     e, normal, _ = egg((X - 26, back, high), (np.where(X > 26, radii[0] - 26, 26), *radii[1:]))
     ray = np.maximum(e, 0.4)
     at = 26 + (X - 26) / ray + 99 * np.sign(x), back * (0.6 + 0.4 / ray), 0.65 * high / ray
-    fold, slope = waves(rng, *at, 21, 16, slope=True)
+    fold, slope = waves(rng, *at, 21, 16, slope=True, own=0.2)
     slope[2] = 0.65 * slope[2]                                         # sulci stand rather than lie
     along = sum(n * s for n, s in zip(normal, slope))
     fold = fold * ray / np.sqrt(sum(s * s for s in slope) - along ** 2 + 1e-3)
-    deep = 18 + 5 * waves(rng, x, y, z, 45, 6)
+    deep = 18 + 5 * waves(rng, x, y, z, 45, 6, own=0.2)
     pia, half = np.float32(99), np.float32(99)                         # depth below the nearest surface
 
     def cut(depth, width):
@@ -836,7 +841,7 @@ def brain(rng, x, y, z, voxel, age=40.0, severity=0.0, alzheimer=0.0):
     thick = (3.3 - 0.5 * wear) * (1 - 0.5 * loss - 0.25 * temporal) + sided(0.1)
 
     # Ventricles, and hippocampi below and medial of the temporal horns.
-    size = float(np.exp(rng.normal(0, 0.3))) * (0.75 + 1.1 * wear) * (1 + 0.6 * alzheimer)  # cross-section
+    size = float(np.exp(rng.normal(0, 0.2))) * (0.75 + 1.6 * wear) * (1 + 0.6 * alzheimer)  # cross-section
     grow = size ** 0.5 * np.exp(sided(0.06))
     tip = float(rng.normal(-62, 3))
     d_body = tube(X, y, z, [(13, 29, 7, 1.6), (7, 20, 12, 3.2), (6, 5, 18, 3.4), (10, -16, 20, 3),
@@ -853,7 +858,7 @@ def brain(rng, x, y, z, voxel, age=40.0, severity=0.0, alzheimer=0.0):
     image, mask = white, np.full(x.shape, 3, np.uint8)
     over(white - 0.18 * wear, np.exp(-np.maximum(np.minimum(d_body, d_horn), 0) / 5))
     tract = np.sqrt((X - 22.5) ** 2 + (y + 12 + 0.25 * (z - 16)) ** 2)  # corticospinal: internal capsule
-    over(white - 0.34, severity * np.clip(1.8 - tract / 3.6, 0, 1) * np.clip(3 - abs(z - 12) / 10, 0, 1))
+    over(white - 0.5, severity * np.clip(2.2 - tract / 3.6, 0, 1) * np.clip(3 - abs(z - 12) / 10, 0, 1))
     over(grey, inside(pia - thick), 2)
     over(grey + 0.05, inside(ball((27, 3, 6), (5.5, 16, 15), -0.18)), 2)      # putamen
     over(grey + 0.17, inside(ball((20, -3, 2), (3.5, 8, 9), -0.45)), 2)       # pallidum
@@ -883,10 +888,10 @@ def brain(rng, x, y, z, voxel, age=40.0, severity=0.0, alzheimer=0.0):
 
 
 def pose(rng, x, y, z, amount=1.0):
-    """What registration leaves: about 1 mm and 1.5 degrees, times amount -> x, y, z, float32."""
-    a, b, c = amount * rng.normal(0, 0.016, 3)
+    """What registration leaves: about 0.2 mm and 0.2 degrees, times amount -> x, y, z, float32."""
+    a, b, c = amount * rng.normal(0, 0.004, 3)
     turn = np.array([[1, a, b], [-a, 1, c], [-b, -c, 1]])              # small angles
-    shift = amount * rng.normal(0, 0.7, 3) - turn @ MIDDLE + MIDDLE
+    shift = amount * rng.normal(0, 0.2, 3) - turn @ MIDDLE + MIDDLE
     return [np.asarray(t[0] * x + t[1] * y + t[2] * z + s, np.float32) for t, s in zip(turn, shift)]
 
 
@@ -991,7 +996,7 @@ def phantom_brains(path, subjects=120, seed=0, size=48):
         at, months, rows = pose(rng, *frame), 6.0 * np.arange(rng.integers(3, 6)), []
         for years in months / 12:
             ill_now, old = float(stage + 0.05 * ill * rate * years), float(first + ahead + rate * years)
-            here = pose(rng, *at, 0.2)
+            here = pose(rng, *at, 0.7)
             drawn = brain_volume([seed, i, 1], *here, voxel, age=old, alzheimer=ill_now)
             ml = {f"factor_{k}_ml": drawn[k].sum(dtype=float) * voxel ** 3 / 1000
                   for k in ("ventricle", "hippocampus")}

@@ -84,7 +84,7 @@ def test_disease_is_local_and_grows_with_severity():
             change = abs(draw(k, age=60.0, severity=severity)["image"] - healthy["image"])
             sizes.append((change > 0.05).sum() / brain)
             totals.append(change.sum())
-        assert (np.diff(sizes) > 0).all() and (np.diff(totals) > 0).all() and 0.01 < sizes[-1] < 0.06
+        assert (np.diff(sizes) > 0).all() and (np.diff(totals) > 0).all() and 0.01 < sizes[-1] < 0.08
         assert (change == 0).mean() > 0.85                             # exactly the same elsewhere
         assert change[(y > 30) | (y < -40)].max() == 0                 # frontal, occipital
         assert change[abs(x) < 8].max() == 0                           # midline
@@ -95,7 +95,7 @@ def test_disease_is_local_and_grows_with_severity():
 def test_lesions_of_the_file(cohort):
     mask, severity = column(cohort, "mask"), column(cohort, "factor_severity")
     share = (mask == 4).sum((1, 2)) / (mask > 0).sum((1, 2))
-    assert not share[:20].any() and share.max() < 0.06
+    assert not share[:20].any() and share.max() < 0.08
     assert np.corrcoef(share[20:], severity[20:])[0, 1] > 0.8
 
 
@@ -203,7 +203,7 @@ def test_volume_files_keep_their_word(volumes, tmp_path):
         here, last, other = (image[k, 20:40, 12:44, 12:36].ravel().astype(float)
                              for k in (rows[0], rows[-1], rows[0] - len(image) // 2))
         own = np.corrcoef(here, last)[0, 1]                            # the same head, with new noise
-        assert 0.8 < own < 0.999 and own > np.corrcoef(here, other)[0, 1] + 0.2
+        assert 0.8 < own < 0.999 and own > np.corrcoef(here, other)[0, 1] + 0.1
     last = np.flatnonzero(np.append(subject[1:] != subject[:-1], True))
     first = np.append(0, last[:-1] + 1)
     growth = np.log(ventricle[last] / ventricle[first]) / session[last]
