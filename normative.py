@@ -1241,8 +1241,14 @@ def main(argv):
     metrics["peak_gb"] = M.row(peak_gb(device), unit="GB", better="lower")
     M.save_results(out / "results.json", "normative", cfg.data or "phantom cohort", count,
                    time.time() - began, dataclasses.asdict(cfg) | dict(steps=reached), metrics, device)
-    print(M.table(metrics, [k for k in metrics if "." not in k], PAPER))
-    print("Scores: similarity to healthy, higher = healthier, so a good one has a hazard ratio below 1.")
+    scores = [k for k in ("hr_per_sd", "hr_p", "c_index", "c_index_alone", "logrank_p", "ks_p", "auroc",
+                          "severity_r") if k in metrics]
+    print(M.table(metrics, [k for k in metrics if "." not in k and k not in scores], {}))
+    print(f"\nScores: similarity to healthy, higher = healthier: a good one has a hazard ratio below 1.\n"
+          f"{M.row_table(metrics, scores, PAPER)}\n"
+          "hr_per_sd and c_index: Cox of score, age and sex (c_index out of fold); c_index_alone: the score as it "
+          "is. ks_p ignores censoring.\nauroc: patients against controls, beyond age. Intervals: of hr_per_sd "
+          "Wald, else bootstrap over patients.")
     print(f"{time.time() - began:.0f} s. Numbers: {out}/results.json. Pictures: {out}/*.png")
 
 
