@@ -539,6 +539,34 @@ def smooth_noise(rng, n, size, cell, shared=0.8):
     return noise / noise.std()
 
 
+def ellipse(x, y, a, b, corners=1):
+    """Signed distance, to first order, to the ellipse with half-axes a, b around 0; negative inside."""
+    e = corners * np.sqrt((x / a) ** 2 + (y / b) ** 2) + 1e-3
+    return e * (e - 1) / np.sqrt((x / a ** 2) ** 2 + (y / b ** 2) ** 2 + 1e-9)
+
+
+def lung(rng, pixel, fine, coarse):
+    """(n,size,size) grey values of lung with 45 vessels; pixel (size,) runs from about -48 to 48."""
+    image = rng.uniform(0.05, 0.2) + 0.02 * fine + 0.02 * coarse
+    spot = rng.uniform(-48, 48, (2, 1, 1, 45)) + rng.normal(0, 4, (2, len(fine), 1, 45))  # drift over slices
+    down, across = np.exp(-0.5 * ((pixel[:, None] - spot) / rng.uniform(0.5, 1.5, 45)) ** 2)
+    return image + 0.3 * (down * rng.uniform(0.2, 1, 45)) @ across.transpose(0, 2, 1)
+
+
+def scanner(rng, image, fine, coarse, slope, noise=1.0):
+    """Texture, contrast, surface-coil bias (along slope), Rician noise -> (n,size,size) uint8, the gamma.
+
+    noise scales the sd, which falls as pixels grow."""
+    n, size, _ = image.shape
+    gamma, sigma = np.exp(rng.normal(-0.05, 0.12)), rng.uniform(0.018, 0.03) * size / 128
+    image = np.clip(image * (1 + 0.03 * fine + 0.03 * coarse), 0, None) ** gamma
+    bias = np.exp(0.12 * smooth_noise(rng, 1, size, 64) + rng.uniform(0.0, 0.2) * slope / 64)
+    image = image * bias / bias.mean() * rng.normal(1, 0.03, (n, 1, 1))
+    real, imaginary = rng.standard_normal((2, n, size, size), np.float32) * (sigma * noise)
+    image = np.sqrt((image + real) ** 2 + imaginary ** 2)
+    return np.rint(255 * np.clip(image, 0, 1)).astype(np.uint8), gamma
+
+
 def heart(rng, size, jitter, infarcted):
     """One subject of phantom_hearts -> its columns, 6-8 slices from base to apex."""
     n = int(rng.integers(6, 9))
@@ -578,8 +606,7 @@ def heart(rng, size, jitter, infarcted):
     a, b = 0.28 * outer + width, outer * (1.02 - 0.25 * z ** 2) * rng.normal(1, 0.05)
     rx, ry = x + 0.72 * outer, y + rng.normal(2.5, 1.5) - 0.18 * (x + outer)
     corners = 1 + 0.07 * np.cos(3 * np.arctan2(ry, rx) + 0.5)
-    ellipse = corners * np.sqrt((rx / a) ** 2 + (ry / b) ** 2) + 1e-3
-    d_rv = ellipse * (ellipse - 1) / np.sqrt((rx / a ** 2) ** 2 + (ry / b ** 2) ** 2 + 1e-9)
+    d_rv = ellipse(rx, ry, a, b, corners)
     d_heart = np.minimum(d_epi, d_rv - 2.2)
 
     # Grey values as the inversion time leaves them: myocardium nulled, blood medium, scar and fat bright.
@@ -588,10 +615,7 @@ def heart(rng, size, jitter, infarcted):
     coarse, fine = smooth_noise(rng, n, size, 14), smooth_noise(rng, n, size, 4, 0.3)
 
     # Thorax: lung with vessels, liver below, stomach, aorta, chest wall to the upper left.
-    image = rng.uniform(0.05, 0.2) + 0.02 * fine + 0.02 * coarse
-    spot = rng.uniform(-48, 48, (2, 1, 1, 45)) + rng.normal(0, 4, (2, n, 1, 45))  # drift between slices
-    down, across = np.exp(-0.5 * ((pixel[:, None] - spot) / rng.uniform(0.5, 1.5, 45)) ** 2)
-    image = image + 0.3 * (down * rng.uniform(0.2, 1, 45)) @ across.transpose(0, 2, 1)
+    image = lung(rng, pixel, fine, coarse)
     lean = rng.normal(0, 0.1)
     d_liver = rng.normal(37, 3) - 6 * z + y * np.cos(lean) + x * np.sin(lean) + 0.004 * (x + 20) ** 2
     over(fat * 0.85, inside(d_liver - 3))
@@ -646,16 +670,10 @@ def heart(rng, size, jitter, infarcted):
     mask[(d_core < 0) & (mask == 3)] = 4
     mask[d_endo < 0] = 1
 
-    # Scanner: texture, contrast, surface-coil bias, Rician noise (sd per pixel falls as pixels grow).
-    gamma, sigma = np.exp(rng.normal(-0.05, 0.12)), rng.uniform(0.018, 0.03) * size / 128
-    image = np.clip(image * (1 + 0.03 * fine + 0.03 * coarse), 0, None) ** gamma
-    bias = np.exp(0.12 * smooth_noise(rng, 1, size, 64) + rng.uniform(0.0, 0.2) * (y - x) / 64)
-    image = image * bias / bias.mean() * rng.normal(1, 0.03, (n, 1, 1))
-    real, imaginary = rng.standard_normal((2, n, size, size), np.float32) * sigma
-    image = np.sqrt((image + real) ** 2 + imaginary ** 2)
+    image, gamma = scanner(rng, image, fine, coarse, y - x)
     fraction = infarct_fraction(mask)
     return dict(
-        image=np.rint(255 * np.clip(image, 0, 1)).astype(np.uint8), mask=mask, slice=np.arange(n),
+        image=image, mask=mask, slice=np.arange(n),
         label=np.full(n, int(infarcted)), has_infarct=(fraction > 0).astype(np.uint8),
         infarct_fraction=fraction, age=np.full(n, age), sex=np.full(n, "M" if male else "F"),
         factor_infarct_fraction=fraction, factor_transmurality=np.where(fraction > 0, depth.max((1, 2)), 0),
