@@ -3,6 +3,7 @@
     python data.py check   FILE_OR_FOLDER                  verify, naming file, dataset and row
     python data.py show    FILE_OR_FOLDER [--out X.png]    contact sheet with mask contours
     python data.py phantom hearts OUT.h5 [--subjects 100 --seed 0 --size 128 --jitter 1]
+    python data.py phantom views  OUT.h5 [--subjects 60 --seed 0 --size 128]
     python data.py emidec  ROOT OUT.h5 [--spacing MM]      EMIDEC's NIfTI folders -> HDF5
 
     image    (N,H,W) or (N,D,H,W)  uint8, or float in [0,1]                             required
@@ -11,6 +12,7 @@
     label    (N,) int >= 0         classes; attr label_names
     age sex session time event     years, text, months, days > 0, 0/1;  NaN and "" are missing
     split    (N,) train/val/test   else made by split()
+    view phase slice  (N,) ints    cine: 0 SA, 1 LA;  0 ED, 1 ES;  from base or apex, as scanned
     anything else (N,) numeric is a probe target; factor_* are the known causes of a phantom
 """
 import argparse, difflib, glob, hashlib, os, re, sys
@@ -238,7 +240,7 @@ def read_columns(path, warnings):
             if d.nbytes > 50e9 and d.nbytes > 2000 * stored:
                 fail(f"{path}: {name}: declares {d.nbytes / 1e9:.0f} GB but stores {stored / 1e6:.3g} MB; "
                      "refused as damaged or hostile")
-            attrs.update({k: as_python(d.attrs[k]) for k in ("label_names", "mask_names") if k in d.attrs})
+            attrs.update({k: as_python(v) for k, v in d.attrs.items() if k.endswith("_names")})
             if name in ("image", "mask"):
                 columns[name] = d.shape
                 continue
@@ -522,6 +524,36 @@ def write(path, parts, attrs):
 
 
 # ---------------------------------------------------------------------------------------------------
+# Cine MR
+
+CINE = ["background", "LV cavity", "myocardium", "RV cavity"]  # the mask ids of all cine files written here
+CINE_NAMES = dict(mask_names=CINE, view_names=["SA", "LA"], phase_names=["ED", "ES"])
+
+
+def cine_ids(data):
+    """-> (256,) uint8 that takes the mask ids of a Dataset to those of CINE: cine_ids(data)[mask].
+
+    Read from the file's own names: the attribute mask_names, or text in `mask` such as ACDC's "0 background,
+    1 RV cavity, 2 LV myocardium, 3 LV cavity". Fails if they are not these four, or a value has no name."""
+    table, names = np.full(256, 255, np.uint8), data.attrs.get("mask_names") or data.attrs.get("mask", "")
+    kinds = ((2, "myo"), (3, "rv|right"), (1, "lv|left"), (0, "background"))  # "LV myocardium" is a 2
+    for k, name in enumerate(names.split(",") if isinstance(names, str) else names):
+        number = re.match(r"\s*(\d\d?)\b", name)
+        kind = next((i for i, pattern in kinds if re.search(pattern, name.lower())), 254)
+        table[int(number[1]) if number else k] = kind
+    need = f"needs {', '.join(CINE)} once each in the attribute mask_names, in the order of its ids"
+    if data.mask is None or sorted(table[table < 255]) != [0, 1, 2, 3]:
+        fail(f"{data.path}: mask: {'missing' if data.mask is None else f'names {names or None}'}; {need}")
+    for rows in blocks(data.mask):
+        mask = data.mask[rows]
+        odd = (table[mask] > 3).any((1, 2))
+        if odd.any():
+            k = int(np.argmax(odd))
+            fail(f"{data.path}: mask[{rows[k]}]: holds {np.unique(mask[k])}, named are only {names}; {need}")
+    return table
+
+
+# ---------------------------------------------------------------------------------------------------
 # Phantom hearts
 
 UNIT = 1.3  # mm: the lengths below are in these
@@ -708,6 +740,171 @@ def phantom_hearts(path, subjects=100, seed=0, size=128, jitter=1.0):
 
 
 # ---------------------------------------------------------------------------------------------------
+# Phantom views: one beating heart in short axis and in four chambers, as cine MR shows it. Lengths in mm.
+
+FRAME = 220.0  # an image of phantom_views is this wide
+
+
+def cine(rng, size, group):
+    """One subject of phantom_views -> its columns: 5-7 short-axis slices and a four-chamber view, ED and ES.
+
+    group: 0 healthy, 1 dilated (large and weak), 2 hypertrophic (thick and strong)."""
+    who = dict(radius=np.clip(rng.normal([24, 31, 21][group], 1.6), 17, 35),
+               wall=np.clip(rng.normal([8.5, 8, 15][group], 1.0), 6, 18),
+               ef=np.clip(rng.normal([0.60, 0.27, 0.68][group], 0.04), 0.15, 0.78),
+               blood=rng.uniform(0.6, 0.78), muscle=rng.uniform(0.15, 0.25), fat=rng.uniform(0.8, 1.0),
+               skin=rng.uniform(7, 20), scale=np.clip(rng.normal(1, 0.05), 0.88, 1.12))
+    views = [cine_view(rng, size, n, n == 1, **who) for n in (int(rng.integers(5, 8)), 1)]
+    columns = {k: np.concatenate([v[k] for v in views]) for k in views[0]}
+    return columns | dict(label=np.full(len(columns["view"]), group))
+
+
+def cine_view(rng, size, n, long_axis, radius, wall, ef, blood, muscle, fat, skin, scale):
+    """n slices of one heart at ED, then the same at ES -> columns of 2n rows."""
+    z = np.tile(np.linspace(0.12, 0.86, n) if n > 1 else [0.5], 2)[:, None, None]    # 0 base ... 1 apex
+    es = np.repeat([0.0, 1.0], n)[:, None, None]
+    shift = np.clip(rng.normal(0, 6, (2, 1, 1, 1)), -14, 14)
+    dx, dy = np.tile(shift + rng.normal(0, 1, (2, n, 1, 1)), (1, 2, 1, 1))             # breath-holds differ
+    rotation, pixel = rng.normal(0, 7), ((np.arange(size) + 0.5) / size - 0.5) * FRAME
+    turn, across = np.deg2rad(rotation), 18 if long_axis else -10
+    gx, gy = pixel[None, None, :] - dx - across, -pixel[None, :, None] - dy - 5        # y points up
+    x = (np.cos(turn) * gx + np.sin(turn) * gy) / scale
+    y = (np.cos(turn) * gy - np.sin(turn) * gx) / scale
+    coarse, fine = (np.tile(smooth_noise(rng, n, size, *a), (2, 1, 1)) for a in ((14,), (4, 0.3)))
+    image = 0.5 * np.tile(lung(rng, pixel * 96 / FRAME, fine[:n], coarse[:n]), (2, 1, 1))
+
+    def inside(distance):  # share of a pixel that lies inside: smooth partial volume
+        return 0.5 - 0.5 * np.tanh(distance * 0.8 / max(0.8, FRAME / size))
+
+    def over(colour, share):
+        nonlocal image
+        image = image + (colour - image) * share
+
+    def wave(k, amount):
+        return amount * np.cos(k * angle - rng.uniform(0, 2 * np.pi))
+
+    # A beat: the base moves towards the apex, and the wall thickens so that its volume stays.
+    short = 1 - 0.25 * ef * es                                          # length now / length at ED
+    squeeze, grown = 1 - 0.2 * es, 1 + 0.1 * es                         # right ventricle; atria
+    length = 84 * np.sqrt(radius / 24) * short
+    r = radius * np.sqrt((1 - ef * es) / short)
+    t = np.sqrt(r * r + ((radius + wall) ** 2 - radius ** 2) / short) - r
+    outer = radius + wall
+
+    # The heart as signed distances. The LV is an ellipsoid, widest 0.3 of its length from the base.
+    if long_axis:                                                       # u: base to apex, v: septum to side
+        axis = np.deg2rad(rng.normal(48, 5))
+        u, v = np.cos(axis) * x + np.sin(axis) * y, np.sin(axis) * x - np.cos(axis) * y
+        base, angle = length / short / 2 - length, np.arctan2(v, u)
+        valve = base - u + 2 * np.cos(v / 10)                           # < 0: on the side of the ventricles
+        w, half = u - base - 0.3 * length, 0.7 * length
+        d_endo = np.maximum(ellipse(w, v, half, r, 1 + wave(7, 0.015)), valve)
+        d_epi = np.maximum(ellipse(w, v, half + 0.75 * t, r + t), valve)
+        wide = outer / 2 + 33 * squeeze
+        d_rv = ellipse(w + 0.1 * length, v + outer / 2, 0.6 * length, wide, 1 + wave(3, 0.02))
+        d_rv = np.maximum(np.maximum(d_rv, 0.5 - d_epi), valve + 2)
+        left = ellipse(u - base + 17 * grown, v + 3, 28 * grown, 25 * grown, 1 + wave(2, 0.04))
+        right = ellipse(u - base + 15 * grown, v + outer + 14, 28 * grown, 25 * grown, 1 + wave(2, 0.05))
+        d_atria = np.maximum(np.minimum(left, np.maximum(right, 2.5 - left)), 2.5 - valve)
+        d_papillary, belly = ellipse(w - 0.12 * half, v - 0.6 * r, 0.25 * half, 3.5), 0.8
+    else:
+        rho, angle = np.hypot(x, y), np.arctan2(y, x)                   # 0 lateral, 90 anterior, 180 septum
+        part = np.clip(1 - (1 - z) / short, 0, 1)                       # which part is in this plane now
+        profile = np.sqrt(1 - ((part - 0.3) / 0.7) ** 2)
+        r, t, outer = r * profile, t * (1 - 0.25 * part ** 2), radius * profile + wall
+        d_endo = rho - r * (1 + wave(2, 0.04) + wave(3, 0.03) + wave(9, 0.012))
+        d_epi = d_endo - t * (1 + wave(1, 0.08))
+        wide = 30 * squeeze * np.sqrt(np.clip(1 - (part / 0.93) ** 2.2, 0, 1))
+        rx, ry = x + 0.78 * outer, y + 5 - 0.2 * (x + outer)
+        d_rv = ellipse(rx, ry, 0.24 * outer + wide, outer * (1.05 - 0.25 * z ** 2) * np.sqrt(squeeze),
+                       1 + 0.09 * np.cos(3 * np.arctan2(ry, rx) + 0.5))
+        d_rv, d_atria = np.maximum(d_rv, 0.5 - d_epi), np.full(x.shape, 99.0)
+        belly = np.sqrt(np.clip(1 - ((part - 0.55) / 0.4) ** 2, 0, 1))
+        at = np.deg2rad(rng.normal([40, 235], 8))[:, None, None, None]
+        d_papillary = np.hypot(x - 0.68 * r * np.cos(at), y - 0.68 * r * np.sin(at)).min(0)
+        d_papillary -= (0.13 * radius + 1) * belly
+    d_heart = np.minimum(np.minimum(d_epi, d_rv - 3), d_atria - 2)
+
+    # The chest wall. Short axis: the front of the chest is to the left. Four chambers: seen from below.
+    a, b, cx, cy = (150, 98, -25, -18) if long_axis else (100, 155, 22, -30)
+    bx, by = x - cx - rng.normal(0, 3), y - cy - rng.normal(0, 3)
+    angle = np.arctan2(by / b, bx / a)
+    d_skin = ellipse(bx, by, a + skin, b + skin, 1 + wave(3, 0.015))
+    d_flesh = d_skin + skin * (1 + wave(1, 0.35) + wave(3, 0.2) + wave(5, 0.08))
+    d_chest = d_flesh + rng.uniform(8, 11) + wave(4, 2)
+    over(0.02, 1 - inside(d_skin))
+    over(fat + 0.03 * coarse, inside(d_skin) * (1 - inside(d_chest)))
+    over(muscle * 1.1, inside(abs(d_flesh + 5) - 4.5 - wave(6, 1.5)))
+    d_rib = np.hypot(d_chest - 4.5, 4.5 * ((14 * angle / np.pi + rng.uniform(0, 2)) % 2 - 1)) - 3
+    over(0.06, inside(d_rib - 1.2))
+    over(0.55 * fat, inside(d_rib))
+
+    # Behind and below the heart: back muscles, fat, spine, liver with its veins, descending aorta.
+    if long_axis:
+        sx, sy = x + rng.normal(22, 4), y + rng.normal(92, 3)
+        over(muscle * 1.2, inside(np.maximum(ellipse(sx, sy + 6, 62, 26), d_chest)))
+        d_spine = ellipse(sx, sy, 19, 16)
+        ax, ay, d_liver = sx - 27, sy - 20, ellipse(x + 112, y + rng.normal(42, 8), 48, 40)
+    else:
+        d_belly = y + rng.normal(41, 2) + 0.0035 * (x - 8) ** 2 + 0.1 * x
+        over(fat * 0.55 + 0.13 * coarse + 0.05 * fine, inside(np.maximum(d_belly, d_chest)))
+        sx = x - rng.normal(62, 4) + 0.2 * (y + 60)
+        over(muscle * 1.3, inside(np.maximum(np.maximum(-sx - 24, y + 42 + 0.3 * sx + 4 * coarse), d_chest)))
+        d_disc = abs((y + rng.uniform(0, 30)) % 31 - 15.5) - 13         # between vertebrae 26 mm high
+        d_spine = np.maximum(np.maximum(abs(sx) - 16, d_disc), y + 38)
+        ax, ay = x - rng.normal(30, 3), (y + 68) / 1.5                  # the aorta is cut aslant
+        d_liver = np.maximum(d_belly + 3, x - 12 - 0.3 * (y + 60) - 3 * coarse)
+    over(0.08, inside(d_spine - 1.5))
+    over(rng.uniform(0.3, 0.42) + 0.03 * fine, inside(d_spine))
+    over(0.06, inside(np.maximum(d_liver - 1.5, d_chest)))
+    over(rng.uniform(0.24, 0.34) + 0.015 * fine, inside(np.maximum(d_liver, d_chest)))
+    vx, vy, thick = rng.uniform([30, 60, 1.5], [60, 105, 4], (6, 3)).T[:, :, None, None, None]
+    d_vein = (np.hypot(x + vx, y + vy) - thick).min(0)
+    over(blood * 0.8, inside(np.maximum(d_vein, d_liver + 3)))
+    d_aorta = np.hypot(ax, ay) - rng.uniform(9, 12)
+    over(0.1, inside(d_aorta - 1.5))
+    over(blood * 1.05 + 0.02 * coarse, inside(d_aorta))
+
+    # Fat on the heart, muscle, blood, trabeculae at the endocardium, papillary muscles.
+    angle = np.arctan2(y, x)
+    over(fat * 0.85, inside(np.maximum(d_heart - 2.5 - wave(1, 2.5) - wave(3, 1.5) - coarse, d_chest)))
+    over(0.06, inside(d_heart - 0.8))
+    over(muscle, inside(d_heart))
+    over(blood * 0.95 + 0.04 * coarse - 0.07 * np.clip(fine, 0, 2), inside(np.minimum(d_rv, d_atria)))
+    over(blood + 0.03 * coarse + 0.02 * fine, inside(d_endo))
+    over(muscle, 0.5 * inside(abs(d_endo + 1.5) - 2.5) * inside(2 - 4 * fine) * inside(d_endo))
+    over(muscle * 1.1, inside(d_papillary) * belly)
+
+    mask = np.select([d_endo < 0, d_epi < 0, d_rv < 0], [1, 2, 3]).astype(np.uint8)
+    image, gamma = scanner(rng, image, fine, coarse, (y - x) / 2, noise=0.6)
+    row = np.zeros((2 * n, 1, 1))
+    factors = dict(lv_radius=r * scale, wall_thickness=t * scale, ejection_fraction=ef, x=dx, y=dy,
+                   rotation=rotation, contrast=blood ** gamma - muscle ** gamma)
+    return dict(image=image, mask=mask, view=np.full(2 * n, long_axis, np.uint8),
+                phase=es.ravel().astype(np.uint8), slice=np.tile(np.arange(n), 2),
+                **{f"factor_{k}": (row + f).ravel() for k, f in factors.items()})
+
+
+def phantom_views(path, subjects=60, seed=0, size=128):
+    """Write cine hearts, short axis and four chambers, ED and ES; a third each healthy, dilated, thick.
+
+    factor_*: ejection_fraction in [0,1]; lv_radius (short half-axis in the image) and wall_thickness in mm at
+    that phase; x, y in mm (right, up) and rotation in degrees off the view's own place; contrast = blood -
+    myocardium of full scale. The frame is FRAME mm wide. A subject depends on (seed, number)."""
+    if subjects < 1 or size < 16:
+        fail(f"{path}: phantom needs subjects >= 1, size >= 16")
+    table = []
+    for i in tqdm(range(subjects), "views", leave=False, disable=None):
+        columns = cine(np.random.default_rng([seed, i]), size, i % 3)
+        columns["subject"] = np.repeat(f"view{seed}-{i:03d}", len(columns["image"]))
+        table.append(columns)
+    write(path, table,
+          dict(source=f"python data.py phantom views --subjects {subjects} --seed {seed} --size {size}",
+               licence="CC0", spacing_mm=[10.0, FRAME / size, FRAME / size],
+               label_names=["healthy", "dilated", "hypertrophic"], **CINE_NAMES))
+
+
+# ---------------------------------------------------------------------------------------------------
 # EMIDEC (Lalande et al. 2020): Case_N006/Images/Case_N006.nii.gz, Case_N006/Contours/..., "Case N006.txt"
 
 def read_nifti(folder, case):
@@ -863,10 +1060,11 @@ def main():
     verify.add_argument("path")
     sheet.add_argument("path")
     sheet.add_argument("--out", default="sheet.png")
-    phantom.add_argument("kind", choices=["hearts"])
+    phantom.add_argument("kind", choices=["hearts", "views"])
     phantom.add_argument("out")
-    for name, default in dict(subjects=100, seed=0, size=128, jitter=1.0).items():
-        phantom.add_argument("--" + name, type=type(default), default=default, help=f"default {default}")
+    for name, kind, of in (("subjects", int, ""), ("seed", int, ""), ("size", int, ""),
+                           ("jitter", float, " (hearts)")):
+        phantom.add_argument("--" + name, type=kind, help=f"default: see above{of}")
     nifti.add_argument("root")
     nifti.add_argument("out")
     nifti.add_argument("--spacing", type=float, help="mm per pixel; default: the smallest that fits all")
@@ -878,7 +1076,12 @@ def main():
     elif a.command == "show":
         show(a.path, a.out)
     elif a.command == "phantom":
-        phantom_hearts(a.out, a.subjects, a.seed, a.size, a.jitter)
+        given = {k: getattr(a, k) for k in ("subjects", "seed", "size", "jitter")
+                 if getattr(a, k) is not None}
+        for name, kind in (("jitter", "hearts"),):
+            if name in given and a.kind != kind:
+                fail(f"--{name} is for phantom {kind} only")
+        dict(hearts=phantom_hearts, views=phantom_views)[a.kind](a.out, **given)
         print(a.out)
     else:
         emidec(a.root, a.out, a.spacing)
