@@ -27,6 +27,76 @@ def views(tmp_path_factory):
     return data.load(path)
 
 
+# ---------------------------------------------------------------- edges
+
+def drawings(views):
+    i, j = np.mgrid[:61, :80]
+    disc = (np.hypot(i - 30, j - 42) < 20).astype(float)
+    noise = np.random.default_rng(0).random(disc.shape)
+    return [disc, disc + 0.3 * noise, noise, (i > 30) * (j > 20) * 1.0, (i + j) / 140.0, disc * 0] \
+        + list(views.image[[0, 7, -1]] / 255.0)
+
+
+@pytest.mark.parametrize("sigma", [0.7, 1.0, 1.5, 2.5])
+def test_canny_equals_skimage(views, sigma):
+    feature = pytest.importorskip("skimage.feature")
+    for image in drawings(views):
+        for low, high in ((0.02, 0.1), (0.1, 0.2), (0.2, 0.6)):  # pixel for pixel, ties included
+            assert (data.canny(image, sigma, low, high) == feature.canny(image, sigma, low, high)).all()
+        if len(np.unique(image)) > 200:   # elsewhere rounding errors have quantiles
+            ours = data.canny(image, sigma, 0.7, 0.9, tissue=np.ones(image.shape, bool))
+            assert (ours == feature.canny(image, sigma, 0.7, 0.9, use_quantiles=True)).all()
+
+
+def pieces(x):
+    part, _ = ndimage.label(x, np.ones((3, 3)))
+    return np.bincount(part.ravel())[1:]
+
+
+def test_edges_follow_the_anatomy_and_drop_noise(views):
+    image, mask = views.image[:12], views.mask[:12]
+    found = data.edges(image)
+    assert found.shape == image.shape and found.dtype == bool and 0.01 < found.mean() < 0.12
+    assert min(min(pieces(x)) for x in found) >= 8               # at 128
+    endo = data.edge_map(image, np.where(mask == 1, 1, 0).astype(np.uint8), "mask")
+    near = np.array([ndimage.distance_transform_edt(~x) for x in found])
+    assert (near[endo] <= 2).mean() > 0.9                        # blood against muscle is an edge
+    assert (near[endo].mean()) < near.mean() / 3
+    dim = (image * 0.5).astype(np.uint8)                         # thresholds are relative to the image
+    assert abs(data.edges(dim).mean() / found.mean() - 1) < 0.25
+    padded = np.pad(image, ((0, 0), (64, 64), (64, 64)))
+    same = data.edges(padded, sigma=1.0, shortest=8)[:, 64:-64, 64:-64]
+    assert (same == found)[:, 3:-3, 3:-3].mean() > 0.99          # and not to how much surrounds it
+    assert not data.edges(np.zeros((2, 40, 40), np.uint8)).any()
+    assert not data.edges(np.full((1, 40, 40), 90, np.uint8)).any()
+
+
+def test_strokes_are_few_whole_edges_and_deterministic(views):
+    found = data.edges(views.image[:10])
+    a, b, c = (data.strokes(found, np.random.default_rng(s)) for s in (0, 0, 1))
+    assert (a == b).all() and (a != c).any() and not (a & ~found).any()
+    assert all(1 <= len(pieces(x)) <= 8 and min(pieces(x)) >= 5 for x in a)
+    assert 0.05 < a.sum() / found.sum() < 0.6
+    assert not data.strokes(np.zeros((1, 9, 9), bool), np.random.default_rng(0)).any()
+
+
+def test_edge_modes(views):
+    image, mask = views.image[:4], views.mask[:4]
+    full = data.edge_map(image)
+    assert (full == data.edges(image)).all() and (full == data.edge_map(full)).all()
+    rng = np.random.default_rng
+    assert (data.edge_map(full, mask, "sparse", rng(3)) == data.edge_map(image, mask, "sparse", rng(3))).all()
+    assert not data.edge_map(image, mask, "none").any()
+    contour = data.edge_map(image, mask, "mask")
+    assert contour.dtype == bool and contour.any((1, 2)).all() and not contour[mask == 0].any()
+    square = np.pad(np.full((1, 4, 4), 2, np.uint8), ((0, 0), (3, 3), (3, 3)))
+    square[0, 4:6, 4:6] = 1
+    assert data.edge_map(square, square, "mask").sum() == 12     # one pixel wide: the ring of 2s
+    for bad in (("mask", None, None), ("sparse", mask, None), ("some", mask, rng(0))):
+        with pytest.raises(ValueError, match=bad[0]):
+            data.edge_map(image, bad[1], bad[0], bad[2])
+
+
 # ---------------------------------------------------------------- phantom
 
 def test_views_depend_on_seed_and_number_only(views, tmp_path):
@@ -117,6 +187,8 @@ def test_real_acdc_has_its_own_ids():
         pytest.skip(f"real hearts not found at {path}")
     d = data.load(path)
     assert data.cine_ids(d)[:4].tolist() == [0, 3, 2, 1]
+    found = data.edges(d.image[::200])
+    assert 0.01 < found.mean() < 0.1
 
 
 def test_command_line(tmp_path, capsys, monkeypatch):
