@@ -5,6 +5,8 @@
     python data.py phantom hearts OUT.h5 [--subjects 100 --seed 0 --size 128 --jitter 1]
     python data.py phantom views  OUT.h5 [--subjects 60 --seed 0 --size 128]
     python data.py emidec  ROOT OUT.h5 [--spacing MM]      EMIDEC's NIfTI folders -> HDF5
+    python data.py acdc    ROOT OUTDIR                     ACDC's -> one HDF5 per subject, 256 x 256
+    python data.py mms     ROOT OUTDIR                     M&Ms-2's -> the same; run again to go on
 
     image    (N,H,W) or (N,D,H,W)  uint8, or float in [0,1]                             required
     subject  (N,) utf-8            the unit of every split, test and interval           required
@@ -15,7 +17,7 @@
     view phase slice  (N,) ints    cine: 0 SA, 1 LA;  0 ED, 1 ES;  from base or apex, as scanned
     anything else (N,) numeric is a probe target; factor_* are the known causes of a phantom
 """
-import argparse, difflib, glob, hashlib, os, re, sys
+import argparse, csv, difflib, glob, hashlib, os, re, sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -992,6 +994,26 @@ def phantom_views(path, subjects=60, seed=0, size=128):
 # ---------------------------------------------------------------------------------------------------
 # EMIDEC (Lalande et al. 2020): Case_N006/Images/Case_N006.nii.gz, Case_N006/Contours/..., "Case N006.txt"
 
+def need_nibabel(command):
+    """Fails in one line where nibabel is not installed."""
+    try:
+        import nibabel  # noqa: F401
+    except ImportError:
+        fail(f"{command} reads NIfTI files: pip install nibabel")
+
+
+def attempt(cases, read, skipped):
+    """Yield (case, read(case)) with a progress bar; what cannot be read is printed and added to skipped."""
+    for case in tqdm(cases, "reading", disable=None):
+        try:
+            result = read(case)
+        except Exception as why:  # of a dozen types: files are damaged in many ways
+            skipped.append(f"{case}: {' '.join(str(why).split()) or type(why).__name__}")
+            tqdm.write(f"skipped {skipped[-1]}")
+        else:
+            yield case, result
+
+
 def read_nifti(folder, case):
     """CASE.nii.gz of a folder -> (rows, columns, slices) float32 array, its spacing in mm.
 
@@ -1037,21 +1059,13 @@ def emidec(root, out, spacing=None):
     spacing None: the smallest at which every heart (myocardium + 25 % margin on each side) fits; pass
     that of the training file to convert others alike. Grey window: percentiles 0-99.5 of each cropped
     volume. Slices without myocardium are dropped; skipped cases are listed with the reason."""
-    try:
-        import nibabel
-    except ImportError:
-        fail("emidec reads NIfTI files: pip install nibabel")
+    need_nibabel("emidec")
     cases = sorted(c for c in (os.listdir(root) if os.path.isdir(root) else [])
                    if re.fullmatch(r"Case_[NP]\d+", c) and os.path.isdir(os.path.join(root, c)))
     if not cases:
         fail(f"{root}: no folders Case_N... or Case_P...; pass the folder that holds them")
-    read, skipped, parts = {}, [], []
-    for case in tqdm(cases, "reading", disable=None):
-        try:
-            read[case] = read_case(root, case)
-        except (ValueError, OSError, EOFError, nibabel.filebasedimages.ImageFileError) as why:
-            skipped.append(f"{case}: {' '.join(str(why).split())}")
-            tqdm.write(f"skipped {skipped[-1]}")
+    skipped, parts = [], []
+    read = dict(attempt(cases, lambda case: read_case(root, case), skipped))
     if not read:
         fail(f"{root}: none of {len(cases)} cases could be read; the first: {skipped[0]}")
     corners = {}
@@ -1078,6 +1092,128 @@ def emidec(root, out, spacing=None):
         label_names=["normal", "pathological"], mask_names=HEART))
     print(f"{out}: {len(read)} subjects, {sum(len(p['slice']) for p in parts)} slices, {spacing:.4f} mm "
           f"per pixel, {len(skipped)} skipped")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Cine MR: ACDC (Bernard et al. 2018) and M&Ms-2 (Martin-Isla et al. 2023), one file per subject
+
+def read_cine(folder, name, ids, size=256):
+    """NAME.nii.gz and NAME_gt.nii.gz -> columns image, mask, slice, spacing (mm per pixel); slice gap in mm.
+
+    Only slices that show a structure: the others have no map to be generated from. Padded to a square in mm,
+    resized; grey window: percentiles 0-99.5 of the volume; rows = second NIfTI axis, so that the chest is
+    upright. ids[k] is label k's place in CINE. ValueError says why not."""
+    image, zooms = read_nifti(folder, name)
+    stored, _ = read_nifti(folder, name + "_gt")
+    if stored.shape != image.shape:
+        raise ValueError(f"{name}: image {image.shape} but labels {stored.shape}")
+    label = np.rint(stored)
+    found = np.unique(label)
+    if abs(label - stored).max() > 0.1 or not set(found) <= {0, 1, 2, 3} or found.max() == 0:
+        raise ValueError(f"{name}_gt holds {np.unique(stored)[:8]}, expected 0 to 3 and some heart")
+    low, high = np.percentile(image, [0, 99.5])
+    if high <= low:
+        raise ValueError(f"{name}: an image of one grey value, {low:g}")
+    image = 255 * np.clip((image - low) / (high - low), 0, 1)
+    mask, keep = np.array(ids, np.uint8)[label.astype(int)], np.flatnonzero((label > 0).any((0, 1)))
+    sides, mm = np.array(image.shape[1::-1]), zooms[1::-1]               # (rows, columns)
+    spacing = (sides * mm).max() / size
+    start = (sides - size * spacing / mm) / 2
+    image, mask = (resample(v.transpose(2, 1, 0)[keep], start, spacing / mm, size, nearest)
+                   for v, nearest in ((image, False), (mask, True)))
+    columns = dict(image=np.rint(image).astype(np.uint8), mask=mask, slice=keep)
+    return columns | dict(spacing=np.full(len(keep), spacing)), zooms[2]
+
+
+def cine_files(out, folders, describe, ids, diseases, source, licence):
+    """Write OUT/SUBJECT.h5 for folders {subject: path}; files that are there are finished, and kept.
+
+    describe(subject) -> [(view, phase, NIfTI name)], disease; one that is not in diseases is "unknown"."""
+    try:
+        os.makedirs(out, exist_ok=True)
+    except OSError as error:
+        fail(f"{out}: cannot be made: {error}; give a folder")
+    diseases, skipped, rows = [*diseases, "unknown"], [], 0
+    target = {subject: os.path.join(out, subject + ".h5") for subject in folders}
+
+    def read(subject):
+        series, disease = describe(subject)
+        label, parts = diseases.index(disease if disease in diseases else "unknown"), []
+        for view, phase, name in series:
+            columns, gap = read_cine(folders[subject], name, ids)
+            n = len(columns["slice"])
+            parts.append(columns | dict(view=np.full(n, view, np.uint8), phase=np.full(n, phase, np.uint8),
+                                        label=np.full(n, label), subject=np.full(n, subject)))
+        return parts, [float(mm) for mm in (gap, *2 * [parts[0]["spacing"][0]])]
+
+    new = [subject for subject in sorted(folders) if not os.path.exists(target[subject])]
+    for subject, (parts, spacing) in attempt(new, read, skipped):
+        write(target[subject], parts, dict(source=source, licence=licence, spacing_mm=spacing,
+                                           label_names=diseases, **CINE_NAMES))
+        rows += sum(len(p["slice"]) for p in parts)
+    if len(skipped) == len(folders):
+        fail(f"{out}: none of {len(folders)} subjects could be converted; the first: {skipped[0]}")
+    print(f"{out}: {len(folders) - len(skipped)} subjects, {len(new) - len(skipped)} of them new with {rows} "
+          f"slices, {len(skipped)} skipped")
+
+
+def subfolders(root, inside, pattern):
+    """-> {name: path} of the folders whose name matches, in root and in ROOT/x for the glob patterns x."""
+    found = [p for x in ("", *inside) for p in sorted(glob.glob(os.path.join(glob.escape(root), x, "*")))]
+    named = {os.path.basename(p): p for p in found if os.path.isdir(p)}
+    return {name: p for name, p in named.items() if re.fullmatch(pattern, name)}
+
+
+def acdc(root, out):
+    """Convert ACDC, {training,testing}/patientNNN, into a folder of one file per subject, ED and ES.
+
+    Its label ids, 1 RV, 2 myocardium, 3 LV, become those of CINE. label: its five groups."""
+    need_nibabel("acdc")
+    folders = subfolders(root, ("t*ing", "database/t*ing"), r"patient\d{3}")
+    if not folders:
+        fail(f"{root}: no folders patient001...; pass the folder that holds training and testing")
+
+    def describe(subject):
+        path = os.path.join(folders[subject], "Info.cfg")
+        with open(path, encoding="latin-1") as file:
+            entry = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in file)}
+        if not all(entry.get(k, "").isdecimal() for k in ("ED", "ES")):
+            raise ValueError(f"{path}: no frame numbers ED and ES")
+        frames = [f"{subject}_frame{int(entry[k]):02d}" for k in ("ED", "ES")]  # both count from 1
+        return [(0, phase, name) for phase, name in enumerate(frames)], entry.get("Group")
+
+    cine_files(out, folders, describe, [0, 3, 2, 1], ["DCM", "HCM", "MINF", "NOR", "RV"],
+               "ACDC (Bernard et al. 2018), python data.py acdc; its ids 1 RV, 2 myocardium, 3 LV mapped to "
+               "1 LV, 2 myocardium, 3 RV", "CC BY-NC-SA 4.0")
+
+
+def mms(root, out):
+    """Convert M&Ms-2, dataset/NNN and dataset_information.csv, into a folder of one file per subject.
+
+    Short axis and four chambers (H,W,1), ED and ES; CINE has no labels and is left. Ids are those of CINE."""
+    need_nibabel("mms")
+    folders = subfolders(root, ("dataset", "MnM2/dataset"), r"\d{3}")
+    tables = [p for p in (os.path.join(root, x, "dataset_information.csv") for x in ("", "MnM2", ".."))
+              if os.path.isfile(p)]
+    if not folders or not tables:
+        missing = "dataset_information.csv" if folders else "folders dataset/001..."
+        fail(f"{root}: no {missing}; pass the folder that holds both")
+    with open(tables[0], encoding="utf-8-sig", errors="replace", newline="") as file:
+        filled = (line.replace(";", ",") for line in file if line.strip(' ,;"\r\n'))  # a million rows are not
+        rows = [{(k or "").strip(): (v or "").strip() for k, v in row.items() if isinstance(v, str)}
+                for row in csv.DictReader(filled)]
+    named = [r for r in rows if {"SUBJECT_CODE", "DISEASE"} <= set(r)]
+    if not named:
+        fail(f"{tables[0]}: no rows with SUBJECT_CODE and DISEASE")
+    disease = {r["SUBJECT_CODE"].zfill(3): r["DISEASE"] for r in named}
+    series = [(view, phase, f"_{v}_{p}") for view, v in enumerate(CINE_NAMES["view_names"])
+              for phase, p in enumerate(CINE_NAMES["phase_names"])]
+
+    def describe(subject):
+        return [(view, phase, subject + end) for view, phase, end in series], disease.get(subject)
+
+    cine_files(out, folders, describe, [0, 1, 2, 3], sorted({*disease.values()} - {""}),
+               "M&Ms-2 (Martin-Isla et al. 2023), python data.py mms", "as the challenge's: ub.edu/mnms-2")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1142,6 +1278,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     verify, sheet, phantom, nifti = map(commands.add_parser, ("check", "show", "phantom", "emidec"))
+    cines = [commands.add_parser(name) for name in ("acdc", "mms")]
     verify.add_argument("path")
     sheet.add_argument("path")
     sheet.add_argument("--out", default="sheet.png")
@@ -1153,7 +1290,10 @@ def main():
     nifti.add_argument("root")
     nifti.add_argument("out")
     nifti.add_argument("--spacing", type=float, help="mm per pixel; default: the smallest that fits all")
-    for p in (parser, verify, sheet, phantom, nifti):
+    for p in cines:
+        p.add_argument("root")
+        p.add_argument("outdir")
+    for p in (parser, verify, sheet, phantom, nifti, *cines):
         p.error = lambda message: fail(f"{message}; see python data.py --help")  # one line, as all errors
     a = parser.parse_args()
     if a.command == "check":
@@ -1168,8 +1308,12 @@ def main():
                 fail(f"--{name} is for phantom {kind} only")
         dict(hearts=phantom_hearts, views=phantom_views)[a.kind](a.out, **given)
         print(a.out)
-    else:
+    elif a.command == "emidec":
         emidec(a.root, a.out, a.spacing)
+    elif a.command == "acdc":
+        acdc(a.root, a.outdir)
+    else:
+        mms(a.root, a.outdir)
 
 
 if __name__ == "__main__":

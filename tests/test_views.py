@@ -1,5 +1,7 @@
 """data.py for cond_ldm.py: Canny against skimage, strokes, the cine phantom, ACDC and M&Ms-2 with traps."""
+import os
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -160,6 +162,152 @@ def test_hearts_are_what_they_were():
     assert abs(c["image"].mean((1, 2)) - means).max() < 0.01
 
 
+# ---------------------------------------------------------------- ACDC, M&Ms-2
+
+SHAPE, ZOOM = (60, 50), (1.0, 2.0)                               # 60 x 100 mm: rows are the second axis
+
+
+def cine(folder, name, ids=(0, 1, 2, 3), slices=3, radius=18.0, extra=None, flat=False):
+    """LV disc in a ring, RV disc to its left, round in mm; labels as ids says; one slice without heart."""
+    import nibabel
+    i, j = np.mgrid[:SHAPE[0], :SHAPE[1]]
+    d = np.hypot((i - 35) * ZOOM[0], (j - 15) * ZOOM[1])         # upper right of the picture
+    rv = np.hypot((i - 12) * ZOOM[0], (j - 15) * ZOOM[1]) < 8
+    label = np.select([d < 0.6 * radius, d < radius, rv], [1, 2, 3], 0)
+    image = np.array([50, 700, 200, 600])[label] + 5.0 * j
+    stored = np.array([*ids, extra or 0])[label].astype(np.float64)
+    if extra:
+        stored[0, 0] = extra
+    stored[stored == 2] = 1.9999
+    volume = [np.stack([x] * slices, 2) for x in (image, stored)]
+    if slices > 1:
+        volume[1][..., 0] = 0
+        volume[0][..., 0] *= 0.5
+        volume[0][5, 5, 1] = 1e6                                 # one hot voxel
+    for x, end in zip(volume, ("", "_gt")):
+        nifti = nibabel.Nifti1Image(x * (not flat), np.diag([-1.0, -1, 1, 1]))
+        nifti.header.set_zooms((*ZOOM, 9.0))                     # pixdim is right, the affine says 1 mm
+        os.makedirs(folder, exist_ok=True)
+        nibabel.save(nifti, os.path.join(folder, f"{name}{end}.nii.gz"))
+
+
+def acdc_patient(root, part, name, info="ED: 1\nES: 12\nGroup: HCM\nHeight: 180.0\nNbFrame: 30\n", **how):
+    folder = root / part / name
+    cine(folder, f"{name}_frame01", ids=(0, 3, 2, 1), **how)     # ACDC: 1 RV, 2 myocardium, 3 LV
+    cine(folder, f"{name}_frame12", ids=(0, 3, 2, 1), **{"radius": 12.0, **how})
+    (folder / "Info.cfg").write_text(info)
+    (folder / f"{name}_4d.nii.gz").write_text("never opened")
+
+
+def mms_subject(root, name, **how):
+    for view, slices in (("SA", 3), ("LA", 1)):                  # LA is H x W x 1
+        cine(root / "dataset" / name, f"{name}_{view}_ED", slices=slices, **how)
+        cine(root / "dataset" / name, f"{name}_{view}_ES", slices=slices, **{"radius": 12.0, **how})
+        (root / "dataset" / name / f"{name}_{view}_CINE.nii.gz").write_text("never opened")
+
+
+def heart_is_upright_and_round(d, row, radius):
+    """LV in the ring, RV to its left, all in the upper half, sizes in mm: one convention for all sources."""
+    mask, mm = d.mask[row], d.columns["spacing"][row]
+    assert abs(mm - 100 / 256) < 1e-6
+    lv, muscle, rv = (np.argwhere(mask == v) for v in (1, 2, 3))
+    assert abs(np.sqrt(len(lv) / np.pi) * mm - 0.6 * radius) < 0.7
+    assert abs(np.sqrt((len(lv) + len(muscle)) / np.pi) * mm - radius) < 0.7
+    assert abs(np.ptp(lv[:, 0]) - np.ptp(lv[:, 1])) * mm < 2.1   # as round as 2 mm pixels are
+    assert abs(lv.mean(0) - muscle.mean(0)).max() < 3 and rv[:, 1].max() < lv[:, 1].min()
+    assert lv[:, 0].mean() < 110 and abs(lv[:, 1].mean() * mm - 55.5) < 1
+    grey = [np.median(d.image[row][mask == v]) for v in (1, 2, 3)]
+    assert grey[0] > 200 and grey[1] < 0.5 * grey[0] and grey[2] > 150
+
+
+def test_acdc_layout_and_traps(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("nibabel")
+    root, out = tmp_path / "database", tmp_path / "out"
+    acdc_patient(root, "training", "patient001")
+    acdc_patient(root, "testing", "patient101", info="ED: 1\nES: 12\n")  # no group
+    acdc_patient(root, "training", "patient002", extra=4)  # a fifth value
+    acdc_patient(root, "training", "patient003", info="ED: 1\nES: 9\nGroup: NOR\n")  # frame09 is missing
+    acdc_patient(root, "training", "patient004", info="Group: NOR\n")
+    acdc_patient(root, "training", "patient005", flat=True)  # no heart anywhere
+    acdc_patient(root, "training", "patient006")
+    os.remove(root / "training" / "patient006" / "Info.cfg")
+    acdc_patient(root, "training", "patient007")
+    broken = root / "training" / "patient007" / "patient007_frame12.nii.gz"
+    broken.write_bytes(broken.read_bytes()[:300] + b"\xff" * 40 + broken.read_bytes()[340:])
+    data.acdc(str(root), str(out))
+    said = capsys.readouterr().out
+    whys = ("_gt holds [0.", "frame09.nii.gz", "no frame numbers ED and ES", "some heart", "Info.cfg", "")
+    for k, why in enumerate(whys, 2):
+        line = [x for x in said.splitlines() if x.startswith(f"skipped patient{k:03d}: ")]
+        assert len(line) == 1 and why in line[0], (why, said)
+    assert "2 subjects, 2 of them new with 8 slices, 6 skipped" in said
+    assert sorted(os.listdir(out)) == ["patient001.h5", "patient101.h5"]
+    d = data.load(out)                                           # a folder is one data set
+    assert d.image.shape == (8, 256, 256) and data.check(out) == []
+    assert d.attrs["mask_names"] == data.CINE and "1 RV" in d.attrs["source"]
+    assert d.attrs["spacing_mm"] == [9.0, 100 / 256, 100 / 256]
+    assert [d.label_names[k] for k in d.columns["label"][[0, -1]]] == ["HCM", "unknown"]
+    assert d.columns["phase"].tolist() == [0, 0, 1, 1] * 2 and d.columns["slice"].tolist() == [1, 2] * 4
+    assert not d.columns["view"].any() and list(d.subject) == ["patient001"] * 4 + ["patient101"] * 4
+    for row in (0, 1, 2, 3):
+        heart_is_upright_and_round(d, row, (18, 18, 12, 12)[row])
+    # again: finished files are not touched, a subject that was mended is added, no trace of a killed run
+    before = {p: os.stat(out / p).st_mtime_ns for p in os.listdir(out)}
+    (root / "training" / "patient004" / "Info.cfg").write_text("ED: 1\nES: 12\nGroup: NOR\n")
+    data.acdc(str(root), str(out))
+    assert "3 subjects, 1 of them new" in capsys.readouterr().out
+    assert all(os.stat(out / p).st_mtime_ns == t for p, t in before.items())
+    assert sorted(os.listdir(out)) == ["patient001.h5", "patient004.h5", "patient101.h5"]
+    assert data.load(out).label_names == ["DCM", "HCM", "MINF", "NOR", "RV", "unknown"]
+
+
+def test_mms_layout_and_traps(tmp_path, capsys):
+    pytest.importorskip("nibabel")
+    root, out = tmp_path / "MnM2", tmp_path / "out"
+    for k in (1, 2, 4):
+        mms_subject(root, f"{k:03d}")
+    mms_subject(root, "003", extra=5)
+    os.remove(root / "dataset" / "004" / "004_LA_ES_gt.nii.gz")
+    blank = ",,,,\r\n"
+    (root / "dataset_information.csv").write_text(
+        "\ufeffSUBJECT_CODE,DISEASE,VENDOR,SCANNER,FIELD\r\n1,NOR,SIEMENS,Avanto,1.5\r\n" + blank * 300_000
+        + "2,FALL,GE MEDICAL SYSTEMS,Signa,1.5\r\n" + blank * 3, encoding="utf-8")
+    tracemalloc.start()
+    data.mms(str(root), str(out))
+    assert tracemalloc.get_traced_memory()[1] < 20e6  # blank rows are not kept
+    tracemalloc.stop()
+    said = capsys.readouterr().out
+    assert "skipped 003: 003_SA_ED_gt holds" in said
+    assert "skipped 004: no " in said and "004_LA_ES_gt" in said
+    d = data.load(out)
+    c = d.columns
+    assert d.image.shape == (12, 256, 256) and data.check(out) == []
+    assert list(d.subject[::6]) == ["001", "002"]
+    assert d.label_names == ["FALL", "NOR", "unknown"] and c["label"][::6].tolist() == [1, 0]
+    assert c["view"][:6].tolist() == [0, 0, 0, 0, 1, 1] and c["phase"][:6].tolist() == [0, 0, 1, 1, 0, 1]
+    for row, radius in ((0, 18), (2, 12), (4, 18), (5, 12)):
+        heart_is_upright_and_round(d, row, radius)  # as ACDC's
+    assert d.image[0].max() == 255 and d.image[1, :, :50].max() == 0  # window; padding
+
+
+def test_converter_errors(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("nibabel")
+    out = str(tmp_path / "out")
+    one_error(capsys, lambda: data.acdc(str(tmp_path), out), tmp_path, "patient001")
+    one_error(capsys, lambda: data.mms(str(tmp_path), out), tmp_path, "dataset/001")
+    mms_subject(tmp_path, "001", flat=True)
+    one_error(capsys, lambda: data.mms(str(tmp_path), out), "dataset_information.csv")
+    (tmp_path / "dataset_information.csv").write_text("CODE;DISEASE\n1;NOR\n")
+    one_error(capsys, lambda: data.mms(str(tmp_path), out), "SUBJECT_CODE")
+    (tmp_path / "dataset_information.csv").write_text("SUBJECT_CODE;DISEASE\n1;NOR\n")
+    one_error(capsys, lambda: data.mms(str(tmp_path), out), "none of 1", "some heart")
+    (tmp_path / "file").write_text("")
+    one_error(capsys, lambda: data.mms(str(tmp_path), str(tmp_path / "file")), "file", "folder")
+    monkeypatch.setitem(sys.modules, "nibabel", None)
+    for convert in (data.acdc, data.mms):
+        one_error(capsys, lambda: convert(str(tmp_path), out), "pip install nibabel")
+
+
 # ---------------------------------------------------------------- whose ids
 
 def test_the_convention_is_read_from_the_names(tmp_path, capsys):
@@ -201,5 +349,5 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     out = run("check", path)
     assert "3 subjects" in out and "LV cavity, myocardium, RV cavity" in out and out.endswith("ok\n")
     for words in (["phantom", "views", path, "--jitter", "1"], ["phantom", "views", path, "--subjects", "0"],
-                  ["phantom", "lungs", path]):
+                  ["acdc", tmp_path], ["mms", tmp_path / "none", tmp_path]):
         one_error(capsys, lambda: run(*words))
