@@ -3,9 +3,12 @@
     python data.py check   FILE_OR_FOLDER                  verify, naming file, dataset and row
     python data.py show    FILE_OR_FOLDER [--out X.png]    contact sheet with mask contours
     python data.py phantom hearts OUT.h5 [--subjects 100 --seed 0 --size 128 --jitter 1]
+    python data.py phantom views  OUT.h5 [--subjects 60 --seed 0 --size 128]
     python data.py phantom cohort OUT.h5 [--subjects 600 --patients 220 --seed 0 --size 128]
     python data.py phantom brains OUT.h5 [--subjects 120 --seed 0 --size 48]
     python data.py emidec  ROOT OUT.h5 [--spacing MM]      EMIDEC's NIfTI folders -> HDF5
+    python data.py acdc    ROOT OUTDIR                     ACDC's -> one HDF5 per subject, 256 x 256
+    python data.py mms     ROOT OUTDIR                     M&Ms-2's -> the same; run again to go on
     python data.py volumes TABLE.csv OUT.h5 [--spacing 1.5] [--shape 128,160,128 | --size N]
                            [--slice axial:mid]             head scans that a CSV lists -> HDF5
 
@@ -15,6 +18,7 @@
     label    (N,) int >= 0         classes; attr label_names
     age sex session time event     years, text, months, days > 0, 0/1;  NaN and "" are missing
     split    (N,) train/val/test   else made by split()
+    view phase slice  (N,) ints    cine: 0 SA, 1 LA;  0 ED, 1 ES;  from base or apex, as scanned
     anything else (N,) numeric is a probe target; factor_* are the known causes of a phantom
 """
 import argparse, csv, difflib, glob, hashlib, io, json, os, re, sys
@@ -26,6 +30,7 @@ import h5py
 import numpy as np
 import torch
 from PIL import Image, ImageColor, ImageDraw
+from scipy import ndimage
 from tqdm import tqdm
 
 try:
@@ -247,7 +252,7 @@ def read_columns(path, warnings):
             if d.nbytes > 50e9 and d.nbytes > 2000 * stored:
                 fail(f"{path}: {name}: declares {d.nbytes / 1e9:.0f} GB but stores {stored / 1e6:.3g} MB; "
                      "refused as damaged or hostile")
-            attrs.update({k: as_python(d.attrs[k]) for k in ("label_names", "mask_names") if k in d.attrs})
+            attrs.update({k: as_python(v) for k, v in d.attrs.items() if k.endswith("_names")})
             if name in ("image", "mask"):
                 columns[name] = d.shape
                 continue
@@ -532,6 +537,120 @@ def write(path, parts, attrs):
 
 
 # ---------------------------------------------------------------------------------------------------
+# Edges: the drawing that cond_ldm.py turns into a picture
+
+EDGES = ("full", "sparse", "mask", "none")
+
+
+def canny(image, sigma, low, high, tissue=None):
+    """Canny's edges of (H,W) float -> (H,W) bool, the same pixels as skimage.feature.canny.
+
+    low, high: slopes as ndimage.sobel gives them; or, with tissue (H,W) bool, quantiles of those there."""
+    smooth, inside = (ndimage.gaussian_filter(x, sigma, mode="constant") for x in (image, image * 0 + 1))
+    smooth /= inside + np.finfo(image.dtype).eps          # at the border: the mean of what is there
+    down, right = (ndimage.sobel(smooth, axis) for axis in (0, 1))
+    slope = np.sqrt(down * down + right * right)
+    if tissue is not None:
+        low, high = np.quantile(slope[tissue], [low, high])
+    # Thinning: a pixel stays if the slope is nowhere larger one step up or down the gradient. That place is
+    # between a straight and a diagonal neighbour, in proportion to the two parts of the gradient.
+    i, j = 1 + np.stack(np.nonzero(slope[1:-1, 1:-1] >= max(low, 1e-9)))
+    a, b, here = down[i, j], right[i, j], slope[i, j]
+    di, dj, steep = np.sign(a).astype(int), np.sign(b).astype(int), abs(a) > abs(b)
+    share, top = np.minimum(abs(a), abs(b)) / np.maximum(abs(a), abs(b)), np.ones(len(i), bool)
+    for s in (1, -1):
+        straight = slope[i + s * di * steep, j + s * dj * ~steep]
+        top &= slope[i + s * di, j + s * dj] * share + straight * (1 - share) <= here
+    thin = np.zeros(image.shape, bool)
+    thin[i[top], j[top]] = True
+    # Hysteresis: a weak edge stays where it touches a strong one.
+    part, count = ndimage.label(thin, np.ones((3, 3)))
+    keep = np.zeros(count + 1, bool)
+    keep[part[i[top], j[top]][here[top] >= high]] = True
+    return keep[part]
+
+
+def edges(image, sigma=None, low=0.5, high=0.8, shortest=None):
+    """(N,H,W) uint8 -> (N,H,W) bool: Canny's edges without the noise.
+
+    low, high: quantiles of the slope over the tissue (brighter than 5 % of full scale): padding and air have
+    no say. Against noise and texture: sigma in pixels (None: 1.5 at 256, 1 at 128), and edges of
+    fewer than `shortest` pixels (None: 16 at 256) are dropped."""
+    side = max(image.shape[1:])
+    sigma, shortest = sigma or max(1.0, side / 170), side // 16 if shortest is None else shortest
+    found = np.zeros(image.shape, bool)
+    for k, x in enumerate(image):
+        tissue = x > 13
+        if tissue.any():
+            part, count = ndimage.label(canny(x / 255.0, sigma, low, high, tissue), np.ones((3, 3)))
+            keep = np.bincount(part.ravel(), minlength=count + 1) >= shortest
+            keep[0] = False
+            found[k] = keep[part]
+    return found
+
+
+def strokes(found, rng, most=8):
+    """(N,H,W) bool edges -> (N,H,W) bool: 2 to `most` of each image's edges, as a user would draw.
+
+    Edges are cut where they branch, and long ones are likelier. The images draw from rng in turn."""
+    out = np.zeros_like(found)
+    for k, x in enumerate(found):
+        p, (h, w) = np.pad(x, 1).astype(np.uint8), x.shape
+        near = sum(p[i:i + h, j:j + w] for i in range(3) for j in range(3))
+        part, count = ndimage.label(x & (near <= 4), np.ones((3, 3)))    # itself and 3 neighbours: no branch
+        length, keep = np.bincount(part.ravel(), minlength=count + 1), np.zeros(count + 1, bool)
+        length[0], length[length < max(h, w) // 24] = 0, 0               # nobody draws specks
+        wanted = min(int(rng.integers(2, most + 1)), np.count_nonzero(length))
+        if wanted:
+            keep[rng.choice(count + 1, wanted, replace=False, p=length / length.sum())] = True
+            out[k] = keep[part]
+    return out
+
+
+def edge_map(image, mask=None, mode="full", rng=None):
+    """One of EDGES for N images -> (N,H,W) bool. image: (N,H,W) uint8, or the bool edges() found before.
+
+    full: edges(image). sparse: a few strokes() of them, drawn from rng, a numpy Generator. mask: only the
+    contours of the label map, each on the side of the larger id. none: nothing. ValueError if one lacks."""
+    if mode not in EDGES or (mode == "mask" and mask is None) or (mode == "sparse" and rng is None):
+        raise ValueError(f"edges {mode!r}: one of {', '.join(EDGES)}; mask needs a mask, sparse needs rng")
+    if mode == "none":
+        return np.zeros(image.shape, bool)
+    if mode == "mask":
+        cross = np.array([[[0, 1, 0], [1, 1, 1], [0, 1, 0]]], bool)
+        return ndimage.minimum_filter(mask, footprint=cross) < mask
+    found = image if image.dtype == bool else edges(image)
+    return found if mode == "full" else strokes(found, rng)
+
+
+CINE = ["background", "LV cavity", "myocardium", "RV cavity"]  # the mask ids of all cine files written here
+CINE_NAMES = dict(mask_names=CINE, view_names=["SA", "LA"], phase_names=["ED", "ES"])
+
+
+def cine_ids(data):
+    """-> (256,) uint8 that takes the mask ids of a Dataset to those of CINE: cine_ids(data)[mask].
+
+    Read from the file's own names: the attribute mask_names, or text in `mask` such as ACDC's "0 background,
+    1 RV cavity, 2 LV myocardium, 3 LV cavity". Fails if they are not these four, or a value has no name."""
+    table, names = np.full(256, 255, np.uint8), data.attrs.get("mask_names") or data.attrs.get("mask", "")
+    kinds = ((2, "myo"), (3, "rv|right"), (1, "lv|left"), (0, "background"))  # "LV myocardium" is a 2
+    for k, name in enumerate(names.split(",") if isinstance(names, str) else names):
+        number = re.match(r"\s*(\d\d?)\b", name)
+        kind = next((i for i, pattern in kinds if re.search(pattern, name.lower())), 254)
+        table[int(number[1]) if number else k] = kind
+    need = f"needs {', '.join(CINE)} once each in the attribute mask_names, in the order of its ids"
+    if data.mask is None or sorted(table[table < 255]) != [0, 1, 2, 3]:
+        fail(f"{data.path}: mask: {'missing' if data.mask is None else f'names {names or None}'}; {need}")
+    for rows in blocks(data.mask):
+        mask = data.mask[rows]
+        odd = (table[mask] > 3).any((1, 2))
+        if odd.any():
+            k = int(np.argmax(odd))
+            fail(f"{data.path}: mask[{rows[k]}]: holds {np.unique(mask[k])}, named are only {names}; {need}")
+    return table
+
+
+# ---------------------------------------------------------------------------------------------------
 # Phantom hearts
 
 UNIT = 1.3  # mm: the lengths below are in these
@@ -547,6 +666,34 @@ def smooth_noise(rng, n, size, cell, shared=0.8):
     weight = np.exp(-0.5 * ((place[:, None] - np.arange(knots)) / 0.6) ** 2)
     noise = weight @ grid @ weight.T
     return noise / noise.std()
+
+
+def ellipse(x, y, a, b, corners=1):
+    """Signed distance, to first order, to the ellipse with half-axes a, b around 0; negative inside."""
+    e = corners * np.sqrt((x / a) ** 2 + (y / b) ** 2) + 1e-3
+    return e * (e - 1) / np.sqrt((x / a ** 2) ** 2 + (y / b ** 2) ** 2 + 1e-9)
+
+
+def lung(rng, pixel, fine, coarse):
+    """(n,size,size) grey values of lung with 45 vessels; pixel (size,) runs from about -48 to 48."""
+    image = rng.uniform(0.05, 0.2) + 0.02 * fine + 0.02 * coarse
+    spot = rng.uniform(-48, 48, (2, 1, 1, 45)) + rng.normal(0, 4, (2, len(fine), 1, 45))  # drift over slices
+    down, across = np.exp(-0.5 * ((pixel[:, None] - spot) / rng.uniform(0.5, 1.5, 45)) ** 2)
+    return image + 0.3 * (down * rng.uniform(0.2, 1, 45)) @ across.transpose(0, 2, 1)
+
+
+def scanner(rng, image, fine, coarse, slope, noise=1.0):
+    """Texture, contrast, surface-coil bias (along slope), Rician noise -> (n,size,size) uint8, the gamma.
+
+    noise scales the sd, which falls as pixels grow."""
+    n, size, _ = image.shape
+    gamma, sigma = np.exp(rng.normal(-0.05, 0.12)), rng.uniform(0.018, 0.03) * size / 128
+    image = np.clip(image * (1 + 0.03 * fine + 0.03 * coarse), 0, None) ** gamma
+    bias = np.exp(0.12 * smooth_noise(rng, 1, size, 64) + rng.uniform(0.0, 0.2) * slope / 64)
+    image = image * bias / bias.mean() * rng.normal(1, 0.03, (n, 1, 1))
+    real, imaginary = rng.standard_normal((2, n, size, size), np.float32) * (sigma * noise)
+    image = np.sqrt((image + real) ** 2 + imaginary ** 2)
+    return np.rint(255 * np.clip(image, 0, 1)).astype(np.uint8), gamma
 
 
 def heart(rng, size, jitter, infarcted):
@@ -588,8 +735,7 @@ def heart(rng, size, jitter, infarcted):
     a, b = 0.28 * outer + width, outer * (1.02 - 0.25 * z ** 2) * rng.normal(1, 0.05)
     rx, ry = x + 0.72 * outer, y + rng.normal(2.5, 1.5) - 0.18 * (x + outer)
     corners = 1 + 0.07 * np.cos(3 * np.arctan2(ry, rx) + 0.5)
-    ellipse = corners * np.sqrt((rx / a) ** 2 + (ry / b) ** 2) + 1e-3
-    d_rv = ellipse * (ellipse - 1) / np.sqrt((rx / a ** 2) ** 2 + (ry / b ** 2) ** 2 + 1e-9)
+    d_rv = ellipse(rx, ry, a, b, corners)
     d_heart = np.minimum(d_epi, d_rv - 2.2)
 
     # Grey values as the inversion time leaves them: myocardium nulled, blood medium, scar and fat bright.
@@ -598,10 +744,7 @@ def heart(rng, size, jitter, infarcted):
     coarse, fine = smooth_noise(rng, n, size, 14), smooth_noise(rng, n, size, 4, 0.3)
 
     # Thorax: lung with vessels, liver below, stomach, aorta, chest wall to the upper left.
-    image = rng.uniform(0.05, 0.2) + 0.02 * fine + 0.02 * coarse
-    spot = rng.uniform(-48, 48, (2, 1, 1, 45)) + rng.normal(0, 4, (2, n, 1, 45))  # drift between slices
-    down, across = np.exp(-0.5 * ((pixel[:, None] - spot) / rng.uniform(0.5, 1.5, 45)) ** 2)
-    image = image + 0.3 * (down * rng.uniform(0.2, 1, 45)) @ across.transpose(0, 2, 1)
+    image = lung(rng, pixel, fine, coarse)
     lean = rng.normal(0, 0.1)
     d_liver = rng.normal(37, 3) - 6 * z + y * np.cos(lean) + x * np.sin(lean) + 0.004 * (x + 20) ** 2
     over(fat * 0.85, inside(d_liver - 3))
@@ -656,16 +799,10 @@ def heart(rng, size, jitter, infarcted):
     mask[(d_core < 0) & (mask == 3)] = 4
     mask[d_endo < 0] = 1
 
-    # Scanner: texture, contrast, surface-coil bias, Rician noise (sd per pixel falls as pixels grow).
-    gamma, sigma = np.exp(rng.normal(-0.05, 0.12)), rng.uniform(0.018, 0.03) * size / 128
-    image = np.clip(image * (1 + 0.03 * fine + 0.03 * coarse), 0, None) ** gamma
-    bias = np.exp(0.12 * smooth_noise(rng, 1, size, 64) + rng.uniform(0.0, 0.2) * (y - x) / 64)
-    image = image * bias / bias.mean() * rng.normal(1, 0.03, (n, 1, 1))
-    real, imaginary = rng.standard_normal((2, n, size, size), np.float32) * sigma
-    image = np.sqrt((image + real) ** 2 + imaginary ** 2)
+    image, gamma = scanner(rng, image, fine, coarse, y - x)
     fraction = infarct_fraction(mask)
     return dict(
-        image=np.rint(255 * np.clip(image, 0, 1)).astype(np.uint8), mask=mask, slice=np.arange(n),
+        image=image, mask=mask, slice=np.arange(n),
         label=np.full(n, int(infarcted)), has_infarct=(fraction > 0).astype(np.uint8),
         infarct_fraction=fraction, age=np.full(n, age), sex=np.full(n, "M" if male else "F"),
         factor_infarct_fraction=fraction, factor_transmurality=np.where(fraction > 0, depth.max((1, 2)), 0),
@@ -697,6 +834,171 @@ def phantom_hearts(path, subjects=100, seed=0, size=128, jitter=1.0):
           dict(source=f"python data.py phantom hearts --subjects {subjects} --seed {seed} --size {size} "
                       f"--jitter {jitter:g}", licence="CC0", spacing_mm=[9.0, 125 / size, 125 / size],
                label_names=["normal", "pathological"], mask_names=HEART))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Phantom views: one beating heart in short axis and in four chambers, as cine MR shows it. Lengths in mm.
+
+FRAME = 220.0  # an image of phantom_views is this wide
+
+
+def cine(rng, size, group):
+    """One subject of phantom_views -> its columns: 5-7 short-axis slices and a four-chamber view, ED and ES.
+
+    group: 0 healthy, 1 dilated (large and weak), 2 hypertrophic (thick and strong)."""
+    who = dict(radius=np.clip(rng.normal([24, 31, 21][group], 1.6), 17, 35),
+               wall=np.clip(rng.normal([8.5, 8, 15][group], 1.0), 6, 18),
+               ef=np.clip(rng.normal([0.60, 0.27, 0.68][group], 0.04), 0.15, 0.78),
+               blood=rng.uniform(0.6, 0.78), muscle=rng.uniform(0.15, 0.25), fat=rng.uniform(0.8, 1.0),
+               skin=rng.uniform(7, 20), scale=np.clip(rng.normal(1, 0.05), 0.88, 1.12))
+    views = [cine_view(rng, size, n, n == 1, **who) for n in (int(rng.integers(5, 8)), 1)]
+    columns = {k: np.concatenate([v[k] for v in views]) for k in views[0]}
+    return columns | dict(label=np.full(len(columns["view"]), group))
+
+
+def cine_view(rng, size, n, long_axis, radius, wall, ef, blood, muscle, fat, skin, scale):
+    """n slices of one heart at ED, then the same at ES -> columns of 2n rows."""
+    z = np.tile(np.linspace(0.12, 0.86, n) if n > 1 else [0.5], 2)[:, None, None]    # 0 base ... 1 apex
+    es = np.repeat([0.0, 1.0], n)[:, None, None]
+    shift = np.clip(rng.normal(0, 6, (2, 1, 1, 1)), -14, 14)
+    dx, dy = np.tile(shift + rng.normal(0, 1, (2, n, 1, 1)), (1, 2, 1, 1))             # breath-holds differ
+    rotation, pixel = rng.normal(0, 7), ((np.arange(size) + 0.5) / size - 0.5) * FRAME
+    turn, across = np.deg2rad(rotation), 18 if long_axis else -10
+    gx, gy = pixel[None, None, :] - dx - across, -pixel[None, :, None] - dy - 5        # y points up
+    x = (np.cos(turn) * gx + np.sin(turn) * gy) / scale
+    y = (np.cos(turn) * gy - np.sin(turn) * gx) / scale
+    coarse, fine = (np.tile(smooth_noise(rng, n, size, *a), (2, 1, 1)) for a in ((14,), (4, 0.3)))
+    image = 0.5 * np.tile(lung(rng, pixel * 96 / FRAME, fine[:n], coarse[:n]), (2, 1, 1))
+
+    def inside(distance):  # share of a pixel that lies inside: smooth partial volume
+        return 0.5 - 0.5 * np.tanh(distance * 0.8 / max(0.8, FRAME / size))
+
+    def over(colour, share):
+        nonlocal image
+        image = image + (colour - image) * share
+
+    def wave(k, amount):
+        return amount * np.cos(k * angle - rng.uniform(0, 2 * np.pi))
+
+    # A beat: the base moves towards the apex, and the wall thickens so that its volume stays.
+    short = 1 - 0.25 * ef * es                                          # length now / length at ED
+    squeeze, grown = 1 - 0.2 * es, 1 + 0.1 * es                         # right ventricle; atria
+    length = 84 * np.sqrt(radius / 24) * short
+    r = radius * np.sqrt((1 - ef * es) / short)
+    t = np.sqrt(r * r + ((radius + wall) ** 2 - radius ** 2) / short) - r
+    outer = radius + wall
+
+    # The heart as signed distances. The LV is an ellipsoid, widest 0.3 of its length from the base.
+    if long_axis:                                                       # u: base to apex, v: septum to side
+        axis = np.deg2rad(rng.normal(48, 5))
+        u, v = np.cos(axis) * x + np.sin(axis) * y, np.sin(axis) * x - np.cos(axis) * y
+        base, angle = length / short / 2 - length, np.arctan2(v, u)
+        valve = base - u + 2 * np.cos(v / 10)                           # < 0: on the side of the ventricles
+        w, half = u - base - 0.3 * length, 0.7 * length
+        d_endo = np.maximum(ellipse(w, v, half, r, 1 + wave(7, 0.015)), valve)
+        d_epi = np.maximum(ellipse(w, v, half + 0.75 * t, r + t), valve)
+        wide = outer / 2 + 33 * squeeze
+        d_rv = ellipse(w + 0.1 * length, v + outer / 2, 0.6 * length, wide, 1 + wave(3, 0.02))
+        d_rv = np.maximum(np.maximum(d_rv, 0.5 - d_epi), valve + 2)
+        left = ellipse(u - base + 17 * grown, v + 3, 28 * grown, 25 * grown, 1 + wave(2, 0.04))
+        right = ellipse(u - base + 15 * grown, v + outer + 14, 28 * grown, 25 * grown, 1 + wave(2, 0.05))
+        d_atria = np.maximum(np.minimum(left, np.maximum(right, 2.5 - left)), 2.5 - valve)
+        d_papillary, belly = ellipse(w - 0.12 * half, v - 0.6 * r, 0.25 * half, 3.5), 0.8
+    else:
+        rho, angle = np.hypot(x, y), np.arctan2(y, x)                   # 0 lateral, 90 anterior, 180 septum
+        part = np.clip(1 - (1 - z) / short, 0, 1)                       # which part is in this plane now
+        profile = np.sqrt(1 - ((part - 0.3) / 0.7) ** 2)
+        r, t, outer = r * profile, t * (1 - 0.25 * part ** 2), radius * profile + wall
+        d_endo = rho - r * (1 + wave(2, 0.04) + wave(3, 0.03) + wave(9, 0.012))
+        d_epi = d_endo - t * (1 + wave(1, 0.08))
+        wide = 30 * squeeze * np.sqrt(np.clip(1 - (part / 0.93) ** 2.2, 0, 1))
+        rx, ry = x + 0.78 * outer, y + 5 - 0.2 * (x + outer)
+        d_rv = ellipse(rx, ry, 0.24 * outer + wide, outer * (1.05 - 0.25 * z ** 2) * np.sqrt(squeeze),
+                       1 + 0.09 * np.cos(3 * np.arctan2(ry, rx) + 0.5))
+        d_rv, d_atria = np.maximum(d_rv, 0.5 - d_epi), np.full(x.shape, 99.0)
+        belly = np.sqrt(np.clip(1 - ((part - 0.55) / 0.4) ** 2, 0, 1))
+        at = np.deg2rad(rng.normal([40, 235], 8))[:, None, None, None]
+        d_papillary = np.hypot(x - 0.68 * r * np.cos(at), y - 0.68 * r * np.sin(at)).min(0)
+        d_papillary -= (0.13 * radius + 1) * belly
+    d_heart = np.minimum(np.minimum(d_epi, d_rv - 3), d_atria - 2)
+
+    # The chest wall. Short axis: the front of the chest is to the left. Four chambers: seen from below.
+    a, b, cx, cy = (150, 98, -25, -18) if long_axis else (100, 155, 22, -30)
+    bx, by = x - cx - rng.normal(0, 3), y - cy - rng.normal(0, 3)
+    angle = np.arctan2(by / b, bx / a)
+    d_skin = ellipse(bx, by, a + skin, b + skin, 1 + wave(3, 0.015))
+    d_flesh = d_skin + skin * (1 + wave(1, 0.35) + wave(3, 0.2) + wave(5, 0.08))
+    d_chest = d_flesh + rng.uniform(8, 11) + wave(4, 2)
+    over(0.02, 1 - inside(d_skin))
+    over(fat + 0.03 * coarse, inside(d_skin) * (1 - inside(d_chest)))
+    over(muscle * 1.1, inside(abs(d_flesh + 5) - 4.5 - wave(6, 1.5)))
+    d_rib = np.hypot(d_chest - 4.5, 4.5 * ((14 * angle / np.pi + rng.uniform(0, 2)) % 2 - 1)) - 3
+    over(0.06, inside(d_rib - 1.2))
+    over(0.55 * fat, inside(d_rib))
+
+    # Behind and below the heart: back muscles, fat, spine, liver with its veins, descending aorta.
+    if long_axis:
+        sx, sy = x + rng.normal(22, 4), y + rng.normal(92, 3)
+        over(muscle * 1.2, inside(np.maximum(ellipse(sx, sy + 6, 62, 26), d_chest)))
+        d_spine = ellipse(sx, sy, 19, 16)
+        ax, ay, d_liver = sx - 27, sy - 20, ellipse(x + 112, y + rng.normal(42, 8), 48, 40)
+    else:
+        d_belly = y + rng.normal(41, 2) + 0.0035 * (x - 8) ** 2 + 0.1 * x
+        over(fat * 0.55 + 0.13 * coarse + 0.05 * fine, inside(np.maximum(d_belly, d_chest)))
+        sx = x - rng.normal(62, 4) + 0.2 * (y + 60)
+        over(muscle * 1.3, inside(np.maximum(np.maximum(-sx - 24, y + 42 + 0.3 * sx + 4 * coarse), d_chest)))
+        d_disc = abs((y + rng.uniform(0, 30)) % 31 - 15.5) - 13         # between vertebrae 26 mm high
+        d_spine = np.maximum(np.maximum(abs(sx) - 16, d_disc), y + 38)
+        ax, ay = x - rng.normal(30, 3), (y + 68) / 1.5                  # the aorta is cut aslant
+        d_liver = np.maximum(d_belly + 3, x - 12 - 0.3 * (y + 60) - 3 * coarse)
+    over(0.08, inside(d_spine - 1.5))
+    over(rng.uniform(0.3, 0.42) + 0.03 * fine, inside(d_spine))
+    over(0.06, inside(np.maximum(d_liver - 1.5, d_chest)))
+    over(rng.uniform(0.24, 0.34) + 0.015 * fine, inside(np.maximum(d_liver, d_chest)))
+    vx, vy, thick = rng.uniform([30, 60, 1.5], [60, 105, 4], (6, 3)).T[:, :, None, None, None]
+    d_vein = (np.hypot(x + vx, y + vy) - thick).min(0)
+    over(blood * 0.8, inside(np.maximum(d_vein, d_liver + 3)))
+    d_aorta = np.hypot(ax, ay) - rng.uniform(9, 12)
+    over(0.1, inside(d_aorta - 1.5))
+    over(blood * 1.05 + 0.02 * coarse, inside(d_aorta))
+
+    # Fat on the heart, muscle, blood, trabeculae at the endocardium, papillary muscles.
+    angle = np.arctan2(y, x)
+    over(fat * 0.85, inside(np.maximum(d_heart - 2.5 - wave(1, 2.5) - wave(3, 1.5) - coarse, d_chest)))
+    over(0.06, inside(d_heart - 0.8))
+    over(muscle, inside(d_heart))
+    over(blood * 0.95 + 0.04 * coarse - 0.07 * np.clip(fine, 0, 2), inside(np.minimum(d_rv, d_atria)))
+    over(blood + 0.03 * coarse + 0.02 * fine, inside(d_endo))
+    over(muscle, 0.5 * inside(abs(d_endo + 1.5) - 2.5) * inside(2 - 4 * fine) * inside(d_endo))
+    over(muscle * 1.1, inside(d_papillary) * belly)
+
+    mask = np.select([d_endo < 0, d_epi < 0, d_rv < 0], [1, 2, 3]).astype(np.uint8)
+    image, gamma = scanner(rng, image, fine, coarse, (y - x) / 2, noise=0.6)
+    row = np.zeros((2 * n, 1, 1))
+    factors = dict(lv_radius=r * scale, wall_thickness=t * scale, ejection_fraction=ef, x=dx, y=dy,
+                   rotation=rotation, contrast=blood ** gamma - muscle ** gamma)
+    return dict(image=image, mask=mask, view=np.full(2 * n, long_axis, np.uint8),
+                phase=es.ravel().astype(np.uint8), slice=np.tile(np.arange(n), 2),
+                **{f"factor_{k}": (row + f).ravel() for k, f in factors.items()})
+
+
+def phantom_views(path, subjects=60, seed=0, size=128):
+    """Write cine hearts, short axis and four chambers, ED and ES; a third each healthy, dilated, thick.
+
+    factor_*: ejection_fraction in [0,1]; lv_radius (short half-axis in the image) and wall_thickness in mm at
+    that phase; x, y in mm (right, up) and rotation in degrees off the view's own place; contrast = blood -
+    myocardium of full scale. The frame is FRAME mm wide. A subject depends on (seed, number)."""
+    if subjects < 1 or size < 16:
+        fail(f"{path}: phantom needs subjects >= 1, size >= 16")
+    table = []
+    for i in tqdm(range(subjects), "views", leave=False, disable=None):
+        columns = cine(np.random.default_rng([seed, i]), size, i % 3)
+        columns["subject"] = np.repeat(f"view{seed}-{i:03d}", len(columns["image"]))
+        table.append(columns)
+    write(path, table,
+          dict(source=f"python data.py phantom views --subjects {subjects} --seed {seed} --size {size}",
+               licence="CC0", spacing_mm=[10.0, FRAME / size, FRAME / size],
+               label_names=["healthy", "dilated", "hypertrophic"], **CINE_NAMES))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1014,6 +1316,26 @@ def phantom_brains(path, subjects=120, seed=0, size=48):
 # ---------------------------------------------------------------------------------------------------
 # EMIDEC (Lalande et al. 2020): Case_N006/Images/Case_N006.nii.gz, Case_N006/Contours/..., "Case N006.txt"
 
+def need_nibabel(command):
+    """Fails in one line where nibabel is not installed."""
+    try:
+        import nibabel  # noqa: F401
+    except ImportError:
+        fail(f"{command} reads NIfTI files: pip install nibabel")
+
+
+def attempt(cases, read, skipped):
+    """Yield (case, read(case)) with a progress bar; what cannot be read is printed and added to skipped."""
+    for case in tqdm(cases, "reading", disable=None):
+        try:
+            result = read(case)
+        except Exception as why:  # of a dozen types: files are damaged in many ways
+            skipped.append(f"{case}: {' '.join(str(why).split()) or type(why).__name__}")
+            tqdm.write(f"skipped {skipped[-1]}")
+        else:
+            yield case, result
+
+
 def read_voxels(path, zooms=1.0):
     """.nii, .nii.gz or .npy -> (X,Y,Z) float32 as stored, (3,) mm per voxel, affine (npy: zooms, None).
 
@@ -1029,7 +1351,7 @@ def read_voxels(path, zooms=1.0):
             header = type(volume.header).from_fileobj(file, check=False)
         zooms = abs(header["pixdim"][1:4])  # not the affine: EMIDEC's says 1 mm, wrongly
     shape = volume.shape[:3]
-    if len(shape) < 3 or min(shape) < 2 or max(volume.shape[3:], default=1) > 1:
+    if len(shape) < 3 or min(shape[:2]) < 2 or max(volume.shape[3:], default=1) > 1:
         raise ValueError(f"{path}: shape {volume.shape}, expected one volume")
     if np.prod(shape, dtype=object) > 1e9:
         raise ValueError(f"{path}: shape {volume.shape}, more than 1e9 voxels")
@@ -1077,21 +1399,13 @@ def emidec(root, out, spacing=None):
     spacing None: the smallest at which every heart (myocardium + 25 % margin on each side) fits; pass
     that of the training file to convert others alike. Grey window: percentiles 0-99.5 of each cropped
     volume. Slices without myocardium are dropped; skipped cases are listed with the reason."""
-    try:
-        import nibabel
-    except ImportError:
-        fail("emidec reads NIfTI files: pip install nibabel")
+    need_nibabel("emidec")
     cases = sorted(c for c in (os.listdir(root) if os.path.isdir(root) else [])
                    if re.fullmatch(r"Case_[NP]\d+", c) and os.path.isdir(os.path.join(root, c)))
     if not cases:
         fail(f"{root}: no folders Case_N... or Case_P...; pass the folder that holds them")
-    read, skipped, parts = {}, [], []
-    for case in tqdm(cases, "reading", disable=None):
-        try:
-            read[case] = read_case(root, case)
-        except (ValueError, OSError, EOFError, nibabel.filebasedimages.ImageFileError) as why:
-            skipped.append(f"{case}: {' '.join(str(why).split())}")
-            tqdm.write(f"skipped {skipped[-1]}")
+    skipped, parts = [], []
+    read = dict(attempt(cases, lambda case: read_case(root, case), skipped))
     if not read:
         fail(f"{root}: none of {len(cases)} cases could be read; the first: {skipped[0]}")
     corners = {}
@@ -1118,6 +1432,128 @@ def emidec(root, out, spacing=None):
         label_names=["normal", "pathological"], mask_names=HEART))
     print(f"{out}: {len(read)} subjects, {sum(len(p['slice']) for p in parts)} slices, {spacing:.4f} mm "
           f"per pixel, {len(skipped)} skipped")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Cine MR: ACDC (Bernard et al. 2018) and M&Ms-2 (Martin-Isla et al. 2023), one file per subject
+
+def read_cine(folder, name, ids, size=256):
+    """NAME.nii.gz and NAME_gt.nii.gz -> columns image, mask, slice, spacing (mm per pixel); slice gap in mm.
+
+    Only slices that show a structure: the others have no map to be generated from. Padded to a square in mm,
+    resized; grey window: percentiles 0-99.5 of the volume; rows = second NIfTI axis, so that the chest is
+    upright. ids[k] is label k's place in CINE. ValueError says why not."""
+    image, zooms = read_nifti(folder, name)
+    stored, _ = read_nifti(folder, name + "_gt")
+    if stored.shape != image.shape:
+        raise ValueError(f"{name}: image {image.shape} but labels {stored.shape}")
+    label = np.rint(stored)
+    found = np.unique(label)
+    if abs(label - stored).max() > 0.1 or not set(found) <= {0, 1, 2, 3} or found.max() == 0:
+        raise ValueError(f"{name}_gt holds {np.unique(stored)[:8]}, expected 0 to 3 and some heart")
+    low, high = np.percentile(image, [0, 99.5])
+    if high <= low:
+        raise ValueError(f"{name}: an image of one grey value, {low:g}")
+    image = 255 * np.clip((image - low) / (high - low), 0, 1)
+    mask, keep = np.array(ids, np.uint8)[label.astype(int)], np.flatnonzero((label > 0).any((0, 1)))
+    sides, mm = np.array(image.shape[1::-1]), zooms[1::-1]               # (rows, columns)
+    spacing = (sides * mm).max() / size
+    start = (sides - size * spacing / mm) / 2
+    image, mask = (resample(v.transpose(2, 1, 0)[keep], start, spacing / mm, size, nearest)
+                   for v, nearest in ((image, False), (mask, True)))
+    columns = dict(image=np.rint(image).astype(np.uint8), mask=mask, slice=keep)
+    return columns | dict(spacing=np.full(len(keep), spacing)), zooms[2]
+
+
+def cine_files(out, folders, describe, ids, diseases, source, licence):
+    """Write OUT/SUBJECT.h5 for folders {subject: path}; files that are there are finished, and kept.
+
+    describe(subject) -> [(view, phase, NIfTI name)], disease; one that is not in diseases is "unknown"."""
+    try:
+        os.makedirs(out, exist_ok=True)
+    except OSError as error:
+        fail(f"{out}: cannot be made: {error}; give a folder")
+    diseases, skipped, rows = [*diseases, "unknown"], [], 0
+    target = {subject: os.path.join(out, subject + ".h5") for subject in folders}
+
+    def read(subject):
+        series, disease = describe(subject)
+        label, parts = diseases.index(disease if disease in diseases else "unknown"), []
+        for view, phase, name in series:
+            columns, gap = read_cine(folders[subject], name, ids)
+            n = len(columns["slice"])
+            parts.append(columns | dict(view=np.full(n, view, np.uint8), phase=np.full(n, phase, np.uint8),
+                                        label=np.full(n, label), subject=np.full(n, subject)))
+        return parts, [float(mm) for mm in (gap, *2 * [parts[0]["spacing"][0]])]
+
+    new = [subject for subject in sorted(folders) if not os.path.exists(target[subject])]
+    for subject, (parts, spacing) in attempt(new, read, skipped):
+        write(target[subject], parts, dict(source=source, licence=licence, spacing_mm=spacing,
+                                           label_names=diseases, **CINE_NAMES))
+        rows += sum(len(p["slice"]) for p in parts)
+    if len(skipped) == len(folders):
+        fail(f"{out}: none of {len(folders)} subjects could be converted; the first: {skipped[0]}")
+    print(f"{out}: {len(folders) - len(skipped)} subjects, {len(new) - len(skipped)} of them new with {rows} "
+          f"slices, {len(skipped)} skipped")
+
+
+def subfolders(root, inside, pattern):
+    """-> {name: path} of the folders whose name matches, in root and in ROOT/x for the glob patterns x."""
+    found = [p for x in ("", *inside) for p in sorted(glob.glob(os.path.join(glob.escape(root), x, "*")))]
+    named = {os.path.basename(p): p for p in found if os.path.isdir(p)}
+    return {name: p for name, p in named.items() if re.fullmatch(pattern, name)}
+
+
+def acdc(root, out):
+    """Convert ACDC, {training,testing}/patientNNN, into a folder of one file per subject, ED and ES.
+
+    Its label ids, 1 RV, 2 myocardium, 3 LV, become those of CINE. label: its five groups."""
+    need_nibabel("acdc")
+    folders = subfolders(root, ("t*ing", "database/t*ing"), r"patient\d{3}")
+    if not folders:
+        fail(f"{root}: no folders patient001...; pass the folder that holds training and testing")
+
+    def describe(subject):
+        path = os.path.join(folders[subject], "Info.cfg")
+        with open(path, encoding="latin-1") as file:
+            entry = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in file)}
+        if not all(entry.get(k, "").isdecimal() for k in ("ED", "ES")):
+            raise ValueError(f"{path}: no frame numbers ED and ES")
+        frames = [f"{subject}_frame{int(entry[k]):02d}" for k in ("ED", "ES")]  # both count from 1
+        return [(0, phase, name) for phase, name in enumerate(frames)], entry.get("Group")
+
+    cine_files(out, folders, describe, [0, 3, 2, 1], ["DCM", "HCM", "MINF", "NOR", "RV"],
+               "ACDC (Bernard et al. 2018), python data.py acdc; its ids 1 RV, 2 myocardium, 3 LV mapped to "
+               "1 LV, 2 myocardium, 3 RV", "CC BY-NC-SA 4.0")
+
+
+def mms(root, out):
+    """Convert M&Ms-2, dataset/NNN and dataset_information.csv, into a folder of one file per subject.
+
+    Short axis and four chambers (H,W,1), ED and ES; CINE has no labels and is left. Ids are those of CINE."""
+    need_nibabel("mms")
+    folders = subfolders(root, ("dataset", "MnM2/dataset"), r"\d{3}")
+    tables = [p for p in (os.path.join(root, x, "dataset_information.csv") for x in ("", "MnM2", ".."))
+              if os.path.isfile(p)]
+    if not folders or not tables:
+        missing = "dataset_information.csv" if folders else "folders dataset/001..."
+        fail(f"{root}: no {missing}; pass the folder that holds both")
+    with open(tables[0], encoding="utf-8-sig", errors="replace", newline="") as file:
+        filled = (line.replace(";", ",") for line in file if line.strip(' ,;"\r\n'))  # a million rows are not
+        rows = [{(k or "").strip(): (v or "").strip() for k, v in row.items() if isinstance(v, str)}
+                for row in csv.DictReader(filled)]
+    named = [r for r in rows if {"SUBJECT_CODE", "DISEASE"} <= set(r)]
+    if not named:
+        fail(f"{tables[0]}: no rows with SUBJECT_CODE and DISEASE")
+    disease = {r["SUBJECT_CODE"].zfill(3): r["DISEASE"] for r in named}
+    series = [(view, phase, f"_{v}_{p}") for view, v in enumerate(CINE_NAMES["view_names"])
+              for phase, p in enumerate(CINE_NAMES["phase_names"])]
+
+    def describe(subject):
+        return [(view, phase, subject + end) for view, phase, end in series], disease.get(subject)
+
+    cine_files(out, folders, describe, [0, 1, 2, 3], sorted({*disease.values()} - {""}),
+               "M&Ms-2 (Martin-Isla et al. 2023), python data.py mms", "as the challenge's: ub.edu/mnms-2")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1280,6 +1716,8 @@ def read_brain(path, spacing, shape, mm=""):
     if not os.path.isfile(path):
         raise ValueError("no such file")
     x, zooms, affine = read_voxels(path, [number(v) for v in re.split(r"[\s,x]+", mm)] if mm else 1.0)
+    if min(x.shape) < 2:
+        raise ValueError(f"{path}: shape {x.shape} is a slice, expected a volume")
     if affine is not None:  # a .npy has none: taken to point right, anterior, superior
         import nibabel
         turn = nibabel.io_orientation(affine)
@@ -1362,10 +1800,7 @@ def volumes(table, out, spacing=1.5, shape=None, size=None, where=None):
     lines, cells, digest = read_table(table)
     columns, names, reasons = table_columns(table, lines, cells)
     if any(".nii" in p.lower() for p in cells["path"]):
-        try:
-            import nibabel  # noqa: F401
-        except ImportError:
-            fail("volumes reads NIfTI files: pip install nibabel")
+        need_nibabel("volumes")
     if os.path.isdir(out):
         fail(f"{out}: a folder; name the file to write")
     part, mm = f"{out}.part", cells.get("spacing", [""] * len(lines))
@@ -1502,10 +1937,11 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
     verify, sheet, phantom, nifti, scans = map(
         commands.add_parser, ("check", "show", "phantom", "emidec", "volumes"))
+    cines = [commands.add_parser(name) for name in ("acdc", "mms")]
     verify.add_argument("path")
     sheet.add_argument("path")
     sheet.add_argument("--out", default="sheet.png")
-    phantom.add_argument("kind", choices=["hearts", "cohort", "brains"])
+    phantom.add_argument("kind", choices=["hearts", "views", "cohort", "brains"])
     phantom.add_argument("out")
     for name, kind, of in (("subjects", int, ""), ("patients", int, " (cohort)"), ("seed", int, ""),
                            ("size", int, ""), ("jitter", float, " (hearts)")):
@@ -1513,6 +1949,9 @@ def main():
     nifti.add_argument("root")
     nifti.add_argument("out")
     nifti.add_argument("--spacing", type=float, help="mm per pixel; default: the smallest that fits all")
+    for p in cines:
+        p.add_argument("root")
+        p.add_argument("outdir")
     scans.add_argument("table")
     scans.add_argument("out")
     scans.add_argument("--spacing", type=float, default=1.5, help="mm per voxel, default 1.5")
@@ -1520,7 +1959,7 @@ def main():
                        help="depth,height,width of a volume, default 128,160,128")
     scans.add_argument("--size", type=int, help="a cube, or the side of a slice; default 128")
     scans.add_argument("--slice", help="axial:mid, coronal:40 (row) or sagittal:-10 (mm from the middle)")
-    for p in (parser, verify, sheet, phantom, nifti, scans):
+    for p in (parser, verify, sheet, phantom, nifti, scans, *cines):
         p.error = lambda message: fail(f"{message}; see python data.py --help")  # one line, as all errors
     a = parser.parse_args()
     if a.command == "check":
@@ -1533,10 +1972,13 @@ def main():
         for name, kind in (("patients", "cohort"), ("jitter", "hearts")):
             if name in given and a.kind != kind:
                 fail(f"--{name} is for phantom {kind} only")
-        dict(hearts=phantom_hearts, cohort=phantom_cohort, brains=phantom_brains)[a.kind](a.out, **given)
+        dict(hearts=phantom_hearts, views=phantom_views, cohort=phantom_cohort,
+             brains=phantom_brains)[a.kind](a.out, **given)
         print(a.out)
     elif a.command == "emidec":
         emidec(a.root, a.out, a.spacing)
+    elif a.command in ("acdc", "mms"):
+        dict(acdc=acdc, mms=mms)[a.command](a.root, a.outdir)
     else:
         volumes(a.table, a.out, a.spacing, a.shape, a.size, a.slice)
 

@@ -923,11 +923,11 @@ def evaluate(cfg, data, part, loader, models):
                           "Patients above and below the median similarity to the healthy mean.")
     else:
         print("no survival analysis: the data has no time and event columns")
-    draw(cfg, data, part, loader, models, codes[""], scores, brain_age, pca, metrics)
+    interpret(cfg, data, part, loader, models, codes[""], scores, brain_age, pca, metrics)
     return metrics
 
 
-def draw(cfg, data, part, loader, models, codes, scores, brain_age, pca, metrics):
+def interpret(cfg, data, part, loader, models, codes, scores, brain_age, pca, metrics):
     """The pictures of a run and the numbers that go with them, which join `metrics`."""
     out, device, model, age = Path(cfg.out), loader.device, models[""], data.columns["age"].astype(np.float64)
     ill, reference, test = data.columns[cfg.target] > 0, part == "val", part == "test"
@@ -1244,11 +1244,11 @@ def main(argv):
     scores = [k for k in ("hr_per_sd", "hr_p", "c_index", "c_index_alone", "logrank_p", "ks_p", "auroc",
                           "severity_r") if k in metrics]
     print(M.table(metrics, [k for k in metrics if "." not in k and k not in scores], {}))
-    print(f"\nScores: similarity to healthy, higher = healthier: a good one has a hazard ratio below 1.\n"
-          f"{M.row_table(metrics, scores, PAPER)}\n"
-          "hr_per_sd and c_index: Cox of score, age and sex (c_index out of fold); c_index_alone: the score as it "
-          "is. ks_p ignores censoring.\nauroc: patients against controls, beyond age. Intervals: of hr_per_sd "
-          "Wald, else bootstrap over patients.")
+    print("\nScores: similarity to healthy, higher = healthier: a good one has a hazard ratio below 1.")
+    print(M.row_table(metrics, scores, PAPER))
+    print("hr_per_sd and c_index: Cox of score, age and sex (c_index out of fold); c_index_alone: the score\n"
+          "as it is; ks_p ignores censoring. auroc: patients against controls, beyond age. Intervals: of\n"
+          "hr_per_sd Wald, else bootstrap over patients.")
     print(f"{time.time() - began:.0f} s. Numbers: {out}/results.json. Pictures: {out}/*.png")
 
 
