@@ -70,6 +70,7 @@ class Config:
     head: str = "position"    # of the encoder: position (flattens the feature map), pool (averages: paper)
     z_map: str = "image"      # a linear layer of z_sem also enters: as an image beside x_t, as a map in the
                               # middle of the UNet, or none (paper)
+    score: str = "mahalanobis"  # similarity to healthy: mahalanobis, cosine (paper), age_matched or l2
     # objective
     predict: str = "v"        # what the UNet outputs: v, or eps (paper)
     t_power: float = 0.5      # times are drawn as T u^t_power: 0.5 favours high noise; paper: 1, uniform
@@ -102,14 +103,14 @@ PRESETS = {
 RECIPES = {
     "ours": {},
     "paper": dict(predict="eps", t_power=1.0, head="pool", z_map="none", augment=0.0, flip=True,
-                  stride="leading"),
+                  stride="leading", score="cosine"),
 }
 # What may differ when a run goes on in the same folder: nothing here alters what is learnt, only how far.
 FREE = {"data", "test", "out", "preset", "device", "target", "eval", "rivals", "steps", "bf16", "compile",
-        "save_every", "log_every", "S", "stride", "draws", "eval_images"}
+        "save_every", "log_every", "S", "stride", "draws", "eval_images", "score"}
 # The words that a field may hold.
 CHOICES = dict(predict=("v", "eps"), head=("position", "pool"), z_map=("image", "middle", "none"),
-               stride=("trailing", "leading"))
+               stride=("trailing", "leading"), score=("mahalanobis", "cosine", "age_matched", "l2"))
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -834,7 +835,7 @@ def age_mean(z, age, rows):
 def similarities(z, age, rows):
     """How healthy is z (N,d)? Four answers (N,), higher = healthier. rows: the reference, held-out healthy.
 
-    "": cosine with their mean, whatever their age: the published score. The others compare with their mean at
+    cosine: with their mean, whatever their age: the published score. The others compare with their mean at
     the same age: age_matched: cosine; l2: minus the distance; mahalanobis: minus the distance in healthy SDs.
     ValueError if the mean is 0, as that of standardised codes is: then no cosine with it exists."""
     mean, at_age = z[rows].mean(0), age_mean(z, age, rows)(age)
@@ -842,7 +843,7 @@ def similarities(z, age, rows):
     if norm(mean) < 0.01 * norm(z[rows]).mean():
         raise ValueError("the healthy mean of the codes is 0: codes that were centred have no cosine with it")
     cosine = lambda a, b: (a * b).sum(-1) / (norm(a) * norm(b))
-    return {"": cosine(z, mean), "age_matched": cosine(z, at_age), "l2": -norm(z - at_age),
+    return {"cosine": cosine(z, mean), "age_matched": cosine(z, at_age), "l2": -norm(z - at_age),
             "mahalanobis": -M.mahalanobis(z - at_age, rows)}
 
 
@@ -876,10 +877,13 @@ def evaluate(cfg, data, part, loader, models):
 
     # Scores, one per image. PCA: not centred, for a cosine with a mean needs a mean.
     codes = {row: semantic_codes(model, loader).double().cpu().numpy() for row, model in models.items()}
-    scores = similarities(codes[""], age, rows)
+    scores = {"": similarities(codes[""], age, rows)[cfg.score]}
+    scores |= {k: s for k, s in similarities(codes[""], age, rows).items() if k != cfg.score}
     torch.manual_seed(mix(cfg.seed, 3))
     codes["untrained"] = semantic_codes(Model(cfg).to(loader.device).eval(), loader).double().cpu().numpy()
-    scores |= {row: similarities(codes[row], age, rows)[""] for row in codes if row not in ("", "vae")}
+    for row in [r for r in codes if r not in ("", "vae")]:
+        kind = RECIPES["paper"]["score"] if row == "paper_recipe" else cfg.score
+        scores[row] = similarities(codes[row], age, rows)[kind]
     if "vae" in models:
         scores["vae_recon"], scores["vae_latent"] = vae_scores(models["vae"], loader, rows)
     some = train[np.linspace(0, len(train) - 1, min(len(train), 5000)).astype(int)]
@@ -887,7 +891,7 @@ def evaluate(cfg, data, part, loader, models):
     chunks = np.array_split(np.arange(len(data)), -(-len(data) // 1000))
     pixels = np.concatenate([M.pca_codes(pca, data.image[k] / 255) for k in chunks]).astype(np.float64)
     linear = similarities(pixels + pca.mean_ @ pca.components_.T, age, rows)
-    scores["pca_cosine"], scores["pca_mahalanobis"] = linear[""], linear["mahalanobis"]
+    scores["pca_cosine"], scores["pca_mahalanobis"] = linear["cosine"], linear["mahalanobis"]
     brain_age, gap = M.brain_age_gap(pixels, age, train, rows, data.subject)
     scores["brain_age_gap"] = -gap
     severity = data.columns.get("factor_severity")
@@ -1001,7 +1005,7 @@ def interpret(cfg, data, part, loader, models, codes, scores, brain_age, pca, me
                                           better="lower")
     M.scatter(out / "age.png", age, scores[""], {"training": part == "train", "reference": reference,
                                                  "controls": test & ~ill, "patients": test & ill},
-              "age (years)", "similarity to the healthy mean", "Cosine of z_sem with the healthy mean.")
+              "age (years)", f"similarity ({cfg.score})", "Similarity to the healthy mean, against age.")
     M.curves(out / "curves.png", {p.stem[4:] or cfg.recipe: p for p in sorted(out.glob("log*.jsonl"))})
 
 # --------------------------------------------------------------------------------------------------------

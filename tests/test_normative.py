@@ -66,7 +66,7 @@ def test_similarities_against_their_definitions():
     got = m.similarities(z, age, rows)
     mean = z[:40].mean(0)
     for i in (3, 50):
-        assert abs(got[""][i] - z[i] @ mean / np.linalg.norm(z[i]) / np.linalg.norm(mean)) < 1e-12
+        assert abs(got["cosine"][i] - z[i] @ mean / np.linalg.norm(z[i]) / np.linalg.norm(mean)) < 1e-12
         u = np.stack([age[:40] ** 0, age[:40], age[:40] ** 2], 1)
         at = np.clip(age[i], age[:40].min(), age[:40].max()) ** np.arange(3) @ np.linalg.solve(u.T @ u, u.T @ z[:40])
         assert abs(got["l2"][i] + np.linalg.norm(z[i] - at)) < 1e-6
@@ -207,7 +207,7 @@ def test_trained_networks_never_see_patients_or_the_reference(tmp_path, monkeypa
 
 # ------------------------------------------------------------------------------------ runs
 
-ROWS = {"age_matched", "l2", "mahalanobis", "no_age", "paper_recipe", "untrained", "vae_recon", "vae_latent",
+ROWS = {"cosine", "age_matched", "l2", "no_age", "paper_recipe", "untrained", "vae_recon", "vae_latent",
         "pca_cosine", "pca_mahalanobis", "brain_age_gap"}
 
 
