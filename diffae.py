@@ -720,7 +720,8 @@ def fit(model, loader, cfg, name, run, steps, watch=None):
         norm = nn.utils.clip_grad_norm_(params, 1.0)
         opt.found_inf = (~torch.isfinite(norm)).float()      # if so, the fused step skips itself: no sync
         opt.step()
-        torch._foreach_lerp_(averaged, params, 1 - min(cfg.ema, (1 + step) / (10 + step)))
+        with torch.no_grad():      # else the average would remember all of its past, for a gradient
+            torch._foreach_lerp_(averaged, params, 1 - min(cfg.ema, (1 + step) / (10 + step)))
         seen.append(torch.stack([loss.detach(), norm]))
         step += 1
         bar.update()

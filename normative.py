@@ -1,23 +1,30 @@
 """Normative diffusion autoencoder on brain MR: how far from healthy is a brain, and does it tell survival?
 
 The autoencoder of diffae.py with one idea more: the semantic encoder also sees the age, z_sem = s(x0, age),
-and only healthy brains are ever trained on. A patient's score is the cosine between z_sem and the mean z_sem
-of held-out healthy people; Cox regression asks whether those more similar to healthy live longer.
+and only healthy brains are ever trained on. The published score of a patient is the cosine between z_sem and
+the mean z_sem of held-out healthy people; Cox regression asks whether those more similar live longer.
 
-    x0 (B,1,H,W), age (B,) --Encoder--> z_sem (B,d) --cosine with healthy mean--> score --Cox--> hazard ratio
-         |                                 |      |                                 (higher = healthier)
+    x0 (B,1,H,W), age (B,) --Encoder--> z_sem (B,d) --similarity to healthy--> score --Cox--> hazard ratio
+         |                                 |      |                            (higher = healthier)
          +----------DDIM up: UNet(x_t, t, z_sem)--> x_T
                                            |      |
       healthy mean z_sem at this age ------+--DDIM down--> the healthy twin; its difference: what is ill
 
-Ijishakin et al., Normative Diffusion Autoencoders, 2024 (arXiv 2407.14191). No code or cohort is public:
-details that the paper leaves open are as in diffae.py, from which this differs in nothing else.
+Ijishakin et al., Normative Diffusion Autoencoders, 2024 (arXiv 2407.14191). No code or cohort is public;
+what the paper leaves open is as in diffae.py.
 
     python normative.py                     # phantom cohort; about 7 minutes on 2 CPU cores
     python normative.py --data cohort.h5    # yours: label (0 healthy), age; for survival also time, event
 
 Who is used for what: healthy people train the network (part "train"), give the healthy mean ("val", called
 the reference) or are the controls ("test"); each is one of these only. Patients are always test.
+
+Differs from diffae.py in:
+- the encoder gets the age, as constant channels; the UNet gets it through z_sem only;
+- augment 0.1: brains come registered, so that motion is small;
+- score residual (--recipe paper: cosine). A code trained on healthy brains says what healthy brains differ
+  in, and hardly what only the ill have: the cosine is blind to it. So the score is what z_sem leaves unsaid,
+  the image minus what is drawn from z_sem, pixel by pixel in units of what is usual in healthy people.
 """
 import copy, dataclasses, difflib, hashlib, inspect, json, math, os, shutil, signal, sys, time
 from dataclasses import dataclass
@@ -70,11 +77,12 @@ class Config:
     head: str = "position"    # of the encoder: position (flattens the feature map), pool (averages: paper)
     z_map: str = "image"      # a linear layer of z_sem also enters: as an image beside x_t, as a map in the
                               # middle of the UNet, or none (paper)
-    score: str = "mahalanobis"  # similarity to healthy: mahalanobis, cosine (paper), age_matched or l2
+    score: str = "residual"   # similarity to healthy: residual (what z_sem leaves unsaid); of z_sem with the
+                              # healthy mean: cosine (paper), age_matched, l2, mahalanobis
     # objective
     predict: str = "v"        # what the UNet outputs: v, or eps (paper)
     t_power: float = 0.5      # times are drawn as T u^t_power: 0.5 favours high noise; paper: 1, uniform
-    augment: float = 0.5      # strength of random rotation, zoom and shift of the training images; paper: 0
+    augment: float = 0.1      # strength of random rotation, zoom and shift: little, as brains come registered
     flip: bool = False        # random left-right flips (paper: true; but a heart has its left and its right)
     T: int = 1000             # diffusion steps, linear beta
     vae_beta: float = 1e-3    # weight of the VAE's KL
@@ -97,7 +105,7 @@ class Config:
 PRESETS = {
     "paper": {},
     "demo": dict(size=48, patch=2, base=32, mult=(1, 2, 4), enc_mult=(1, 2, 4, 4), blocks=1, attention=6,
-                 groups=0, dropout=0.0, z_dim=128, steps=800, batch=32, lr=1e-3, save_every=200,
+                 groups=0, dropout=0.0, z_dim=128, steps=600, batch=32, lr=1e-3, save_every=200,
                  eval_images=60),
 }
 RECIPES = {
@@ -110,7 +118,8 @@ FREE = {"data", "test", "out", "preset", "device", "target", "eval", "rivals", "
         "save_every", "log_every", "S", "stride", "draws", "eval_images", "score"}
 # The words that a field may hold.
 CHOICES = dict(predict=("v", "eps"), head=("position", "pool"), z_map=("image", "middle", "none"),
-               stride=("trailing", "leading"), score=("mahalanobis", "cosine", "age_matched", "l2"))
+               stride=("trailing", "leading"),
+               score=("residual", "cosine", "age_matched", "l2", "mahalanobis"))
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -692,7 +701,8 @@ def fit(model, loader, cfg, name, run, steps, watch=None):
         norm = nn.utils.clip_grad_norm_(params, 1.0)
         opt.found_inf = (~torch.isfinite(norm)).float()      # if so, the fused step skips itself: no sync
         opt.step()
-        torch._foreach_lerp_(averaged, params, 1 - min(cfg.ema, (1 + step) / (10 + step)))
+        with torch.no_grad():      # else the average would remember all of its past, for a gradient
+            torch._foreach_lerp_(averaged, params, 1 - min(cfg.ema, (1 + step) / (10 + step)))
         seen.append(torch.stack([loss.detach(), norm]))
         step += 1
         bar.update()
@@ -847,19 +857,46 @@ def similarities(z, age, rows):
             "mahalanobis": -M.mahalanobis(z - at_age, rows)}
 
 
-def vae_scores(model, loader, rows):
-    """Two scores of a VAE (N,), higher = healthier: minus the squared error of its reconstruction, and minus
-    the mean over i of |mean_i - healthy mean_i| / sqrt(healthy var_i + var_i) (Lawry Aguila et al. 2022)."""
-    def numbers(index):
-        x0 = loader.batch(index)["image"]
-        mean, logvar = model.posterior(x0)
-        error = (model.decode(mean) - x0).square().mean((1, 2, 3))
-        return torch.cat([mean, logvar, error[:, None]], 1)
+def semantic_residual(model, loader, z_sem, g):
+    """What z_sem (N,d) leaves unsaid: x0 - x0_hat(x_T, T-1, z_sem), x_T noise: one call of the UNet, which
+    from noise can only draw what z_sem says. -> (N,H,W) numpy, in units of the image's range"""
+    a, s = signal_noise(model.alpha_bar, torch.tensor([model.cfg.T - 1], device=loader.device), 4)
+
+    def residual(rows, z):
+        x0, t = loader.batch(rows)["image"], torch.full((len(rows),), model.cfg.T - 1, device=loader.device)
+        x_T = torch.randn(x0.shape, generator=g, device=loader.device)
+        x0_hat = (x_T - s * model.eps(x_T, t, z)) / a         # DDPM eq. 4 solved for x0
+        return (x0 - x0_hat.clamp(-1, 1))[:, 0].float() / 2
     with amp(model.cfg, loader.device):
-        out = in_batches(numbers, np.arange(len(loader))).double().cpu().numpy()
-    mean, logvar = np.split(out[:, :-1], 2, 1)
-    deviation = abs(mean - mean[rows].mean(0)) / np.sqrt(mean[rows].var(0) + np.exp(logvar))
-    return -out[:, -1], -deviation.mean(1)
+        return in_batches(residual, np.arange(len(loader)), z_sem).cpu().numpy()
+
+
+def vae_reads(model, loader):
+    """A VAE's mean and log variance (N,d), and x0 - decode(mean) (N,H,W) as semantic_residual; all numpy."""
+    def numbers(rows):
+        x0 = loader.batch(rows)["image"]
+        mean, logvar = model.posterior(x0)
+        return torch.cat([mean, logvar, (x0 - model.decode(mean)).flatten(1) / 2], 1)
+    with amp(model.cfg, loader.device):
+        out = in_batches(numbers, np.arange(len(loader))).cpu().numpy()
+    mean, logvar, residual = np.split(out, [model.cfg.z_dim, 2 * model.cfg.z_dim], 1)
+    return mean, logvar, residual.reshape(len(out), model.cfg.size, model.cfg.size)
+
+
+def usual(residual, rows):
+    """RMS (H,W) of the residual over rows, held-out healthy people; plus 1 % against division by 0."""
+    return np.sqrt((residual[rows] ** 2).mean(0)) + 0.01
+
+
+def residual_score(residual, rows):
+    """Minus the mean square of residual (N,H,W) in units of what is usual at each pixel, (N,)."""
+    return -((residual / usual(residual, rows)) ** 2).mean((1, 2))
+
+
+def latent_deviation(mean, logvar, rows):
+    """Minus the mean over i of |mean_i - healthy mean_i| / sqrt(healthy var_i + var_i), (N,); mean and logvar
+    (N,d) of a VAE's posterior (Lawry Aguila et al. 2022)."""
+    return -(abs(mean - mean[rows].mean(0)) / np.sqrt(mean[rows].var(0) + np.exp(logvar))).mean(1)
 
 
 def signed(x):
@@ -876,24 +913,38 @@ def evaluate(cfg, data, part, loader, models):
     metrics = {}
 
     # Scores, one per image. PCA: not centred, for a cosine with a mean needs a mean.
-    codes = {row: semantic_codes(model, loader).double().cpu().numpy() for row, model in models.items()}
-    scores = {"": similarities(codes[""], age, rows)[cfg.score]}
-    scores |= {k: s for k, s in similarities(codes[""], age, rows).items() if k != cfg.score}
+    g = torch.Generator(loader.device).manual_seed(cfg.seed)
     torch.manual_seed(mix(cfg.seed, 3))
-    codes["untrained"] = semantic_codes(Model(cfg).to(loader.device).eval(), loader).double().cpu().numpy()
-    for row in [r for r in codes if r not in ("", "vae")]:
-        kind = RECIPES["paper"]["score"] if row == "paper_recipe" else cfg.score
-        scores[row] = similarities(codes[row], age, rows)[kind]
+    networks = {row: model for row, model in models.items() if row != "vae"}
+    networks["untrained"] = Model(cfg).to(loader.device).eval()
+    scores, codes, left = {"": None}, {}, {}
+    for row, model in tqdm(networks.items(), "evaluate: scores", unit="model"):
+        z = semantic_codes(model, loader)
+        codes[row] = z.double().cpu().numpy()
+        kinds = similarities(codes[row], age, rows)
+        if row in ("", "no_age"):
+            left[row] = semantic_residual(model, loader, z, g)
+            kinds["residual"] = residual_score(left[row], rows)
+        if not row:
+            scores |= {"": kinds[cfg.score]} | {k: s for k, s in kinds.items() if k != cfg.score}
+        else:     # the paper's by its cosine; an untrained decoder leaves everything unsaid: its best other
+            scores[row] = kinds[{"paper_recipe": "cosine", "untrained": "mahalanobis"}.get(row, cfg.score)]
     if "vae" in models:
-        scores["vae_recon"], scores["vae_latent"] = vae_scores(models["vae"], loader, rows)
+        mean, logvar, residual = vae_reads(models["vae"], loader)
+        scores |= {"vae_recon": -(residual ** 2).mean((1, 2)), "vae_residual": residual_score(residual, rows),
+                   "vae_latent": latent_deviation(mean, logvar, rows)}
     some = train[np.linspace(0, len(train) - 1, min(len(train), 5000)).astype(int)]
     pca = M.pca(cfg.z_dim, data.image[some] / 255)
-    chunks = np.array_split(np.arange(len(data)), -(-len(data) // 1000))
-    pixels = np.concatenate([M.pca_codes(pca, data.image[k] / 255) for k in chunks]).astype(np.float64)
+    pixels, residual = [], []
+    for k in np.array_split(np.arange(len(data)), -(-len(data) // 1000)):
+        x = data.image[k] / 255
+        pixels.append(M.pca_codes(pca, x).astype(np.float64))
+        residual.append((x - M.pca_reconstruct(pca, x)).astype(np.float32))
+    pixels, residual = np.concatenate(pixels), np.concatenate(residual)
     linear = similarities(pixels + pca.mean_ @ pca.components_.T, age, rows)
-    scores["pca_cosine"], scores["pca_mahalanobis"] = linear["cosine"], linear["mahalanobis"]
     brain_age, gap = M.brain_age_gap(pixels, age, train, rows, data.subject)
-    scores["brain_age_gap"] = -gap
+    scores |= {"pca_cosine": linear["cosine"], "pca_mahalanobis": linear["mahalanobis"],
+               "pca_residual": residual_score(residual, rows), "brain_age_gap": -gap}
     severity = data.columns.get("factor_severity")
     if severity is not None:    # a phantom: what a perfect score would give
         scores["planted"] = -severity.astype(np.float64)
@@ -927,11 +978,11 @@ def evaluate(cfg, data, part, loader, models):
                           "Patients above and below the median similarity to the healthy mean.")
     else:
         print("no survival analysis: the data has no time and event columns")
-    interpret(cfg, data, part, loader, models, codes[""], scores, brain_age, pca, metrics)
+    interpret(cfg, data, part, loader, models, codes[""], left[""], scores, brain_age, pca, metrics)
     return metrics
 
 
-def interpret(cfg, data, part, loader, models, codes, scores, brain_age, pca, metrics):
+def interpret(cfg, data, part, loader, models, codes, left, scores, brain_age, pca, metrics):
     """The pictures of a run and the numbers that go with them, which join `metrics`."""
     out, device, model, age = Path(cfg.out), loader.device, models[""], data.columns["age"].astype(np.float64)
     ill, reference, test = data.columns[cfg.target] > 0, part == "val", part == "test"
@@ -963,31 +1014,29 @@ def interpret(cfg, data, part, loader, models, codes, scores, brain_age, pca, me
             for row, images in drawn.items():
                 metrics |= M.image_numbers("semantic", row, real[name], images, who)
     change = {name: recon[name] - twin[name] for name in groups}
-    usual = np.sqrt((change["reference"] ** 2).mean(0)) + 0.02     # how much a healthy pixel changes
+    deviation = left / usual(left, np.flatnonzero(reference))
     patients, names = rows["patients"], list(data.attrs.get("mask_names", []))
     lesion = data.mask[patients] == names.index("lesion") if "lesion" in names else None
     if lesion is not None:
         # Where is the change? AUROC of the pixels of the brain, lesion or not: chance is what the change in a
         # control of the same age gives for the same lesion (edges change in everybody).
-        other = [np.argmin(abs(age[rows["controls"]] - age[p])) for p in patients]
-        keep, over = np.flatnonzero(lesion.sum((1, 2)) > 0), {}
-        for row, maps in (("", change["patients"]), ("control", change["controls"][other])):
-            for kind, weight in (("twin_overlap", 1), ("twin_overlap_z", usual)):
-                inside = [abs(maps[k] / weight)[data.mask[patients[k]] > 0] for k in keep]
-                over[kind, row] = np.array([M.auroc(x, lesion[k][data.mask[patients[k]] > 0])
-                                            for x, k in zip(inside, keep)])
+        other = np.array([np.argmin(abs(age[rows["controls"]] - age[p])) for p in patients])
+        keep, brain = np.flatnonzero(lesion.sum((1, 2)) > 0), data.mask[patients] > 0
         who = data.subject[patients[keep]]
-        for (kind, row), value in over.items():
-            metrics[kind + (f".{row}" if row else "")] = M.row_of(np.mean, who, value)
-            if not row:
-                metrics[kind + "_gain"] = M.row_of(np.mean, who, value - over[kind, "control"])
+        for key, own, control in (
+                ("twin_overlap", change["patients"], change["controls"][other]),
+                ("residual_overlap", deviation[patients], deviation[rows["controls"][other]])):
+            here, chance = (np.array([M.auroc(abs(x[k])[brain[k]], lesion[k][brain[k]]) for k in keep])
+                            for x in (own, control))
+            metrics[key], metrics[key + ".control"] = (M.row_of(np.mean, who, v) for v in (here, chance))
+            metrics[key + "_gain"] = M.row_of(np.mean, who, here - chance)
 
     worst = np.argsort(scores[""][patients])[:8]     # the least similar to healthy
     lines = [[v["patients"][k] for k in worst] for v in (real, recon, twin)]
     lines.append([signed(change["patients"][k] / 0.3) for k in worst])
-    lines.append([signed(change["patients"][k] / usual / 6) for k in worst])
+    lines.append([signed(deviation[patients[k]] / 6) for k in worst])
     labels = ["patient", "z_sem + x_T", "healthy twin: z_sem of the healthy mean at this age",
-              "patient - twin: red brighter, blue darker", "the same, in units of the usual healthy change"]
+              "patient - twin: red brighter, blue darker", "what z_sem leaves unsaid, in healthy SDs"]
     if lesion is not None:
         lines.append([lesion[k] for k in worst])
         labels.append("planted lesion")
