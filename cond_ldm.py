@@ -113,7 +113,7 @@ class Config:
 
 PRESETS = {
     "paper": {},
-    "demo": dict(size=64, patch=2, channels=(32, 64), codebook=512, gan_channels=(16, 32), gan_start=300,
+    "demo": dict(size=64, patch=2, channels=(32, 64), depth=1, codebook=512, gan_channels=(16, 32), gan_start=300,
                  unet=(64, 96, 128), heads=4, attention=8, groups=0, cond_ch=32, vq_steps=500, steps=900,
                  seg_steps=250, batch=16, vq_lr=1e-3, lr=1e-3, save_every=250, S=15, eval_images=160, few=40,
                  aug_images=400, seg=(16, 32, 64)),
@@ -401,9 +401,12 @@ def augment(x, strength, flip, g):
 def scripted(path, device):
     """A frozen network from a TorchScript file: weights that this program does not train or ship."""
     try:
-        return torch.jit.load(path, map_location=device).eval().requires_grad_(False)
+        net = torch.jit.load(path, map_location=device).eval()
     except (RuntimeError, ValueError, OSError) as e:
         D.fail(f"{path}: not a TorchScript file ({str(e).splitlines()[0][:80]})")
+    for p in net.parameters():
+        p.requires_grad = False
+    return net
 
 
 class VQVAE(nn.Module):
@@ -614,8 +617,8 @@ class Segmenter(nn.Module):
         maps = one_hot(both[:, 1:].argmax(1))
         logits = self.logits(both[:, :1])
         p = logits.softmax(1)
-        overlap = 2 * (p * maps).sum((0, 2, 3)) / (p + maps).sum((0, 2, 3)).clamp(min=1)
-        return F.cross_entropy(logits, maps) + 1 - overlap[1:].mean()
+        dice = (2 * (p * maps).sum((2, 3)) + 1) / ((p + maps).sum((2, 3)) + 1)     # per image; absent: 1
+        return F.cross_entropy(logits, maps) + 1 - dice[:, 1:].mean()
 
 
 # --------------------------------------------------------------------------------------------------------
