@@ -70,8 +70,8 @@ class Config:
     codebook: int = 16384     # vectors in the codebook
     commit: float = 0.2       # weight of the commitment loss
     idle: int = 20            # a code unused for so many steps moves to where latents are
-    gan: float = 0.5          # weight of the adversarial loss; 0: none
-    gan_start: int = 2000     # the step from which the VQ-VAE feels it
+    gan: float = 0.01         # weight of the adversarial loss; 0: none; paper: 0.5
+    gan_start: int = 1500     # the step from which the VQ-VAE feels it
     gan_channels: tuple = (64, 128, 256)    # of the patch discriminator
     perceptual: str = ""      # TorchScript file of LPIPS features (vgg16.pt as StyleGAN has it); empty: none
     # diffusion
@@ -83,13 +83,14 @@ class Config:
     cond: str = "conv"        # conv: strided convolutions; seed: nearest pixel, 1 channel (the study)
     cond_ch: int = 64         # channels that conv makes of the drawing
     edges: str = "mixed"      # full, sparse, mask or none, in training and test; mixed: all four, one model
+    variety: int = 4000       # moved copies of the training images are added until there are so many
     drop: float = 0.1         # share of training samples without condition: guidance needs them
     predict: str = "v"        # what the UNet outputs: v, or eps (paper)
     t_power: float = 1.0      # times are drawn as T u^t_power; below 1 favours high noise
     scale: bool = True        # standardise the latents; paper: false
     T: int = 1000             # diffusion steps, scaled-linear beta
     # training
-    vq_steps: int = 5000      # optimizer steps of the VQ-VAE
+    vq_steps: int = 3000      # optimizer steps of the VQ-VAE
     steps: int = 10000        # and of the diffusion model; raise it and run again to train longer
     seg_steps: int = 1000     # and of each segmenter, which judges the pictures
     batch: int = 36           # images per step, over all processes
@@ -113,23 +114,23 @@ class Config:
 
 PRESETS = {
     "paper": {},
-    "demo": dict(size=64, patch=2, channels=(32, 64), depth=1, codebook=512, gan_channels=(16, 32), gan_start=300,
-                 unet=(64, 96, 128), heads=4, attention=8, groups=0, cond_ch=32, vq_steps=500, steps=900,
-                 seg_steps=250, batch=16, vq_lr=1e-3, lr=1e-3, save_every=250, S=15, eval_images=160, few=40,
-                 aug_images=400, seg=(16, 32, 64)),
+    "demo": dict(size=64, patch=2, channels=(32, 64), depth=1, codebook=1024, gan_channels=(16, 32),
+                 gan_start=300, unet=(64, 96, 128), heads=4, attention=8, groups=0, cond_ch=32, variety=1,
+                 vq_steps=500, steps=900, seg_steps=250, batch=16, vq_lr=1e-3, lr=1e-3, save_every=250, S=15,
+                 eval_images=160, few=40, aug_images=400, seg=(16, 32, 64)),
 }
 RECIPES = {
     "ours": {},
-    "paper": dict(augment=0.0, cond="seed", edges="full", predict="eps", scale=False, lr=8e-6, ema=0.0,
-                  sampler="ddpm"),
+    "paper": dict(augment=0.0, gan=0.5, cond="seed", edges="full", predict="eps", scale=False, lr=8e-6,
+                  ema=0.0, sampler="ddpm"),
 }
 # What may differ when a run goes on in the same folder: nothing here alters what is learnt, only how far.
 FREE = {"data", "test", "out", "preset", "device", "eval", "rivals", "vq", "vq_steps", "steps", "seg_steps",
         "bf16", "compile", "save_every", "log_every", "sampler", "S", "w", "eval_images", "few", "aug_images",
         "inception"}
 # What the VQ-VAE does not see: with these changed it is the same network still, and --vq can lend it.
-LATER = {"recipe", "unet", "dropout", "cond", "cond_ch", "edges", "drop", "predict", "t_power", "scale", "T",
-         "lr", "seg"}
+LATER = {"recipe", "variety", "unet", "dropout", "cond", "cond_ch", "edges", "drop", "predict", "t_power",
+         "scale", "T", "lr", "seg"}
 # The words that a field may hold.
 CHOICES = dict(cond=("conv", "seed"), edges=("mixed", *D.EDGES), predict=("v", "eps"),
                sampler=("ddim", "ddpm"))
@@ -517,11 +518,10 @@ def edge_bits(image, mask, seed):
     """The edge maps of all images, as bits of one byte: 0 full, 1 contours of the mask, 2..7 strokes.
 
     image (N,H,W) uint8, mask likewise or None -> (N,H,W) uint8"""
-    out = np.empty(image.shape, np.uint8)
-    for rows in np.array_split(np.arange(len(image)), -(-len(image) // 50)) if len(image) else ():
+    out, rng = np.empty(image.shape, np.uint8), np.random.default_rng(seed)
+    for rows in np.array_split(np.arange(len(image)), -(-len(image) // 50)):
         found = D.edges(image[rows])
         maps = [found, D.edge_map(found, mask[rows], "mask") if mask is not None else found & False]
-        rng = np.random.default_rng([seed, rows[0]])
         maps += [D.edge_map(found, None, "sparse", rng) for _ in range(STROKES)]
         out[rows] = np.packbits(maps, 0, bitorder="little")[0]
     return out
@@ -938,9 +938,9 @@ def fingerprint(model):
 
 
 def latents(vq, loader, rows):
-    """z0 of these rows (n,z_dim,h,w) float32."""
+    """z0 of these rows, numpy (n,z_dim,h,w) float32."""
     with amp(vq.cfg, loader.device):
-        return in_batches(lambda r: vq.encode(loader.batch(r)["image"]), rows)
+        return in_batches(lambda r: vq.encode(loader.batch(r)["image"]), rows).cpu().numpy()
 
 
 def reconstruct(vq, loader, rows):
@@ -995,7 +995,8 @@ def watcher_of(vq, cfg, loader, name):
 
     def watch(ema, step):
         g, batch = torch.Generator(loader.device).manual_seed(0), loader.batch(rows)
-        z0 = (latents(vq, loader, rows) - ema.mean.view(-1, 1, 1)) / ema.std.view(-1, 1, 1)
+        z0 = torch.as_tensor(latents(vq, loader, rows), device=loader.device)
+        z0 = (z0 - ema.mean.view(-1, 1, 1)) / ema.std.view(-1, 1, 1)
         cond = planes(batch, which_edges(mode, batch["kind"].new_zeros(len(rows), 2)))
         t = ((torch.arange(len(rows), device=z0.device) + 0.5) / len(rows) * cfg.T).long()
         eps = torch.randn(z0.shape, generator=g, device=z0.device)
@@ -1021,6 +1022,7 @@ def drawing(cond):
 def segment(judge, images):
     """Images (n,H,W) in [0,1] -> label maps (n,H,W) int64, numpy."""
     device = next(judge.parameters()).device
+
     def one(x):
         with amp(judge.cfg, device):
             x = torch.as_tensor(2 * x - 1, dtype=torch.float32, device=device)[:, None]
@@ -1105,10 +1107,10 @@ def evaluate(cfg, data, part, arrays, loader, vq, models, judges):
     metrics["vq_usage"] = M.row((used > 0).mean(), n=len(test))
 
     # Views apart: the study thought that mixing them was half of its trouble.
-    view = data.columns.get("view", np.zeros(len(data)))[test]
+    view = np.nan_to_num(data.columns.get("view", np.zeros(len(data)))[test]).astype(int)
     for v in np.unique(view) if len(np.unique(view)) > 1 else ():
         names, at = data.attrs.get("view_names", []), np.flatnonzero(view == v)
-        score(f"view_{names[int(v)] if v < len(names) else int(v)}", made[""][at], at)
+        score(f"view_{names[v] if v < len(names) else v}", made[""][at], at)
 
     # Guidance, on fewer images.
     few = spread(np.arange(len(test)), cfg.few)
@@ -1151,7 +1153,7 @@ def evaluate(cfg, data, part, arrays, loader, vq, models, judges):
             name = "" if m == "full" else f"edges_{m}"
             lines |= {f"edges, {m}": maps[m][at], f"generated from {m}": made[name][at]}
         M.grid(out / "edges.png", list(lines.values()), list(lines), people,
-               "One model, four drawings: the edges that Canny finds, a few strokes, the map's contours, none.")
+               "One model, four drawings: edges that Canny finds, a few strokes, the map's contours, none.")
     show = [int(i) for i in np.linspace(0, len(few) - 1, 8)]
     M.grid(out / "guidance.png", [real[few][show], *(v[show] for v in swept.values())],
            ["real", *(f"w = {k[1:]}" for k in swept)], [], "Guidance: eps_u + w (eps_c - eps_u).")
@@ -1343,8 +1345,8 @@ def main(argv):
               f"torch {torch.__version__}\n"
               f"data: {data.path} at {cfg.size}x{cfg.size}; patients (slices): " +
               ", ".join(f"{p} {n} ({(part == p).sum()})" for p, n in count.items()) +
-              f"\n{cfg.vq_steps} steps for the VQ-VAE, {cfg.steps} a diffusion model; bars show the time left."
-              " The demo takes about 9 minutes on 2 CPU cores.\n"
+              f"\n{cfg.vq_steps} steps for the VQ-VAE, {cfg.steps} a diffusion model; bars show the time "
+              "left. The demo takes about 9 minutes on 2 CPU cores.\n"
               f"out: {out}/; stop at any time, the same command goes on", flush=True)
         M.write_atomically(out / "config.json", json.dumps(dataclasses.asdict(cfg), indent=1).encode())
         if not cfg.eval:
@@ -1366,11 +1368,19 @@ def main(argv):
     vq, _ = stage("ckpt_vq", VQVAE, first, cfg.vq_steps, images, facts, watch)
 
     # And a diffusion model on the VQ-VAE whose latents it was trained on: with another it would draw noise.
-    z = latents(vq, everything, train)
-    mean, std = (z.mean((0, 2, 3)), z.std((0, 2, 3)).clamp(min=1e-6)) if cfg.scale else (0.0, 1.0)
-    make = lambda c: Model(c, *(v.cpu() if cfg.scale else v for v in (mean, std)))
-    drawn = {k: v[train] for k, v in arrays.items() if k != "image"}
-    codes = D.Loader({"z0": z.cpu().numpy(), **drawn}, device)
+    pairs = []
+    for k in tqdm(range(-(-cfg.variety // len(train)) if cfg.augment else 1), "latents", disable=rank > 0):
+        here = {name: v[train] for name, v in arrays.items()}
+        if k:     # the same for every process: edges and latents of moved images, not moved edges and latents
+            rng = np.random.default_rng([cfg.seed, k])
+            here["image"], here["mask"] = D.moved(here["image"], here.get("mask"), cfg.augment, rng)
+            here["edges"] = edge_bits(here["image"], here["mask"], cfg.seed + k)
+        here["z0"] = latents(vq, D.Loader({"image": here.pop("image")}, device), np.arange(len(train)))
+        pairs.append({name: v for name, v in here.items() if v is not None})
+    pairs = {name: np.concatenate([p[name] for p in pairs]) for name in pairs[0]}
+    z, codes = pairs["z0"], D.Loader(pairs, device)
+    mean, std = (z.mean((0, 2, 3)), z.std((0, 2, 3)) + 1e-6) if cfg.scale else (0.0, 1.0)
+    make = lambda c: Model(c, *map(torch.as_tensor, (mean, std)))
     facts |= dict(vq=fingerprint(vq), drawings=hashlib.sha256(arrays["edges"]).hexdigest()[:16])
     watch = lambda name: watcher_of(vq, cfg, unseen, name) if len(val) else None
     models, judges = {}, {}
@@ -1378,24 +1388,24 @@ def main(argv):
     if cfg.rivals and cfg.cond == "conv":     # for as many steps, also when the run was longer once
         rival = dataclasses.replace(cfg, cond="seed")
         models["cond_seed"], _ = stage("ckpt_seed", make, rival, reached, codes, facts, watch("preview_seed"))
-    pairs = lambda images, masks: D.Loader({"image": images, "mask": masks}, device)
     judge = dataclasses.replace(cfg, lr=1e-3)
     if mask is not None:
-        judges["real"], _ = stage("ckpt_seg", Segmenter, judge, cfg.seg_steps, D.Loader(
-            {"image": data.image, "mask": mask}, device, train), facts)
+        seen = D.Loader({"image": data.image, "mask": mask}, device, train)
+        judges["real"], _ = stage("ckpt_seg", Segmenter, judge, cfg.seg_steps, seen, facts)
     if leave():
         return
     if mask is not None and cfg.rivals:     # can generated slices teach a segmenter? Alone, beside real ones
         rows = train[np.linspace(0, len(train) - 1, min(len(train), cfg.aug_images)).astype(int)]
-        x, y = data.image[rows[:1]], mask[rows[:1]]
+        x, y = data.image[rows], mask[rows]
         if not cfg.eval:
             mode = "full" if cfg.edges == "mixed" else cfg.edges
-            x, y = generate(models[""], vq, everything, rows, mode, cfg.w, cfg.seed + 1), mask[rows]
+            x = generate(models[""], vq, everything, rows, mode, cfg.w, cfg.seed + 1)
             x = np.rint(255 * x).astype(np.uint8)
         name = f"ckpt_seg_generated_at_{reached}"
-        judges["generated"], _ = stage(name, Segmenter, judge, cfg.seg_steps, pairs(x, y), facts)
-        both = pairs(np.concatenate([data.image[train], x]), np.concatenate([mask[train], y]))
-        name = name.replace("generated", "both")
+        x, y = (np.concatenate(v) for v in ((x, data.image[train]), (y, mask[train])))
+        made = D.Loader({"image": x, "mask": y}, device, np.arange(len(rows)))
+        judges["generated"], _ = stage(name, Segmenter, judge, cfg.seg_steps, made, facts)
+        both, name = D.Loader({"image": x, "mask": y}, device), name.replace("generated", "both")
         judges[""], _ = stage(name, Segmenter, judge, cfg.seg_steps, both, facts)
     metrics = evaluate(cfg, data, part, arrays, everything, vq, models, judges)
     log = [json.loads(line) for line in Path(out, "log_ldm.jsonl").read_text().splitlines()]
