@@ -104,7 +104,7 @@ class Config:
     # evaluation
     sampler: str = "ddim"     # ddim: S steps; ddpm: all T, with noise (paper)
     S: int = 50               # DDIM steps
-    w: float = 1.0            # guidance: eps = eps_u + w (eps_c - eps_u); 1: as conditioned
+    w: float = 2.0            # guidance: eps = eps_u + w (eps_c - eps_u); 1: as conditioned (paper)
     eval_images: int = 500    # at most this many test images are generated, per way of conditioning
     few: int = 64             # and for each w of the sweep
     aug_images: int = 2000    # at most this many training images are generated for the segmenters
@@ -122,7 +122,7 @@ PRESETS = {
 RECIPES = {
     "ours": {},
     "paper": dict(augment=0.0, gan=0.5, cond="seed", edges="full", predict="eps", scale=False, lr=8e-6,
-                  ema=0.0, sampler="ddpm"),
+                  ema=0.0, sampler="ddpm", w=1.0),
 }
 # What may differ when a run goes on in the same folder: nothing here alters what is learnt, only how far.
 FREE = {"data", "test", "out", "preset", "device", "eval", "rivals", "vq", "vq_steps", "steps", "seg_steps",

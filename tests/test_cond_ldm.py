@@ -27,7 +27,7 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 SMALL = dict(size=16, patch=1, channels=(8, 16), depth=1, codebook=32, gan_channels=(8, 16), gan_start=2,
              unet=(16, 32), heads=2, attention=8, groups=0, cond_ch=8, vq_steps=6, steps=6, seg_steps=3, batch=4,
              vq_lr=1e-3, lr=1e-3, save_every=3, log_every=2, bf16=False, S=3, eval_images=10, few=3, aug_images=8,
-             seg=(8, 16), variety=20, device="cpu")
+             seg=(8, 16), variety=20, w=1.0, device="cpu")
 TINY = m.Config(**SMALL)
 FLAGS = [f"--{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in SMALL.items()]
 AB = m.scaled_linear_alpha_bar(1000)
