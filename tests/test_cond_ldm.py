@@ -3,12 +3,10 @@ closed forms, drawings that reach the picture, runs that are killed or fed with 
 import gc
 import json
 import os
-import random
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,6 +47,12 @@ def slices(subjects=10, size=16, seed=0):
 def written(path, columns, **attrs):
     D.write(str(path), [columns], {**D.CINE_NAMES, **attrs})
     return str(path)
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    """Intervals are tested in test_metrics.py: here they would be most of the time."""
+    monkeypatch.setattr(M, "bootstrap", partial(M.bootstrap, n=10))
 
 
 @pytest.fixture
