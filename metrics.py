@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from scipy.ndimage import maximum_filter
 from scipy.stats import ks_2samp, norm, rankdata
 from sklearn.compose import TransformedTargetRegressor
 from sklearn.covariance import LedoitWolf
@@ -124,6 +125,86 @@ def nmse_fastmri(real, fake):
     x, _ = image_pair(real, fake)
     with np.errstate(divide="ignore", invalid="ignore"):
         return mse(real, fake) / (x ** 2).flatten(1).mean(1).cpu().numpy()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Generated images: as a population, against the drawing they were made from, and against the training set.
+
+def frechet(a, b):
+    """Frechet distance of two sets of features (n,d), (m,d) as Gaussians: |mean_a - mean_b|^2 +
+    tr(A + B - 2 sqrt(A B)), A and B their covariances (Heusel et al. 2017, eq. 6). -> float >= 0
+
+    Called FID in Inception features only. tr sqrt(A B) is the sum of the singular values of X Y^T, X the
+    centred features / sqrt(n - 1): exact, also where n < d and A B has no stable square root. With few
+    images it is biased upwards: print n, and the distance between two sets of real ones, beside it."""
+    means, roots = [], []
+    for x in (a, b):
+        x = to_numpy(x).astype(np.float64)
+        if x.ndim != 2 or len(x) < 2:
+            raise ValueError(f"frechet: two sets (n,d) of at least 2 are needed, got {x.shape}")
+        means.append(x.mean(0))
+        roots.append(np.linalg.qr((x - means[-1]) / np.sqrt(len(x) - 1), mode="r"))
+    cross = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
+    return float(max(0, ((means[0] - means[1]) ** 2).sum() + sum((r ** 2).sum() for r in roots) - 2 * cross))
+
+
+def kid(a, b):
+    """Kernel distance of two sets of features (n,d), (m,d): unbiased squared MMD with the kernel
+    (x.y / d + 1)^3 (Binkowski et al. 2018, sec. 3). -> float; around 0, also below, for one distribution."""
+    a, b = (to_numpy(x).astype(np.float64) for x in (a, b))
+    aa, bb, ab = (((x @ y.T) / a.shape[1] + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
+    within = sum((k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in (aa, bb))
+    return float(within - 2 * ab.mean())
+
+
+def overlap(found, wanted, ids):
+    """Label maps (N,H,W) -> (N,len(ids),2): per image and id 2 |A and B|, |A| + |B|. For dice()."""
+    found, wanted = to_numpy(found), to_numpy(wanted)
+    return np.stack([[2 * ((found == i) & (wanted == i)).sum((1, 2)),
+                      (found == i).sum((1, 2)) + (wanted == i).sum((1, 2))] for i in ids]).transpose(2, 0, 1)
+
+
+def dice(counts):
+    """Mean over the structures of Dice = 2 |A and B| / (|A| + |B|), each pooled over the N slices of
+    overlap(): a structure that a slice has no pixel of must not decide. A structure in none: left out."""
+    both, sizes = to_numpy(counts).sum(0).T
+    return float(np.mean(both[sizes > 0] / sizes[sizes > 0])) if sizes.any() else np.nan
+
+
+def edge_hits(found, wanted, tolerance=1):
+    """Edge maps (N,H,W) bool -> (N,4): found, of them within `tolerance` pixels (chessboard) of a wanted one;
+    wanted, of them within it of a found one."""
+    found, wanted = to_numpy(found) > 0, to_numpy(wanted) > 0
+    wide = [maximum_filter(x, (1, 2 * tolerance + 1, 2 * tolerance + 1)) for x in (found, wanted)]
+    return np.stack([x.sum((1, 2)) for x in (found, found & wide[1], wanted, wanted & wide[0])], 1)
+
+
+def edge_recall(hits):
+    """Share of the wanted edge pixels that were found, pooled over edge_hits()."""
+    _, _, wanted, hit = to_numpy(hits).sum(0)
+    return float(hit / wanted) if wanted else np.nan
+
+
+def edge_f1(hits):
+    """Harmonic mean of precision and recall of edge pixels, each pooled over edge_hits()."""
+    found, right, wanted, hit = to_numpy(hits).sum(0)
+    if not found or not wanted:
+        return np.nan if not wanted else 0.0
+    precision, recall = right / found, hit / wanted
+    return float(2 * precision * recall / max(precision + recall, 1e-12))
+
+
+def nearest(x, bank, few=256):
+    """Images (N,H,W), bank (M,H,W) in [0,1] or uint8 -> distance (root mean square) to and row of the nearest
+    in the bank, each (N,): a generated image much nearer to training than a real one is a copy."""
+    unit = lambda v: to_numpy(v).reshape(len(v), -1) / (255.0 if v.dtype == np.uint8 else 1.0)
+    x, best, at = unit(x), np.full(len(x), np.inf), np.zeros(len(x), int)
+    for i in range(0, len(bank), few):
+        y = unit(bank[i:i + few])
+        d = ((x ** 2).mean(1)[:, None] + (y ** 2).mean(1) - 2 * (x @ y.T) / x.shape[1]).clip(0)
+        closer = d.min(1) < best
+        best[closer], at[closer] = d.min(1)[closer], i + d.argmin(1)[closer]
+    return np.sqrt(best), at
 
 
 # ------------------------------------------------------------------------------------------------------------

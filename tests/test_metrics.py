@@ -573,3 +573,65 @@ def test_spearman_equals_scipy_and_a_constant_has_none():
     a, b = np.random.default_rng(0).integers(0, 5, (2, 40))
     assert abs(M.spearman(a, b) - spearmanr(a, b).statistic) < 1e-12
     assert np.isnan(M.spearman(a, np.ones(40)))
+
+
+# Generated images
+
+@pytest.mark.parametrize("n, m, d", [(40, 50, 8), (20, 30, 64), (200, 15, 40)])
+def test_frechet_heusel_eq6_equals_sqrtm(n, m, d):
+    from scipy.linalg import sqrtm
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(n, d)) @ rng.normal(size=(d, d)), 0.5 + rng.normal(size=(m, d)) * rng.random(d)
+    # A tiny ridge makes the product full rank for sqrtm, which is unstable without; ours needs none.
+    s, t = (np.cov(x.T) + (1e-9 if min(n, m) > d else 1e-7) * np.eye(d) for x in (a, b))
+    want = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s + t - 2 * np.real(sqrtm(s @ t)))
+    assert M.frechet(a, b) == pytest.approx(want, rel=2e-3 if min(n, m) < d else 1e-6)
+    assert M.frechet(a, a) < 1e-9 and M.frechet(a, b) == pytest.approx(M.frechet(b, a))
+    assert M.frechet(a + 3, a) == pytest.approx(9 * d)          # equal covariances: the means alone
+
+
+def test_kid_is_unbiased_and_equals_its_sums():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(5, 3)), rng.normal(size=(4, 3)) + 1
+    k = lambda x, y: (x @ y / 3 + 1) ** 3
+    mean = lambda values: sum(values) / len(values)
+    want = mean([k(x, y) for x, y in itertools.permutations(a, 2)]) \
+        + mean([k(x, y) for x, y in itertools.permutations(b, 2)]) - 2 * mean([k(x, y) for x in a for y in b])
+    assert M.kid(a, b) == pytest.approx(want)
+    same = [M.kid(*rng.normal(size=(2, 30, 4))) for _ in range(300)]
+    assert abs(np.mean(same)) < 4 * np.std(same) / np.sqrt(300) and min(same) < 0
+
+
+def test_dice_by_hand_and_pooled():
+    a, b = np.zeros((2, 2, 4, 4), int)
+    a[0, :2], b[0, 1:3] = 1, 1                                   # 8 and 8 pixels, 4 in common
+    b[1, 0, 0] = 2                                               # never found
+    counts = M.overlap(a, b, (1, 2, 3))
+    assert counts[0, 0].tolist() == [8, 16] and counts[1, 1].tolist() == [0, 1]
+    assert M.dice(counts) == pytest.approx((0.5 + 0) / 2)        # id 3 is nowhere: left out
+    assert M.dice(M.overlap(b, b, (1, 2))) == 1 and np.isnan(M.dice(M.overlap(a * 0, a * 0, (1, 2))))
+
+
+def test_edge_f1_tolerates_a_pixel():
+    wanted = np.zeros((1, 9, 9), bool)
+    wanted[0, 4] = True
+    for shift, tolerance, f1 in ((0, 1, 1), (1, 1, 1), (2, 1, 0), (2, 2, 1)):
+        hits = M.edge_hits(np.roll(wanted, shift, 1), wanted, tolerance)
+        assert M.edge_f1(hits) == pytest.approx(f1), (shift, tolerance)
+    half = wanted.copy()
+    half[0, 4, 4:] = False
+    half[0, 7, :2] = True                                        # 6 found, 4 right; of 9 wanted 4 + 1 are near
+    hits = M.edge_hits(half, wanted, 1)
+    assert hits.tolist() == [[6, 4, 9, 5]] and M.edge_recall(hits) == pytest.approx(5 / 9)
+    assert M.edge_f1(hits) == pytest.approx(2 * (4 / 6) * (5 / 9) / (4 / 6 + 5 / 9))
+    assert M.edge_f1(M.edge_hits(wanted & False, wanted)) == 0
+    assert np.isnan(M.edge_f1(M.edge_hits(wanted, wanted & False)))
+
+
+def test_nearest_is_brute_force():
+    rng = np.random.default_rng(0)
+    x, bank = rng.random((5, 6, 6)), rng.integers(0, 256, (40, 6, 6)).astype(np.uint8)
+    d, at = M.nearest(x, bank, few=7)
+    brute = np.sqrt(((x[:, None] - bank / 255) ** 2).mean((2, 3)))
+    assert np.allclose(d, brute.min(1)) and (at == brute.argmin(1)).all()
+    assert M.nearest(bank[3:4], bank)[0][0] < 1e-7

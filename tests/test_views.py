@@ -351,3 +351,18 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     for words in (["phantom", "views", path, "--jitter", "1"], ["phantom", "views", path, "--subjects", "0"],
                   ["acdc", tmp_path], ["mms", tmp_path / "none", tmp_path]):
         one_error(capsys, lambda: run(*words))
+
+
+def test_moved_keeps_image_and_mask_together():
+    """The mask of a moved image is where a threshold finds it; at strength 0 nothing moves; same rng, same."""
+    y, x = np.mgrid[:64, :64]
+    mask = np.repeat((np.hypot(x - 24, (y - 40) / 2) < 8)[None], 6, 0).astype(np.uint8)
+    image = (60 + 150 * mask).astype(np.uint8)
+    a, b = data.moved(image, mask, 1.0, np.random.default_rng(0))
+    assert abs((a > 135).astype(int) - b).mean() < 0.01 and len({v.tobytes() for v in b}) == 6
+    assert (image == 60 + 150 * mask).all() and abs(b.sum((1, 2)) / mask[0].sum() - 1).max() < 0.3
+    centre = np.array([[(b[k] * v).sum() / b[k].sum() for v in (x, y)] for k in range(6)])
+    assert 0.5 < abs(centre - [24, 40]).max() < 15
+    again, still = data.moved(image, None, 1.0, np.random.default_rng(0)), data.moved(image, mask, 0.0, np.random.default_rng(0))
+    assert np.array_equal(again[0], a) and again[1] is None
+    assert np.array_equal(still[0], image) and np.array_equal(still[1], mask)
