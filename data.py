@@ -3,6 +3,7 @@
     python data.py check   FILE_OR_FOLDER                  verify, naming file, dataset and row
     python data.py show    FILE_OR_FOLDER [--out X.png]    contact sheet with mask contours
     python data.py phantom hearts OUT.h5 [--subjects 100 --seed 0 --size 128 --jitter 1]
+    python data.py phantom cohort OUT.h5 [--subjects 600 --patients 220 --seed 0 --size 128]
     python data.py emidec  ROOT OUT.h5 [--spacing MM]      EMIDEC's NIfTI folders -> HDF5
 
     image    (N,H,W) or (N,D,H,W)  uint8, or float in [0,1]                             required
@@ -690,6 +691,258 @@ def phantom_hearts(path, subjects=100, seed=0, size=128, jitter=1.0):
 
 
 # ---------------------------------------------------------------------------------------------------
+# Phantom brains: implicit functions of x (right), y (anterior), z (superior) in mm from the anterior
+# commissure, so that one drawing serves slices and volumes. Grey values are shares of full scale.
+
+MIDDLE = np.array([0.0, -16.0, 12.0])  # of the frame: the level of the thalami
+BRAIN = ["background", "CSF", "grey matter", "white matter", "ventricle", "hippocampus"]
+
+
+def waves(rng, x, y, z, length, n=8, slope=False):
+    """Sum (sd 1) of n random plane waves of `length` mm at x, y, z; with slope also its three derivatives."""
+    k = rng.standard_normal((n, 3))
+    k *= 2 * np.pi / length / np.linalg.norm(k, axis=1, keepdims=True)
+    total, slopes = 0, [0, 0, 0]
+    for (a, b, c), phase in zip(k.tolist(), rng.uniform(0, 2 * np.pi, n).tolist()):
+        angle = a * x + b * y + c * z + phase
+        total = total + np.cos(angle) * (2 / n) ** 0.5
+        if slope:
+            sine = np.sin(angle) * -(2 / n) ** 0.5
+            slopes = [s + t * sine for s, t in zip(slopes, (a, b, c))]
+    return (total, slopes) if slope else total
+
+
+def tube(x, y, z, points, tall=1.0):
+    """Distance in mm to a chain of (x, y, z, radius); tall > 1 stretches its section along z."""
+    best = np.float32(99)
+    for (*a, r), (*b, s) in zip(points[:-1], points[1:]):
+        a[2], b[2] = a[2] / tall, b[2] / tall
+        d = [q - p for p, q in zip(a, b)]
+        px, py, pz = x - a[0], y - a[1], z / tall - a[2]
+        t = np.clip((px * d[0] + py * d[1] + pz * d[2]) / sum(q * q for q in d), 0, 1)
+        away = np.sqrt((px - t * d[0]) ** 2 + (py - t * d[1]) ** 2 + (pz - t * d[2]) ** 2)
+        best = np.minimum(best, away - r - t * (s - r))
+    return best
+
+
+def grid(shape, voxel):
+    """x, y, z in mm of (D,H,W) voxels around MIDDLE: columns go right, rows back, slices up."""
+    up, back, right = ((np.arange(n) + 0.5 - n / 2) * voxel for n in shape)
+    return right[None, None] + MIDDLE[0], MIDDLE[1] - back[None, :, None], MIDDLE[2] + up[:, None, None]
+
+
+def brain(rng, x, y, z, voxel, age=40.0, severity=0.0, alzheimer=0.0):
+    """The noise-free T1 picture of one skull-stripped brain, and what it was drawn from.
+
+    rng (freshly seeded) is the individual: the same seed is the same head at any age, in any disease.
+    x, y, z: mm, broadcastable to (D,H,W); voxel: mm, the width of partial volume. age: of the brain, years.
+    severity (0..1) of motor neuron disease, alzheimer (0..1). -> dict of image in [0,1], mask (BRAIN), and
+    the share of each voxel that is head, ventricle, hippocampus."""
+    x, y, z = (np.asarray(c, np.float32) for c in np.broadcast_arrays(x, y, z))
+
+    def inside(distance):  # share of a voxel that lies inside: smooth partial volume
+        return 0.5 - 0.5 * np.tanh(distance * (1.3 / max(0.7, voxel)))
+
+    def over(colour, share, kind=None):
+        nonlocal image
+        image = image + (colour - image) * share
+        if kind is not None:
+            mask[share > 0.5] = kind
+
+    def ball(at, radii, tilt=0.0):  # distance to an ellipsoid, turned about z by tilt (radians)
+        p, q, s = X - at[0], y - at[1], z - at[2]
+        c, d = float(np.cos(tilt)), float(np.sin(tilt))
+        p, q = c * p - d * q, d * p + c * q
+        e = np.sqrt((p / radii[0]) ** 2 + (q / radii[1]) ** 2 + (s / radii[2]) ** 2) + 1e-3
+        return e * (e - 1) / np.sqrt((p / radii[0] ** 2) ** 2 + (q / radii[1] ** 2) ** 2
+                                     + (s / radii[2] ** 2) ** 2 + 1e-9)
+
+    def egg(at, radii, p=2.3):  # e = 1 on an ellipsoid with fuller corners -> e, unit normal, |grad e|
+        e = sum(abs(c / r) ** p for c, r in zip(at, radii)) ** (1 / p) + 1e-3
+        normal = [np.sign(c) * abs(c / r) ** (p - 1) / r for c, r in zip(at, radii)]
+        steep = np.sqrt(sum(c * c for c in normal)) + 1e-9
+        return e, [c / steep for c in normal], steep / e ** (p - 1)
+
+    def sided(sd, mean=0.0):  # a value of its own in each hemisphere
+        right, left = rng.normal(mean, sd, 2)
+        return np.where(x > 0, np.float32(right), np.float32(left))
+
+    # Ageing: slow at first, faster later. 0 at 20 years, 1 at 80.
+    wear = 0.35 * (age - 20) / 60 + 0.65 * max(age - 45, 0) ** 2 / 35 ** 2
+
+    # The individual: warped coordinates; X = distance from the midplane; the surface of the cerebrum.
+    warp = [waves(rng, x, y, z, 75, 6) + 0.7 * waves(rng, x, y, z, 34) for _ in range(3)]
+    x, y, z = (c + d for c, d in zip((x, y, z), warp))
+    X, back, high = abs(x), y + 16, z - 18                             # from the middle of the head
+    stretch = np.exp(rng.normal(0, 0.02, 3)).tolist()
+    radii = 65 * stretch[0] * (1 - 0.0011 * back), 77 * stretch[1], 58 * stretch[2]
+    e, _, steep = egg((x, back, high), radii)
+    hull = (1 - e) / steep                                             # depth in mm
+    # The temporal lobes hang lower than the rest.
+    floor = -20 - 18 * inside((abs(back - 4) - 40) * 0.3) * inside((20 - X) * 0.6)
+    cerebrum = np.minimum(hull, z - floor)
+    centre = 1 - np.sqrt(((y + 4) / 40) ** 2 + ((z - 3) / 26) ** 2)  # > 0: below the corpus callosum's crest
+
+    # Sulci are sheets that cut into the cerebrum: (distance, how far past the sheet's end, half width).
+    gap, wide = 0.35 + 0.75 * wear, 0.7 + 0.5 * wear
+    ends = 17 + sided(1.5)
+    bend = [1.6 * waves(rng, x, y, z, 26) for _ in range(4)]
+    strip = (y + 3 - sided(1.5) + 0.3 * (z - 16) + 0.28 * (62 - X)) * 0.92 + bend[0]  # central sulcus
+    loss = np.clip(1 - (strip / 13) ** 2, 0, 1) * np.clip((34 - hull) / 12, 0, 1) * np.clip(z / 8, 0, 1)
+    right, left = rng.permutation(np.float32([1, 0.65]))                # one side is worse
+    loss = severity * loss * np.where(x > 0, right, left)
+    insula = 39 - 0.8 * (y / 14) ** 2 + sided(1) + 0.6 * bend[3]
+    lip = (z - 16 + 0.7 * (y + 25) + sided(2)) * 0.82 + 0.5 * bend[1]  # Sylvian fissure: climbs backwards
+    over_lip = np.maximum(cerebrum - ends, 6 - lip)
+    sheets = [(strip, over_lip, wide + 0.35 * gap + 3.6 * loss),
+              (strip - 14 + bend[1], over_lip + 3, 0.7 * wide),
+              (strip + 14 + bend[2], over_lip + 2, 0.7 * wide),
+              (lip, np.maximum(insula - X, -44 - y), wide + 0.5 + 0.4 * wear + 0.6 * alzheimer),
+              (X - insula, np.maximum(abs(y + 6) - 27, abs(z - 5) - 18), wide)]
+    # Everywhere else: the zero set of random waves on the surface, carried inwards along rays.
+    e, normal, _ = egg((X - 26, back, high), (np.where(X > 26, radii[0] - 26, 26), *radii[1:]))
+    ray = np.maximum(e, 0.4)
+    at = 26 + (X - 26) / ray + 99 * np.sign(x), back * (0.6 + 0.4 / ray), 0.65 * high / ray
+    fold, slope = waves(rng, *at, 21, 16, slope=True)
+    slope[2] = 0.65 * slope[2]                                         # sulci stand rather than lie
+    along = sum(n * s for n, s in zip(normal, slope))
+    fold = fold * ray / np.sqrt(sum(s * s for s in slope) - along ** 2 + 1e-3)
+    deep = 18 + 5 * waves(rng, x, y, z, 45, 6)
+    pia, half = np.float32(99), np.float32(99)                         # depth below the nearest surface
+
+    def cut(depth, width):
+        nonlocal pia, half
+        half = np.where(depth < pia, width, half)
+        pia = np.minimum(pia, depth) - np.maximum(4 - abs(pia - depth), 0) ** 2 / 16  # rounded gyri
+
+    def sheet(s, past, width):
+        cut(np.sqrt(s * s + np.maximum(past, 0) ** 2) - width, width)
+
+    for each in sheets:
+        sheet(*each)
+    far = np.maximum(np.minimum(cerebrum, X) - deep, 34 * centre + 4)
+    sheet(fold, np.maximum(far, 7 - pia), 0.85 * wide)
+    sheet(x, 26 * centre, wide + 0.3)                                  # between the hemispheres
+    cut(cerebrum - gap, 99)                                            # the surface itself
+    temporal = inside((lip + 2) * 0.4) * inside((15 - X) * 0.3)
+    thick = (3.3 - 0.5 * wear) * (1 - 0.5 * loss - 0.2 * alzheimer * temporal) + sided(0.1)
+
+    # Ventricles, and hippocampi below and medial of the temporal horns.
+    size = float(np.exp(rng.normal(0, 0.3))) * (0.75 + 1.1 * wear) * (1 + 0.5 * alzheimer)  # cross-section
+    grow = size ** 0.5 * np.exp(sided(0.06))
+    tip = float(rng.normal(-62, 3))
+    d_body = tube(X, y, z, [(13, 29, 7, 1.6), (7, 20, 12, 3.2), (6, 5, 18, 3.4), (10, -16, 20, 3),
+                            (21, -36, 14, 4.6), (22, -52, 11, 3), (19, tip, 9, 1)], 1.9) - (grow - 1) * 3.2
+    d_horn = tube(X, y, z, [(22, -37, 12, 4), (32, -29, -3, 2.6), (33, -18, -13, 2), (29, -7, -17, 1.6)]) \
+        - (grow - 1) * 2.4 - 1.2 * alzheimer
+    d_third = np.maximum(X - 1.0 * grow, ball((0, -12, 4), (9, 16, 13)))
+    shrink = float(np.exp(rng.normal(0, 0.06))) * (1 - 0.12 * wear) * (1 - 0.22 * alzheimer)
+    d_ammon = tube(X, y, z, [(*p, r * shrink) for *p, r in (
+        (25, -8, -18, 6.2), (28, -19, -15, 5), (29, -28, -9, 4.2), (24, -36, 0, 3))])
+
+    texture = waves(rng, x, y, z, 9)
+    white, grey = 0.80 + 0.008 * texture, 0.53 + 0.015 * texture
+    image, mask = white, np.full(x.shape, 3, np.uint8)
+    over(white - 0.16 * min(wear, 1.5), np.exp(-np.maximum(np.minimum(d_body, d_horn), 0) / 4))
+    tract = np.sqrt((X - 22.5) ** 2 + (y + 12 + 0.25 * (z - 16)) ** 2)  # corticospinal: internal capsule
+    over(white - 0.34, severity * np.clip(1.8 - tract / 3.6, 0, 1) * np.clip(3 - abs(z - 12) / 10, 0, 1))
+    over(grey, inside(pia - thick), 2)
+    over(grey + 0.05, inside(ball((27, 3, 6), (5.5, 16, 15), -0.18)), 2)      # putamen
+    over(grey + 0.17, inside(ball((20, -3, 2), (3.5, 8, 9), -0.45)), 2)       # pallidum
+    over(grey + 0.03, inside(tube(X, y, z, [(14, 21, 8, 5), (14.5, 9, 14, 5), (17, -6, 20, 3.4),
+                                            (22, -22, 20, 2)], 1.4)), 2)      # caudate
+    over(grey + 0.08, inside(ball((11, -16, 12), (8.5, 14, 13), 0.45)), 2)    # thalamus
+    ventricle, hippocampus = inside(np.minimum(np.minimum(d_body, d_horn), d_third)), inside(d_ammon)
+    over(0.14, ventricle, 4)
+    over(grey - 0.01, hippocampus, 5)
+    pia = np.maximum(pia, -half)
+    over(0.15, inside(pia) - inside(pia + 2 * half), 1)  # a sheet thinner than a voxel stays thin
+    head = inside(-hull)
+    mask[head < 0.5] = 0
+    return dict(image=image * head, mask=mask, head=head, ventricle=ventricle * (1 - hippocampus),
+                hippocampus=hippocampus)
+
+
+def pose(rng, x, y, z):
+    """What registration leaves: about 1 mm, 1.5 degrees, 1.5 % of scale -> x, y, z, float32."""
+    a, b, c = rng.normal(0, 0.016, 3)
+    turn = np.array([[1, a, b], [-a, 1, c], [-b, -c, 1]]) * (1 + rng.normal(0, 0.015, 3)[:, None])
+    shift = rng.normal(0, 0.7, 3) - turn @ MIDDLE + MIDDLE
+    return [np.asarray(t[0] * x + t[1] * y + t[2] * z + s, np.float32) for t, s in zip(turn, shift)]
+
+
+def scan(rng, drawn, x, y, z):
+    """A picture by brain() as a scanner shows it: contrast, bias field, Rician noise; uint8, 0 outside."""
+    image = drawn["image"] ** float(np.exp(rng.normal(0, 0.08))) * float(np.exp(rng.normal(0, 0.03)))
+    image = image * np.exp(0.05 * waves(rng, x, y, z, 160, 4))
+    sigma = drawn["head"] * float(rng.uniform(0.015, 0.03))
+    real, imaginary = rng.standard_normal((2, *image.shape), np.float32) * sigma
+    image = np.sqrt((image + real) ** 2 + imaginary ** 2)
+    return np.rint(255 * np.clip(image, 0, 1) * (drawn["head"] > 0.05)).astype(np.uint8)
+
+
+HAZARD = dict(severity=np.log(1 / 0.73), age=np.log(1.3), male=np.log(1.2))  # per SD, per 10 years, for men
+SEVERITY = 0.5, 20 ** -0.5  # mean and SD of the population: Beta(2, 2)
+
+
+def survival(rng, severity, age, male):
+    """Planted survival of patients (n,) -> time in days, event 0/1. Proportional hazards, see HAZARD.
+
+    Weibull of shape 1.3, median 2.5 years at mean severity, 62 years; censored by the study's end alone."""
+    risk = HAZARD["severity"] * (severity - SEVERITY[0]) / SEVERITY[1] \
+        + HAZARD["age"] * (age - 62) / 10 + HAZARD["male"] * (male - 0.58)
+    median = 2.5 * np.exp(-risk / 1.3)
+    death = median * (rng.exponential(size=np.shape(risk)) / np.log(2)) ** (1 / 1.3)
+    end = rng.uniform(1.5, 6.5, np.shape(risk))                            # years since this patient entered
+    return np.maximum(365.25 * np.minimum(death, end), 1), (death <= end).astype(np.uint8)
+
+
+def person(rng, patient):
+    """Who somebody in phantom_cohort is -> columns (1,) but for the picture. Years; time in days."""
+    age = np.clip(rng.normal(62, 11, 1), 30, 85) if patient else rng.uniform(18, 90, 1)
+    male = rng.random(1) < (0.58 if patient else 0.5)
+    severity = rng.beta(2, 2, 1) * patient
+    time, event = np.array([np.nan]), np.zeros(1, np.uint8)
+    if patient:
+        time, event = survival(rng, severity, age, male)
+    return dict(label=np.array([int(patient)]), age=age, sex=np.where(male, "M", "F"), time=time, event=event,
+                factor_severity=severity, factor_brain_age=np.clip(age + rng.normal(0, 5, 1), 18, 95))
+
+
+def phantom_cohort(path, subjects=600, patients=220, seed=0, size=128):
+    """Write one axial T1 slice each of healthy adults and of patients whose survival is planted.
+
+    factor_severity 0..1 (0 = healthy); factor_ventricle in mm2; factor_brain_age in years. The hazard is
+    1/0.73 times higher per SD of severity, see survival(). mask 4: where the disease changed this patient's
+    own picture by more than 5 % of full scale. The frame is 176 mm wide. A subject depends on (seed, number)
+    and on being a patient."""
+    if subjects < 1 or patients < 0 or size < 16:
+        fail(f"{path}: phantom needs subjects >= 1, patients >= 0, size >= 16")
+    table, voxel = [], 176 / size
+    # The level of the thalami. Stylised: the central sulcus, here only its lower end, is cut at full depth.
+    x, y, z = grid((1, size, size), voxel)
+    for i in tqdm(range(subjects + patients), "brains", leave=False, disable=None):
+        number = [i, i - subjects][i >= subjects]
+        key = [seed, number, int(i >= subjects)]
+        rng = np.random.default_rng(key)
+        columns = person(rng, i >= subjects)
+        at, age = pose(rng, x, y, z), float(columns["factor_brain_age"][0])
+        drawn, *well = (brain(np.random.default_rng([*key, 1]), *at, voxel, age, s)
+                        for s in [float(columns["factor_severity"][0]), 0.0][:1 + key[2]])
+        mask = np.array([0, 1, 2, 3, 1, 2], np.uint8)[drawn["mask"]]
+        for healthy in well:                                           # the same brain without the disease
+            mask[abs(drawn["image"] - healthy["image"]) > 0.05] = 4
+        table.append(dict(image=scan(rng, drawn, *at), mask=mask, **columns,
+                          subject=np.array([f"{['control', 'patient'][key[2]]}{seed}-{number:03d}"]),
+                          factor_ventricle=drawn["ventricle"].sum((1, 2), dtype=float) * voxel ** 2))
+    write(path, table,
+          dict(source=f"python data.py phantom cohort --subjects {subjects} --patients {patients} "
+                      f"--seed {seed} --size {size}", licence="CC0", spacing_mm=[voxel, voxel],
+               hr_per_sd=1 / 0.73, label_names=["healthy", "patient"],
+               mask_names=[*BRAIN[:4], "lesion"]))
+
+
+# ---------------------------------------------------------------------------------------------------
 # EMIDEC (Lalande et al. 2020): Case_N006/Images/Case_N006.nii.gz, Case_N006/Contours/..., "Case N006.txt"
 
 def read_nifti(folder, case):
@@ -845,10 +1098,11 @@ def main():
     verify.add_argument("path")
     sheet.add_argument("path")
     sheet.add_argument("--out", default="sheet.png")
-    phantom.add_argument("kind", choices=["hearts"])
+    phantom.add_argument("kind", choices=["hearts", "cohort"])
     phantom.add_argument("out")
-    for name, default in dict(subjects=100, seed=0, size=128, jitter=1.0).items():
-        phantom.add_argument("--" + name, type=type(default), default=default, help=f"default {default}")
+    for name, kind, of in (("subjects", int, ""), ("patients", int, " (cohort)"), ("seed", int, ""),
+                           ("size", int, ""), ("jitter", float, " (hearts)")):
+        phantom.add_argument("--" + name, type=kind, help=f"default: see above{of}")
     nifti.add_argument("root")
     nifti.add_argument("out")
     nifti.add_argument("--spacing", type=float, help="mm per pixel; default: the smallest that fits all")
@@ -860,7 +1114,12 @@ def main():
     elif a.command == "show":
         show(a.path, a.out)
     elif a.command == "phantom":
-        phantom_hearts(a.out, a.subjects, a.seed, a.size, a.jitter)
+        given = {k: getattr(a, k) for k in ("subjects", "patients", "seed", "size", "jitter")
+                 if getattr(a, k) is not None}
+        for name, kind in (("patients", "cohort"), ("jitter", "hearts")):
+            if name in given and a.kind != kind:
+                fail(f"--{name} is for phantom {kind} only")
+        dict(hearts=phantom_hearts, cohort=phantom_cohort)[a.kind](a.out, **given)
         print(a.out)
     else:
         emidec(a.root, a.out, a.spacing)
