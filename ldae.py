@@ -17,7 +17,7 @@ Lozupone et al., Latent Diffusion Autoencoders, 2025 (arXiv 2504.08635); stage C
 
 Differs from diffae.py in: 3D networks (names end in 3d), three stages instead of one, no clipping in latent
 space. `--recipe paper` is the published objective of B and C; `--recipe ours`, the default, differs in:
-- predict v, t_power 0.5: the published weights hardly train the high noise levels, where z_sem must decide;
+- predict v, t_power 0.25: the published weights hardly train the high noise levels, where z_sem must decide;
 - head position, z_map true: pooled slices and scaled channels both lose where things are.
 """
 import copy, dataclasses, difflib, hashlib, inspect, io, json, math, os, shutil, signal, sys, time
@@ -60,7 +60,7 @@ class Config:
     # volumes and networks
     size: tuple = (128, 160, 128)         # of the phantoms (D,H,W); a file's volumes keep their own
     subjects: int = 120       # phantom subjects, 3 to 5 sessions each
-    patch: int = 1            # all 3D networks see patch^3 voxels as channels: 2 is 8x faster, coarser
+    patch: int = 1            # stage A: patch^3 voxels enter as channels; 4 is quick, but blocks show
     ae_mult: tuple = (1, 2, 2, 2)         # stage A: channels per level, in units of ae_base
     ae_base: int = 64
     ae_blocks: int = 2        # residual blocks per level
@@ -79,8 +79,9 @@ class Config:
     enc_mult: tuple = (1, 2, 4, 8)        # .. and per level, in units of enc_base
     z_dim: int = 768          # numbers in z_sem
     head: str = "position"    # of the semantic encoder: position (flattens), pool (averages: paper)
-    z_map: bool = True        # a linear layer of z_sem also enters the gradient decoder as a map (paper: false)
-    dae_base: int = 128       # voxel-space rival: the published DiffAE UNet in 3D
+    z_map: bool = True        # a linear layer of z_sem is added to G (paper: false)
+    dae_patch: int = 1        # the same for the voxel-space rival
+    dae_base: int = 128       # its UNet: the published DiffAE's in 3D
     dae_mult: tuple = (1, 1, 2, 3, 4)
     # objective
     kl: float = 1e-7          # weight of the KL, summed over the latent (paper)
@@ -88,7 +89,8 @@ class Config:
     adv_warmup: int = 1000    # steps without it, then as many in which it grows (paper: 0)
     lpips: str = ""           # TorchScript file f(a, b) of (B,3,H,W) in [-1,1]: adds 1e-3 LPIPS on slices
     predict: str = "v"        # what the UNet outputs: v, or eps with PDAE's weights and coefficients (paper)
-    t_power: float = 0.5      # times are drawn as T u^t_power: 0.5 favours high noise; paper: 1, uniform
+    t_power: float = 0.25     # stage C draws times as T u^t_power: below 1 favours high noise (paper: 1)
+    ldm_t_power: float = 0.5  # the same for stage B and the voxel-space rival
     T: int = 1000             # diffusion steps, linear beta
     # training
     ae_steps: int = 20000     # optimizer steps of stage A
@@ -117,15 +119,16 @@ class Config:
 
 PRESETS = {
     "paper": {},
-    "demo": dict(size=(48, 56, 48), patch=2, ae_mult=(1, 2, 2), ae_base=32, ae_blocks=1, z_ch=8, disc_base=16,
-                 disc_layers=2, base=64, mult=(1, 2), blocks=1, groups=0, dropout=0.0, slab=2, enc_patch=2,
-                 enc_base=32, enc_mult=(1, 2, 4), z_dim=128, dae_base=32, dae_mult=(1, 2, 2), adv_warmup=100,
-                 ae_steps=300, ae_lr=2e-3, ldm_steps=300, ldm_batch=16, ldm_lr=2e-3, steps=300, batch=8,
-                 lr=1e-3, save_every=100, eval_images=6, prior_steps=2000, prior_width=256, prior_layers=4),
+    "demo": dict(size=(48, 56, 48), patch=4, ae_mult=(1,), ae_base=64, ae_blocks=1, z_ch=16, disc_base=8,
+                 disc_layers=2, base=16, mult=(1, 2, 8), blocks=1, attention=2, groups=0, dropout=0.0, slab=2,
+                 enc_patch=4, enc_base=32, enc_mult=(1, 2, 4), z_dim=128, dae_patch=2, dae_base=32,
+                 dae_mult=(1, 2, 2), adv_warmup=200, ae_steps=700, ae_batch=2, ae_lr=1e-2, ldm_steps=200,
+                 ldm_batch=8, ldm_lr=2e-3, steps=400, batch=8, lr=2e-3, save_every=100, S=10, eval_images=3,
+                 prior_steps=2000, prior_width=256, prior_layers=4),
 }
 RECIPES = {
     "ours": {},
-    "paper": dict(predict="eps", t_power=1.0, head="pool", z_map=False),
+    "paper": dict(predict="eps", t_power=1.0, head="pool", z_map=False, ldm_t_power=1.0),
 }
 # What may differ when a run goes on in the same folder: nothing here alters what is learnt, only how far.
 FREE = {"data", "test", "out", "preset", "device", "target", "eval", "rivals", "throughput", "steps",
@@ -135,13 +138,13 @@ FREE = {"data", "test", "out", "preset", "device", "target", "eval", "rivals", "
 CHOICES = dict(predict=("v", "eps"), head=("position", "pool"), stride=("trailing", "leading"))
 # The fields that a stage depends on, so that another semantic encoder does not retrain the autoencoder.
 COMMON = "seed size patch groups ema "
-LATENT = "ae_mult z_ch base mult blocks attention dropout predict t_power T "
+LATENT = "ae_mult z_ch base mult blocks attention dropout predict ldm_t_power T "
 SEMANTIC = "slab enc_patch enc_base enc_mult z_dim head z_map "
 STAGES = {
     "ckpt_A": COMMON + "ae_mult ae_base ae_blocks z_ch disc_base disc_layers kl adv adv_warmup lpips",
     "ckpt_B": COMMON + LATENT,
-    "ckpt_C": COMMON + LATENT + SEMANTIC,
-    "ckpt_dae": COMMON + SEMANTIC + "dae_base dae_mult blocks dropout predict t_power T",
+    "ckpt_C": COMMON + LATENT + SEMANTIC + "t_power",
+    "ckpt_dae": COMMON + SEMANTIC + "dae_patch dae_base dae_mult blocks dropout predict ldm_t_power T",
     "ckpt_supervised": COMMON + SEMANTIC + "dropout",
     "ckpt_prior": "seed ema T z_dim prior_width prior_layers",
 }
@@ -360,10 +363,14 @@ class Encoder3d(nn.Module):
                 layers.append(nn.Conv3d(c, c, 3, stride=2, padding=1))
         self.trunk = nn.Sequential(*layers, norm(c, groups), nn.SiLU(), nn.Conv3d(c, z_ch, 3, padding=1))
         self.mean, self.logvar = nn.Conv3d(z_ch, z_ch, 1), nn.Conv3d(z_ch, z_ch, 1)
+        nn.init.constant_(self.logvar.bias, -6)     # sd .05: at sd 1 a short run learns to fight the noise only
+        f = 2 ** (len(mult) - 1)
+        self.short = nn.Conv3d(ch, z_ch, f, stride=f) if ch > 1 else None     # patches: a linear code is near
 
     def forward(self, x):
         h = self.trunk(x)
-        return self.mean(h).float(), self.logvar(h).float().clamp(-30, 20)
+        mean = self.mean(h) + (self.short(x) if self.short else 0.0)
+        return mean.float(), self.logvar(h).float().clamp(-30, 20)
 
 
 class Double3d(nn.Module):
@@ -389,9 +396,11 @@ class Decoder3d(nn.Module):
             if i > 0:
                 layers.append(Double3d(c))
         self.trunk = nn.Sequential(*layers, norm(c, groups), nn.SiLU(), nn.Conv3d(c, ch, 3, padding=1))
+        f = 2 ** (len(mult) - 1)
+        self.short = nn.ConvTranspose3d(z_ch, ch, f, stride=f) if ch > 1 else None
 
     def forward(self, z):
-        return self.trunk(z)
+        return self.trunk(z) + (self.short(z) if self.short else 0.0)
 
 
 class Discriminator3d(nn.Module):
@@ -412,11 +421,23 @@ class Discriminator3d(nn.Module):
         return self.trunk(x).float()
 
 
+class Wide(nn.Linear):
+    """A linear layer of many inputs whose step in function space does not grow with their number: Adam moves
+    every weight by lr, and hundreds of those in one direction had made z_sem 99 % a constant."""
+    def __init__(self, ch_in, ch_out):
+        super().__init__(ch_in, ch_out)
+        nn.init.normal_(self.weight)
+
+    def forward(self, x):
+        return F.linear(x / math.sqrt(self.in_features), self.weight, self.bias)
+
+
 class SemanticEncoder(nn.Module):
     """2.5D: a 2D network on each slab of axial slices, then attention over slabs. (B,1,D,H,W) -> (B,ch_out)
 
     Head "pool" (paper): a slab is the mean of its feature map, a volume what one pooled query attends to.
-    Head "position": both are flattened, so that where something lies is not averaged away."""
+    Head "position": both are flattened, so that where something lies is not averaged away, and a linear layer
+    sees the blurred slabs directly: what a linear code can tell is learnt first."""
     def __init__(self, cfg, ch_out):
         super().__init__()
         self.slab, self.patch, self.head, g = cfg.slab, cfg.enc_patch, cfg.head, cfg.groups
@@ -429,18 +450,23 @@ class SemanticEncoder(nn.Module):
             sides = [s // 2 for s in sides]
         self.trunk = nn.Sequential(*layers, EncoderBlock(c, c, g), norm(c, g), nn.SiLU())
         d = ch_out if self.head == "pool" else 64
-        self.token = nn.Linear(c if self.head == "pool" else c * sides[0] * sides[1], d)
+        self.token = nn.Linear(c, d) if self.head == "pool" else Wide(c * sides[0] * sides[1], d)
+        blurred = cfg.slab * (cfg.size[1] // 4) * (cfg.size[2] // 4)
+        self.glance = Wide(blurred, d) if self.head == "position" else None
         self.register_buffer("place", time_embedding(torch.arange(n), d), persistent=False)
         self.drop, self.score = nn.Dropout(cfg.dropout), nn.Linear(d, 1) if self.head == "pool" else None
         self.attend = nn.MultiheadAttention(d, 8, batch_first=True)
         self.norm = nn.LayerNorm(d)
-        self.out = nn.Linear(n * d, ch_out) if self.head == "position" else None
+        self.out = Wide(n * d, ch_out) if self.head == "position" else None
 
     def forward(self, x):
         B, _, n, H, W = x.shape
         x = x.reshape(B * n // self.slab, self.slab, H, W).contiguous(memory_format=torch.channels_last)
         h = self.trunk(F.pixel_unshuffle(x, self.patch))
-        h = self.token(h.mean((2, 3)) if self.head == "pool" else h.flatten(1))
+        if self.head == "pool":
+            h = self.token(h.mean((2, 3)))
+        else:
+            h = self.token(h.flatten(1)) + 3 * self.glance(F.avg_pool2d(x, 4).flatten(1))
         h = self.drop(h.view(B, n // self.slab, -1) + self.place)                # (B,slabs,d)
         if self.head == "pool":
             query = (self.score(h).softmax(1) * h).sum(1, keepdim=True)
@@ -504,9 +530,9 @@ class Down3d(nn.Module):
 class Up3d(nn.Module):
     """Second half of a UNet, and alone PDAE's gradient decoder: middle, way up, output, on given skips.
 
-    map_shape: on entering level map_level (0 is the last) a linear layer of z_sem, 8 channels of that shape,
-    is added: AdaGN scales whole channels, it cannot say where. -> (B,ch,D,H,W), zero at initialisation"""
-    def __init__(self, ch, base, mult, blocks, attention, groups, dropout, z_dim, map_level=0, map_shape=None):
+    map_shape: of the bottom, where a linear layer of z_sem is added as a map: AdaGN scales whole channels, it
+    cannot say where. -> (B,ch,D,H,W), zero at initialisation"""
+    def __init__(self, ch, base, mult, blocks, attention, groups, dropout, z_dim, map_shape=None):
         super().__init__()
         emb, c = 4 * base, mult[-1] * base
         skips = [base]
@@ -514,13 +540,11 @@ class Up3d(nn.Module):
             skips += [m * base] * (blocks + (i < len(mult) - 1))
         self.middle = nn.ModuleList([ResBlock3d(c, c, emb, z_dim, dropout, groups), Attention3d(c, groups),
                                      ResBlock3d(c, c, emb, z_dim, dropout, groups)])
-        self.map_at, self.map_shape = (len(mult) - 1 - map_level) * (blocks + 1), map_shape
+        self.z_map = nn.Sequential(nn.Linear(z_dim, 8 * math.prod(map_shape)), nn.Unflatten(1, (8, *map_shape)),
+                                   nn.Conv3d(8, c, 1)) if map_shape else None
         self.steps = nn.ModuleList()      # each entry: takes one skip
         for i, m in reversed(list(enumerate(mult))):
             for j in range(blocks + 1):
-                if map_shape and len(self.steps) == self.map_at:
-                    self.z_map = nn.Sequential(nn.Linear(z_dim, 8 * math.prod(map_shape)),
-                                               nn.Unflatten(1, (8, *map_shape)), nn.Conv3d(8, c, 1))
                 layers = [ResBlock3d(c + skips.pop(), m * base, emb, z_dim, dropout, groups)]
                 c = m * base
                 layers += [Attention3d(c, groups)] * (i >= attention)
@@ -531,14 +555,12 @@ class Up3d(nn.Module):
         self.conv_out = zero(nn.Conv3d(c, ch, 3, padding=1))
 
     def forward(self, emb, skips, z=None):
-        h = skips[-1]
+        h = skips[-1] if self.z_map is None else skips[-1] + self.z_map(z)
         for layer in self.middle:
             h = layer(h, emb, z) if isinstance(layer, ResBlock3d) else layer(h)
-        for k, (layers, skip) in enumerate(zip(self.steps, skips[::-1])):
+        for layers, skip in zip(self.steps, skips[::-1]):
             d, height, w = skip.shape[2:]
             h = h[:, :, :d, :height, :w]           # an odd side was rounded up on the way down
-            if self.map_shape and k == self.map_at:
-                h = h + self.z_map(z)
             h = torch.cat([h, skip], 1)
             for layer in layers:
                 h = layer(h, emb, z) if isinstance(layer, ResBlock3d) else layer(h)
@@ -670,7 +692,7 @@ class Unconditional(nn.Module):
 
     def forward(self, batch, g):
         z0 = self.latent(batch, g)
-        t, eps = random_t(len(z0), self.cfg.T, self.cfg.t_power, g), randn_like(z0, g)
+        t, eps = random_t(len(z0), self.cfg.T, self.cfg.ldm_t_power, g), randn_like(z0, g)
         return self.loss(z0, None, t, eps).mean()
 
 
@@ -686,7 +708,8 @@ class Model(nn.Module):
         self.encoder = SemanticEncoder(cfg, cfg.z_dim)
         self.embed = nn.Linear(cfg.z_dim, 4 * cfg.base)
         self.gradient = Up3d(cfg.z_ch, cfg.base, cfg.mult, cfg.blocks, cfg.attention, cfg.groups, cfg.dropout,
-                             4 * cfg.base, 0, latent if cfg.z_map else None)
+                             4 * cfg.base)
+        self.z_map = zero(nn.Linear(cfg.z_dim, cfg.z_ch * math.prod(latent))) if cfg.z_map else None
         self.alpha_bar = frozen.alpha_bar
         self.clip = False      # standardised latents are not bounded by 1: clipping costs MSE .15 at every S
 
@@ -699,7 +722,11 @@ class Model(nn.Module):
         with torch.no_grad():
             emb, skips = self.frozen.net.down(z_t, t)
             out = self.frozen.net.up(emb, skips)
-        G = 0.0 if z_sem is None else self.gradient(emb, skips, self.embed(z_sem)).float()
+        if z_sem is None:
+            return out.float(), 0.0
+        G = self.gradient(emb, skips, self.embed(z_sem)).float()
+        if self.z_map is not None:     # v holds -sqrt(1 - alpha_bar_t) x0: a linear decoder of z_sem for x0
+            G = G - signal_noise(self.alpha_bar, t, z_t.ndim)[1] * self.z_map(z_sem).float().view(z_t.shape)
         return out.float(), G
 
     def eps(self, z_t, t, z_sem):
@@ -728,11 +755,11 @@ class DAE(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg, deepest = cfg, len(cfg.dae_mult) - 1
-        sizes = (cfg.patch ** 3, cfg.dae_base, cfg.dae_mult, cfg.blocks, deepest + 1, cfg.groups, cfg.dropout,
+        sizes = (cfg.dae_patch ** 3, cfg.dae_base, cfg.dae_mult, cfg.blocks, deepest + 1, cfg.groups, cfg.dropout,
                  cfg.z_dim)
-        bottom = [-(-s // cfg.patch // 2 ** deepest) for s in cfg.size]
+        bottom = [-(-s // cfg.dae_patch // 2 ** deepest) for s in cfg.size]
         self.encoder = SemanticEncoder(cfg, cfg.z_dim)
-        self.down, self.up = Down3d(*sizes), Up3d(*sizes, deepest, bottom if cfg.z_map else None)
+        self.down, self.up = Down3d(*sizes), Up3d(*sizes, bottom if cfg.z_map else None)
         self.alpha_bar = linear_alpha_bar(cfg.T)
         self.clip = True       # voxels are bounded
 
@@ -742,8 +769,8 @@ class DAE(nn.Module):
 
     def output(self, x_t, t, z_sem):
         """What the UNet predicts, v or eps. -> (B,1,D,H,W) float32"""
-        emb, skips = self.down(fold3d(x_t, self.cfg.patch), t, z_sem)
-        return unfold3d(self.up(emb, skips, z_sem).float(), self.cfg.patch)
+        emb, skips = self.down(fold3d(x_t, self.cfg.dae_patch), t, z_sem)
+        return unfold3d(self.up(emb, skips, z_sem).float(), self.cfg.dae_patch)
 
     def eps(self, x_t, t, z_sem):
         """eps_hat (B,1,D,H,W) at levels t (B,), whatever the UNet was trained to predict."""
@@ -757,7 +784,7 @@ class DAE(nn.Module):
 
     def forward(self, batch, g):
         x0 = batch["image"]
-        t, eps = random_t(len(x0), self.cfg.T, self.cfg.t_power, g), randn_like(x0, g)
+        t, eps = random_t(len(x0), self.cfg.T, self.cfg.ldm_t_power, g), randn_like(x0, g)
         return self.loss(x0, self.encode(batch), t, eps).mean()
 
 
@@ -1142,6 +1169,14 @@ def z_losses(model, x0, z_sem, z_wrong, g, strata=8):
     return torch.stack(out, 1)
 
 
+def neighbour_correlation(z):
+    """Mean correlation of adjacent voxels, along the three axes, per sample: 0 if z is white. (B,C,D,H,W) -> (B,)"""
+    z = z - z.mean((2, 3, 4), keepdim=True)
+    power = z.square().mean((1, 2, 3, 4))
+    shifted = [z.narrow(d, 1, z.shape[d] - 1) * z.narrow(d, 0, z.shape[d] - 1) for d in (2, 3, 4)]
+    return sum(v.mean((1, 2, 3, 4)) for v in shifted) / (3 * power)
+
+
 def identity(model):
     """Hash of all weights: what later stages remember of the one they were built on. -> 16 hex digits"""
     digest = hashlib.sha256()
@@ -1369,21 +1404,22 @@ def evaluate(cfg, data, part, loader, models, scores, prior):
     codes["pca"] = torch.as_tensor(np.concatenate([M.pca_codes(pca, small(volumes(rows))) for rows in
                                                    np.array_split(np.arange(len(data)), -(-len(data) // 50))]))
     eps = noise(len(few))
-    for S in [s for s in (10, 20, 50, 100) if s <= cfg.T]:
+    for S in sorted({10, 20, 50, 100, cfg.S} & set(range(cfg.T + 1))):
         z_T = invert(model, z0, z, S)
         both = {"recon": render(model, z_T, z, S), "semantic": render(model, eps, z, S)}
         for key, found in both.items():
             images = pictures_of(ae, ldm, found)
             metrics |= M.image_numbers(f"{key}_T{S}", "", real, images, who)
             metrics |= M.image_numbers(f"{key}_T{S}", "constant", real, mean, who)
-            if S == min(cfg.S, cfg.T):
+            if S == cfg.S:
                 pictures["z_sem + z_T" if key == "recon" else "z_sem, random z_T"] = images
         metrics = {k.replace(f"_T{S}_ssim", f"_ssim_T{S}").replace(f"_T{S}_mse", f"_mse_T{S}"): v
                    for k, v in metrics.items()}
-        # 1 if z_T is the noise it should be: a network that outputs zero round-trips perfectly, with 157.
+        # Is z_T white noise? A network that outputs zero round-trips perfectly: if it predicts eps with a
+        # z_T of sd .006, if it predicts v with one of sd 1 that still is the picture (zT_corr is 0 for noise).
         for k, value in (("mean", z_T.mean((1, 2, 3, 4))), ("std", z_T.std((1, 2, 3, 4))),
-                         ("max", z_T.abs().amax((1, 2, 3, 4)))):
-            if S == min(cfg.S, cfg.T):
+                         ("max", z_T.abs().amax((1, 2, 3, 4))), ("corr", neighbour_correlation(z_T))):
+            if S == cfg.S:
                 put(f"zT_{k}", who, value.cpu().numpy(), better="lower")
     wrong = torch.as_tensor(other_patient(who), device=device)
     right, bad = z_losses(model, z0, z, z[wrong], torch.Generator(device).manual_seed(0)).cpu().numpy()
@@ -1502,7 +1538,7 @@ def evaluate(cfg, data, part, loader, models, scores, prior):
 
     # 6. Speed.
     if dae:
-        metrics |= throughput(cfg, loader.batch(train[:min(len(train), 4)]), ae, model, dae, min(cfg.S, cfg.T))
+        metrics |= throughput(cfg, loader.batch(train[:min(len(train), 4)]), ae, model, dae, cfg.S)
     return metrics
 
 
@@ -1688,7 +1724,7 @@ def main(argv):
     if not cfg.data:
         check_network3d(cfg)
         if rank == 0 and not os.path.exists(path):
-            D.phantom_brains(path, subjects=cfg.subjects, size=cfg.size)
+            D.phantom_brains(path, subjects=cfg.subjects, size=cfg.size[0])
     if world > 1:
         dist.barrier()
     data, part = D.load_study(path, cfg.test, None, cfg.seed, square=False)
