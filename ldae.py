@@ -10,7 +10,7 @@ Question: does z_sem tell age, disease and progression, and what does the latent
        z_t, t --frozen UNet3d--> eps_theta, skips --Up3d(skips, z_sem)--> G
        eps_hat = eps_theta + c_t G: DDIM up gives z_T, DDIM down gives z0
 
-Lozupone et al., Latent Diffusion Autoencoders, 2025 (arXiv 2504.08635); stage C is PDAE's (Zhang et al. 2022).
+Lozupone et al., Latent Diffusion Autoencoders, 2025 (arXiv 2504.08635). Stage C: PDAE (Zhang et al. 2022).
 
     python ldae.py                     # phantom brains; about MINUTES minutes on 2 CPU cores
     python ldae.py --data brains.h5    # your volumes; on a GPU these are the paper's networks
@@ -198,7 +198,7 @@ def snr_weight(alpha_bar):
 def shift_training(alpha_bar):
     """PDAE's coefficient of G in training: the mean of q(x_{t-1}|x_t) shifts by G times its variance.
 
-    s_t = -sqrt(alpha_t) (1 - alpha_bar_{t-1}) / sqrt(1 - alpha_bar_t), alpha_t = alpha_bar_t / alpha_bar_{t-1}.
+    s_t = -sqrt(alpha_t) (1 - alpha_bar_{t-1}) / sqrt(1 - alpha_bar_t), alpha_t their ratio.
     Sampling uses -sqrt(1 - alpha_bar_t): the same but for small t (their ratio is 0 at t = 0). -> (T,)"""
     before = torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]])
     return -(alpha_bar / before).sqrt() * (1 - before) / (1 - alpha_bar).sqrt()
@@ -311,7 +311,7 @@ class Attention(nn.Module):
 
 
 class Attention3d(nn.Module):
-    """Self-attention over all voxels, one head, residual; its projection starts at zero. (B,C,D,H,W) -> same"""
+    """Self-attention over all voxels, one head, residual, projection zero at first. (B,C,D,H,W) -> same"""
     def __init__(self, ch, groups):
         super().__init__()
         self.norm = norm(ch, groups)
@@ -351,7 +351,9 @@ class ConvBlock3d(nn.Module):
 
 
 class Encoder3d(nn.Module):
-    """The autoencoder's way down. x (B,ch,D,H,W) -> mean, log variance (B,z_ch,D/f,H/f,W/f), f = 2^(levels-1)"""
+    """The autoencoder's way down. x (B,ch,D,H,W) -> mean, log variance (B,z_ch,D/f,H/f,W/f)
+
+    f = 2^(levels - 1). Where ch are the voxels of a patch, a linear code is near: it gets its own layer."""
     def __init__(self, ch, base, mult, blocks, groups, z_ch):
         super().__init__()
         layers, c = [nn.Conv3d(ch, base, 3, padding=1)], base
@@ -363,9 +365,9 @@ class Encoder3d(nn.Module):
                 layers.append(nn.Conv3d(c, c, 3, stride=2, padding=1))
         self.trunk = nn.Sequential(*layers, norm(c, groups), nn.SiLU(), nn.Conv3d(c, z_ch, 3, padding=1))
         self.mean, self.logvar = nn.Conv3d(z_ch, z_ch, 1), nn.Conv3d(z_ch, z_ch, 1)
-        nn.init.constant_(self.logvar.bias, -6)     # sd .05: at sd 1 a short run learns to fight the noise only
+        nn.init.constant_(self.logvar.bias, -6)     # sd .05: at sd 1 short runs only fight the noise
         f = 2 ** (len(mult) - 1)
-        self.short = nn.Conv3d(ch, z_ch, f, stride=f) if ch > 1 else None     # patches: a linear code is near
+        self.short = nn.Conv3d(ch, z_ch, f, stride=f) if ch > 1 else None
 
     def forward(self, x):
         h = self.trunk(x)
@@ -478,7 +480,7 @@ class SemanticEncoder(nn.Module):
 class ResBlock3d(nn.Module):
     """UNet block: t scales and shifts, then z_sem does (PDAE: AdaGN twice, each with 1 +); z_dim 0: t only.
 
-    x (B,C,D,H,W), emb (B,4*base), z (B,z_dim) -> (B,ch_out,D',H',W'). The second convolution starts at zero."""
+    x (B,C,D,H,W), emb (B,4*base), z (B,z_dim) -> (B,ch_out,D',H',W'). The second conv starts at zero."""
     def __init__(self, ch_in, ch_out, emb, z_dim, dropout, groups, how=""):
         super().__init__()
         self.norm1, self.how = norm(ch_in, groups), how
@@ -540,8 +542,9 @@ class Up3d(nn.Module):
             skips += [m * base] * (blocks + (i < len(mult) - 1))
         self.middle = nn.ModuleList([ResBlock3d(c, c, emb, z_dim, dropout, groups), Attention3d(c, groups),
                                      ResBlock3d(c, c, emb, z_dim, dropout, groups)])
-        self.z_map = nn.Sequential(nn.Linear(z_dim, 8 * math.prod(map_shape)), nn.Unflatten(1, (8, *map_shape)),
-                                   nn.Conv3d(8, c, 1)) if map_shape else None
+        self.z_map = nn.Sequential(
+            nn.Linear(z_dim, 8 * math.prod(map_shape)), nn.Unflatten(1, (8, *map_shape)), nn.Conv3d(8, c, 1)
+        ) if map_shape else None
         self.steps = nn.ModuleList()      # each entry: takes one skip
         for i, m in reversed(list(enumerate(mult))):
             for j in range(blocks + 1):
@@ -617,7 +620,7 @@ class Autoencoder(nn.Module):
         self.encoder, self.decoder = Encoder3d(*sizes), Decoder3d(*sizes)
         self.discriminator = Discriminator3d(cfg.disc_base, cfg.disc_layers, cfg.groups)
         self.lpips = Frozen(torch.jit.load(cfg.lpips, "cpu")) if cfg.lpips else None
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))   # in the checkpoint: resumes exactly
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))   # saved: resumes exactly
 
     def posterior(self, x):
         """x (B,1,D,H,W) in [-1,1] -> mean, log variance of q(z|x), (B,z_ch,D/f,H/f,W/f) float32"""
@@ -755,8 +758,8 @@ class DAE(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg, deepest = cfg, len(cfg.dae_mult) - 1
-        sizes = (cfg.dae_patch ** 3, cfg.dae_base, cfg.dae_mult, cfg.blocks, deepest + 1, cfg.groups, cfg.dropout,
-                 cfg.z_dim)
+        sizes = (cfg.dae_patch ** 3, cfg.dae_base, cfg.dae_mult, cfg.blocks, deepest + 1, cfg.groups,
+                 cfg.dropout, cfg.z_dim)
         bottom = [-(-s // cfg.dae_patch // 2 ** deepest) for s in cfg.size]
         self.encoder = SemanticEncoder(cfg, cfg.z_dim)
         self.down, self.up = Down3d(*sizes), Up3d(*sizes, bottom if cfg.z_map else None)
@@ -780,7 +783,8 @@ class DAE(nn.Module):
     def loss(self, x0, z_sem, t, eps):
         """Squared error of the prediction per volume. -> (B,)"""
         target = eps if self.cfg.predict == "eps" else v_target(x0, t, eps, self.alpha_bar)
-        return (self.output(q_sample(x0, t, eps, self.alpha_bar), t, z_sem) - target).square().mean((1, 2, 3, 4))
+        out = self.output(q_sample(x0, t, eps, self.alpha_bar), t, z_sem)
+        return (out - target).square().mean((1, 2, 3, 4))
 
     def forward(self, batch, g):
         x0 = batch["image"]
@@ -1133,7 +1137,7 @@ def eps_fn(model, z_sem):
 
 
 def invert(model, x0, z_sem, S):
-    """The noise from which, with z_sem, render() comes back to x0 (latents or voxels) in S steps. -> like x0"""
+    """The noise from which, with z_sem, render() comes back to x0, latents or voxels. -> like x0"""
     up = lambda x, z: ddim_encode(eps_fn(model, z), x, S, model.alpha_bar, model.cfg.stride, model.clip)
     return in_batches(up, x0, z_sem, batch=16)
 
@@ -1170,7 +1174,7 @@ def z_losses(model, x0, z_sem, z_wrong, g, strata=8):
 
 
 def neighbour_correlation(z):
-    """Mean correlation of adjacent voxels, along the three axes, per sample: 0 if z is white. (B,C,D,H,W) -> (B,)"""
+    """Correlation of adjacent voxels, mean of three axes, of each sample: 0 if white. (B,C,D,H,W) -> (B,)"""
     z = z - z.mean((2, 3, 4), keepdim=True)
     power = z.square().mean((1, 2, 3, 4))
     shifted = [z.narrow(d, 1, z.shape[d] - 1) * z.narrow(d, 0, z.shape[d] - 1) for d in (2, 3, 4)]
@@ -1242,7 +1246,7 @@ def watch_autoencoder(cfg, loader):
 
 
 def watch_semantic(cfg, loader, subject, ae=None):
-    """-> watch(ema, step) for fit: z_gap of 8 validation volumes; preview_C.png when there is an autoencoder."""
+    """-> watch(ema, step) for fit: z_gap of 8 validation volumes; with an autoencoder also preview_C.png."""
     rows = np.linspace(0, len(loader) - 1, min(8, len(loader))).astype(int)
     wrong, batch = torch.as_tensor(other_patient(subject[rows])), loader.batch(rows)
 
@@ -1254,7 +1258,8 @@ def watch_semantic(cfg, loader, subject, ae=None):
         true, shuffled = z_losses(ema, x0, z, z[wrong.to(z.device)], g, strata=4).mean((1, 2)).tolist()
         if ae:
             back = render(ema, torch.randn(x0[::3].shape, generator=g, device=x0.device), z[::3], 10)
-            lines = [shown(batch["image"][::3])] + [pictures_of(ae, ema.frozen.net, v) for v in (x0[::3], back)]
+            lines = [pictures_of(ae, ema.frozen.net, v) for v in (x0[::3], back)]
+            lines.insert(0, shown(batch["image"][::3]))
             M.grid(Path(cfg.out, "preview_C.png"), [[view(v) for v in line] for line in lines],
                    ["scan", "autoencoder", "z_sem, random z_T"], [], f"validation subjects at step {step}")
         return dict(val_loss=true, val_loss_shuffled=shuffled, z_gap=shuffled - true)
@@ -1282,8 +1287,9 @@ def linear_numbers(key, codes, scores, y, part, subject, seed):
             cut = M.threshold_f1(score[val], y[val]) if len(val) else 0.0
             out[f"{key}_auroc{dot}"] = M.row_of(M.auroc, who, score[test], truth)
             for short, k in (("acc", "accuracy"), ("precision",) * 2, ("recall",) * 2, ("f1",) * 2):
-                out[f"{key}_{short}{dot}"] = M.row_of(lambda s, t: M.classify(s, t, cut)[k], who, score[test], truth)
-                out[f"{key}_{short}.all_positive"] = M.row_of(lambda t: M.classify(0 * t, t, 0)[k], who, truth)
+                called, all_of = (lambda s, t, c=c: M.classify(s, t, c)[k] for c in (cut, -np.inf))
+                out[f"{key}_{short}{dot}"] = M.row_of(called, who, score[test], truth)
+                out[f"{key}_{short}.all_positive"] = M.row_of(all_of, who, score[test], truth)
             continue
         for k, better in (("mae", "lower"), ("rmse", "lower"), ("r2", "higher")):
             statistic = lambda p, t: M.regression(p, t)[k]
@@ -1336,7 +1342,7 @@ def throughput(cfg, batch, ae, model, dae, k, warm=True):
     device, metrics, n = batch["image"].device, {}, len(batch["image"])
     for row, net in (("", model), (".dae", dae)):
         net = copy.deepcopy(net if isinstance(net, nn.Module) else net()).requires_grad_(True).train()
-        opt, g = torch.optim.Adam(net.parameters(), lr=0.0, fused=True), torch.Generator(device).manual_seed(0)
+        opt, g = torch.optim.Adam(net.parameters(), lr=0.0, fused=True), torch.Generator(device)
 
         def train():
             opt.zero_grad()
@@ -1375,171 +1381,226 @@ def throughput(cfg, batch, ae, model, dae, k, warm=True):
     return metrics
 
 
-def evaluate(cfg, data, part, loader, models, scores, prior):
-    """Every number and picture of a run, on its test subjects. -> metrics, as in results.json
+class Study:
+    """What every part of the report reads: trained stages, scans and latents, by row of the data.
 
-    models: {"ae", "ldm", "": stage C, "dae" or not}, EMAs; loader: all rows, with latents; scores: {column:
-    (N,) predictions of the supervised encoder}."""
-    ae, ldm, model, dae = (models.get(k) for k in ("ae", "ldm", "", "dae"))
-    device, g = loader.device, torch.Generator(loader.device).manual_seed(cfg.seed)
-    train, test = np.flatnonzero(part == "train"), np.flatnonzero(part == "test")
-    codes = {row: semantic_codes(models[row], loader) for row in ("", "dae") if row in models}
-    metrics, pictures = {}, {}
-    volumes = lambda rows: np.stack([data.image[i] for i in rows]) / 255
-    latent = lambda rows: ldm.latent({k: v for k, v in loader.batch(rows).items() if k != "image"})
-    noise = lambda n: torch.randn(n, *latent([0]).shape[1:], generator=g, device=device)
-    put = lambda key, who, *arrays, better="higher", **k: metrics.update(
-        {key: M.row_of(np.mean, who, *arrays, better=better, **k)})
+    models: {"ae", "ldm", "": stage C, "dae" or not}, EMAs; loader: all rows, with latents."""
+    def __init__(self, cfg, data, part, loader, models):
+        self.cfg, self.data, self.part, self.loader, self.device = cfg, data, part, loader, loader.device
+        self.ae, self.ldm, self.model, self.dae = (models.get(k) for k in ("ae", "ldm", "", "dae"))
+        self.g, self.metrics = torch.Generator(self.device).manual_seed(cfg.seed), {}
+        self.train, self.test = np.flatnonzero(part == "train"), np.flatnonzero(part == "test")
+        spread = lambda rows, n: rows[np.linspace(0, len(rows) - 1, min(len(rows), n)).astype(int)]
+        self.some, self.few = spread(self.train, 500), spread(self.test, cfg.eval_images)
+        self.codes = {row: semantic_codes(models[row], loader) for row in ("", "dae") if row in models}
+        self.z = self.codes[""]
 
-    # 1. Images: the ceiling, with the inverted z_T, and from z_sem alone.
-    few = test[np.linspace(0, len(test) - 1, min(len(test), cfg.eval_images)).astype(int)]
-    real, z0, z, who = volumes(few), latent(few), codes[""][few], data.subject[few]
-    pictures["scan"], pictures["autoencoder"] = real, pictures_of(ae, ldm, z0)
-    metrics |= M.image_numbers("ae", "", real, pictures["autoencoder"], who)
-    put("ae_psnr", who, M.psnr(real, pictures["autoencoder"]), unit="dB")
-    some = train[np.linspace(0, len(train) - 1, min(len(train), 500)).astype(int)]
-    mean = np.broadcast_to(M.constant_image(volumes(some)), real.shape)
-    metrics |= M.image_numbers("ae", "constant", real, mean, who)
-    pca = M.pca(cfg.z_dim, small(volumes(some)))
-    codes["pca"] = torch.as_tensor(np.concatenate([M.pca_codes(pca, small(volumes(rows))) for rows in
-                                                   np.array_split(np.arange(len(data)), -(-len(data) // 50))]))
-    eps = noise(len(few))
-    for S in sorted({10, 20, 50, 100, cfg.S} & set(range(cfg.T + 1))):
+    def volumes(self, rows):
+        """-> scans (n,D,H,W) in [0,1]"""
+        return np.stack([self.data.image[i] for i in rows]) / 255
+
+    def latent(self, rows):
+        """-> standardised posterior means (n,z_ch,d,h,w)"""
+        batches = np.array_split(rows, -(-len(rows) // 64))
+        return torch.cat([self.ldm.latent(self.loader.batch(rows)) for rows in batches])
+
+    def images(self, z0):
+        """Standardised latents -> volumes, numpy (n,D,H,W) in [0,1]"""
+        return pictures_of(self.ae, self.ldm, z0)
+
+    def noise(self, n):
+        """-> (n,z_ch,d,h,w)"""
+        return torch.randn(n, *self.latent([0]).shape[1:], generator=self.g, device=self.device)
+
+    def put(self, key, rows, *arrays, better="higher", unit="", statistic=np.mean):
+        """One number with its interval over the subjects of these rows."""
+        self.metrics[key] = M.row_of(statistic, self.data.subject[rows], *arrays, unit=unit, better=better)
+
+    def put_images(self, key, name, real, fake, rows, suffix=""):
+        """KEY_ssim and KEY_mse, with a suffix before .NAME"""
+        for k, value in M.image_numbers(key, name, real, fake, self.data.subject[rows]).items():
+            k, _, dot = k.partition(".")
+            self.metrics[k + suffix + ("." + dot if dot else "")] = value
+
+    def grid(self, name, rows, *labels):
+        """Volumes as pairs of slices, to OUT/name.png"""
+        cells = [[x if x.ndim == 2 else view(x) for x in row] for row in rows]
+        M.grid(Path(self.cfg.out, f"{name}.png"), cells, *labels)
+
+
+def report_images(s):
+    """1. The ceiling (stage A), with the inverted z_T, and from z_sem alone; z_T; is z_sem used? -> PCA"""
+    rows, model, device = s.few, s.model, s.device
+    real, z0, z, x0 = s.volumes(rows), s.latent(rows), s.z[rows], s.loader.batch(rows)["image"]
+    mean = np.broadcast_to(M.constant_image(s.volumes(s.some)), real.shape)
+    pictures = {"scan": real, "autoencoder": s.images(z0)}
+    s.put_images("ae", "", real, pictures["autoencoder"], rows)
+    s.put_images("ae", "constant", real, mean, rows)
+    s.put("ae_psnr", rows, M.psnr(real, pictures["autoencoder"]), unit="dB")
+    pca = M.pca(s.cfg.z_dim, small(s.volumes(s.some)))
+    if small(real[:1]).shape == real[:1].shape:
+        s.put_images("ae", "pca", real, M.pca_reconstruct(pca, real), rows)
+    eps = s.noise(len(rows))
+    for S in sorted({10, 20, 50, 100, s.cfg.S} & set(range(s.cfg.T + 1))):
         z_T = invert(model, z0, z, S)
-        both = {"recon": render(model, z_T, z, S), "semantic": render(model, eps, z, S)}
-        for key, found in both.items():
-            images = pictures_of(ae, ldm, found)
-            metrics |= M.image_numbers(f"{key}_T{S}", "", real, images, who)
-            metrics |= M.image_numbers(f"{key}_T{S}", "constant", real, mean, who)
-            if S == cfg.S:
-                pictures["z_sem + z_T" if key == "recon" else "z_sem, random z_T"] = images
-        metrics = {k.replace(f"_T{S}_ssim", f"_ssim_T{S}").replace(f"_T{S}_mse", f"_mse_T{S}"): v
-                   for k, v in metrics.items()}
-        # Is z_T white noise? A network that outputs zero round-trips perfectly: if it predicts eps with a
-        # z_T of sd .006, if it predicts v with one of sd 1 that still is the picture (zT_corr is 0 for noise).
+        for key, label, start in (("recon", "z_sem + z_T", z_T), ("semantic", "z_sem, random z_T", eps)):
+            images = s.images(render(model, start, z, S))
+            s.put_images(key, "", real, images, rows, f"_T{S}")
+            s.put_images(key, "constant", real, mean, rows, f"_T{S}")
+            if S == s.cfg.S:
+                pictures[label] = images
+        # Is z_T white noise? A network that outputs zero round-trips perfectly: if it predicts eps with a z_T
+        # of sd .006, if it predicts v with one of sd 1 that still is the picture (zT_corr is 0 for noise).
         for k, value in (("mean", z_T.mean((1, 2, 3, 4))), ("std", z_T.std((1, 2, 3, 4))),
                          ("max", z_T.abs().amax((1, 2, 3, 4))), ("corr", neighbour_correlation(z_T))):
-            if S == cfg.S:
-                put(f"zT_{k}", who, value.cpu().numpy(), better="lower")
-    wrong = torch.as_tensor(other_patient(who), device=device)
-    right, bad = z_losses(model, z0, z, z[wrong], torch.Generator(device).manual_seed(0)).cpu().numpy()
+            if S == s.cfg.S:
+                s.put(f"zT_{k}", rows, value.cpu().numpy(), better="lower")
+    wrong = torch.as_tensor(other_patient(s.data.subject[rows]), device=device)
+    seeded = lambda: torch.Generator(device).manual_seed(0)
+    right, bad = z_losses(model, z0, z, z[wrong], seeded()).cpu().numpy()
     without = SimpleNamespace(cfg=model.cfg, loss=lambda x, z, t, eps: model.loss(x, None, t, eps))
-    none = z_losses(without, z0, z, z, torch.Generator(device).manual_seed(0)).cpu().numpy()[0]
+    none = z_losses(without, z0, z, z, seeded())[0].cpu().numpy()
     for key, value in (("loss_true", right), ("loss_shuffled", bad), ("loss_none", none)):
-        put(key, who, value.mean(0), better="lower")
-    put("z_gap", who, (bad - right).mean(0))
-    if dae:
-        x0 = loader.batch(few)["image"]
-        pictures["voxel-space DAE"] = shown(render(dae, invert(dae, x0, codes["dae"][few], 10),
-                                                   codes["dae"][few], 10))
-        for key, images in (("recon", pictures["voxel-space DAE"]), ("semantic", shown(render(
-                dae, torch.randn(x0.shape, generator=g, device=device), codes["dae"][few], 10)))):
-            for name, value in M.image_numbers(key, "dae", real, images, who).items():
-                metrics[name.replace(".dae", "_T10.dae")] = value
-    M.grid(Path(cfg.out, "reconstructions.png"), [[view(v) for v in line[:6]] for line in pictures.values()],
-           list(pictures), list(who[:6]), f"Test subjects, whom no network has seen: axial and coronal slice. "
-           f"{cfg.S} DDIM steps (DAE: 10).")
+        s.put(key, rows, value.mean(0), better="lower")
+    s.put("z_gap", rows, (bad - right).mean(0))
+    if s.dae:
+        z = s.codes["dae"][rows]
+        noise = torch.randn(x0.shape, generator=s.g, device=device)
+        for key, start in (("recon", invert(s.dae, x0, z, 10)), ("semantic", noise)):
+            pictures[f"voxel DAE, {key}"] = shown(render(s.dae, start, z, 10))
+            s.put_images(key, "dae", real, pictures[f"voxel DAE, {key}"], rows, "_T10")
+    s.grid("reconstructions", [line[:6] for line in pictures.values()], list(pictures),
+           list(s.data.subject[rows[:6]]), "Test subjects, whom no network has seen: axial, coronal slice. "
+           f"{s.cfg.S} DDIM steps (DAE: 10).")
+    return pca
 
-    # 2. What can be read from the codes.
-    z, flat = codes[""], {row: v.cpu().numpy() for row, v in codes.items()}
-    axes, target = {}, cfg.target or "label"
+
+def report_probes(s, scores, pca):
+    """2. What a linear probe reads from each code. -> the probe of the target in z_sem, or None"""
+    chunks = np.array_split(np.arange(len(s.data)), -(-len(s.data) // 50))
+    flat = {row: v.cpu().numpy() for row, v in s.codes.items()}
+    flat["pca"] = np.concatenate([M.pca_codes(pca, small(s.volumes(rows))) for rows in chunks])
+    target, axis = s.cfg.target or "label", None
     for key, name in (("probe", target), ("age", "age")):
-        if name not in data.columns or key == "age" and target == "age":
-            print(f"no {key} numbers: no column {name}; choose one with --target")
+        if name not in s.data.columns or key == "age" and target == "age":
+            if key == "probe" or target != "age":
+                print(f"no {key} numbers: no column {name}" + "; choose one with --target" * (key == "probe"))
             continue
         direct = {"supervised": scores[name]} if name in scores else {}
         try:
-            numbers, axes[key] = linear_numbers(key, flat, direct, data.columns[name], part, data.subject, cfg.seed)
-            metrics |= numbers
+            numbers, probe = linear_numbers(key, flat, direct, s.data.columns[name], s.part, s.data.subject,
+                                            s.cfg.seed)
+            s.metrics |= numbers
+            axis = probe if key == "probe" else axis
         except ValueError as e:
             print(f"no {key} numbers: {name}: {e}")
-    metrics |= M.factor_numbers(flat, data.columns, part, data.subject, cfg.seed)
+    s.metrics |= M.factor_numbers(flat, s.data.columns, s.part, s.data.subject, s.cfg.seed)
+    return axis
 
-    # 3. Moving z_sem along the probe of the target, z_T kept; on phantoms, what that does to the anatomy.
-    first = np.array([np.flatnonzero((data.subject == s) & (part == "test"))[0] for s in np.unique(data.subject[test])])
-    if "probe" in axes:
-        v = torch.as_tensor(M.direction(axes["probe"]), dtype=z.dtype, device=device)
-        moves, rows = torch.tensor([-3.0, -1.5, 0.0, 1.5, 3.0], device=device), first[:cfg.eval_images]
-        sd = (z[torch.as_tensor(train, device=device)] @ v).std()
-        z_T = invert(model, latent(rows), z[rows], cfg.S)
-        moved = np.stack([pictures_of(ae, ldm, render(model, z_T, z[rows] + m * sd * v, cfg.S)) for m in moves], 1)
-        M.grid(Path(cfg.out, "manipulation.png"),
-               [[view(real), *map(view, line), np.abs(view(line[-1]) - view(line[0])) * 2]
-                for real, line in zip(volumes(rows[:5]), moved)], list(data.subject[rows[:5]]),
-               ["scan", *[f"{m:+.1f} SD" for m in moves.tolist()], "2 |last - first|"],
-               f"z_sem moved along the linear probe of {target}, in SDs of the training codes; z_T kept.")
-        for name, label in (("ventricle", 4), ("hippocampus", 5)):
-            ml = data.columns.get(f"factor_{name}_ml")
-            if ml is None or data.mask is None:
-                continue
-            k = data.image.shape[1] // small(real[:1]).shape[1]
-            read = volume_reader(small(volumes(some)), np.stack([data.mask[i] for i in some])[:, ::k, ::k, ::k],
-                                 label, ml[some])
-            put_r2 = lambda p, t: M.regression(p, t)["r2"]
-            metrics[f"manip_{name}_reader_r2"] = M.row_of(put_r2, data.subject[test], read(small(volumes(test))), ml[test])
-            found = np.stack([read(small(moved[:, i])) for i in range(len(moves))], 1)         # (subjects, moves)
-            x = (moves - moves.mean()).cpu().numpy()
-            who = data.subject[rows]
-            put(f"manip_{name}_slope", who, found @ x / (x @ x), unit="ml/SD",
-                better="higher" if name == "ventricle" else "lower")
-            sign = 1 if name == "ventricle" else -1
-            put(f"manip_{name}_monotone", who, (np.diff(sign * found) > 0).all(1))
 
-    # 4. The scan between two others of one subject, against the real one.
-    session = data.columns.get("session")
-    three = np.zeros((0, 3), int) if session is None else test[triples(data.subject[test], session[test])]
+def report_manipulation(s, axis):
+    """3. z_sem moved along the probe of the target, z_T kept: pictures; on phantoms, the anatomy."""
+    who, device = s.data.subject, s.device
+    first = np.array([s.test[who[s.test] == name][0] for name in np.unique(who[s.test])])
+    rows = first[:2 * s.cfg.eval_images]
+    v = torch.as_tensor(M.direction(axis), dtype=s.z.dtype, device=device)
+    moves = torch.tensor([-3.0, -1.5, 0.0, 1.5, 3.0], device=device)
+    sd = (s.z[torch.as_tensor(s.train, device=device)] @ v).std()
+    z_T = invert(s.model, s.latent(rows), s.z[rows], s.cfg.S)
+    moved = np.stack([s.images(render(s.model, z_T, s.z[rows] + m * sd * v, s.cfg.S)) for m in moves], 1)
+    lines = [[scan, *line, abs(view(line[-1]) - view(line[0])) * 2] for scan, line in
+             zip(s.volumes(rows[:5]), moved)]
+    s.grid("manipulation", lines, list(who[rows[:5]]),
+           ["scan", *[f"{m:+.1f} SD" for m in moves.tolist()], "2 |last - first|"],
+           f"z_sem moved along the linear probe of {s.cfg.target or 'label'}, in SDs of the training codes.")
+    for name, label, sign in (("ventricle", 4, 1), ("hippocampus", 5, -1)):
+        ml = s.data.columns.get(f"factor_{name}_ml")
+        if ml is None or s.data.mask is None:
+            continue
+        k = s.data.image.shape[1] // small(moved[:1, 0]).shape[1]
+        masks = np.stack([s.data.mask[i][::k, ::k, ::k] for i in s.some])
+        read = volume_reader(small(s.volumes(s.some)), masks, label, ml[s.some])
+        s.put(f"manip_{name}_reader_r2", s.test, read(small(s.volumes(s.test))), ml[s.test],
+              statistic=lambda p, t: M.regression(p, t)["r2"])
+        found = np.stack([read(small(moved[:, i])) for i in range(len(moves))], 1)     # (subjects, moves) ml
+        x = moves.cpu().numpy()
+        s.put(f"manip_{name}_slope", rows, found @ x / (x @ x), unit="ml/SD", better="higher" if sign > 0 else
+              "lower")
+        s.put(f"manip_{name}_monotone", rows, (np.diff(sign * found) > 0).all(1))
+
+
+def report_missing(s):
+    """4. The scan between two others of one test subject, against the real one, by months between the two."""
+    session = s.data.columns.get("session")
+    three = np.zeros((0, 3), int)
+    if session is not None:
+        three = s.test[triples(s.data.subject[s.test], session[s.test])]
     if not len(three):
         print("no missing-scan numbers: no test subject has three sessions")
-    else:
-        three = three[np.linspace(0, len(three) - 1, min(len(three), 20 * cfg.eval_images)).astype(int)]
-        rows, at = np.unique(three, return_inverse=True)
-        at = at.reshape(three.shape)
-        start, goal, end = (session[three[:, i]] for i in range(3))
-        alpha = (goal - start) / (end - start)
-        w = torch.as_tensor(alpha, device=device)
-        zT, z0, zs = invert(model, latent(rows), z[rows], cfg.S), latent(rows), z[rows]
-        a, c = (torch.as_tensor(at[:, i], device=device) for i in (0, 2))
-        lerp = lambda x: torch.lerp(x[a], x[c], w.view(-1, *[1] * (x.ndim - 1)).to(x.dtype))
-        truth, ends = volumes(three[:, 1]), (volumes(three[:, 0]), volumes(three[:, 2]))
-        far = alpha[:, None, None, None]
-        made = {"": pictures_of(ae, ldm, render(model, slerp(zT[a], zT[c], w), lerp(zs), cfg.S)),
-                "latent_lerp": pictures_of(ae, ldm, lerp(z0)), "ae": pictures_of(ae, ldm, z0[at[:, 1]]),
-                "voxel_lerp": (1 - far) * ends[0] + far * ends[1],
-                "copy_nearest": np.where(far <= 0.5, *ends)}
-        for row, images in made.items():
-            for k, value in (("ssim", M.ssim(truth, images)), ("mse", M.mse(truth, images))):
-                for months in np.unique(np.rint(end - start)):
-                    here, dot = np.rint(end - start) == months, f".{row}" if row else ""
-                    metrics[f"interp_{k}_{months:.0f}m{dot}"] = M.row_of(
-                        np.mean, data.subject[three[here, 1]], value[here], better="higher" if k == "ssim" else "lower")
-        pick = np.linspace(0, len(three) - 1, min(4, len(three))).astype(int)
-        M.grid(Path(cfg.out, "missing.png"), [[view(x[i]) for x in (ends[0], truth, ends[1], *made.values())]
-                                              for i in pick],
-               [f"{data.subject[three[i, 1]]}, {end[i] - start[i]:.0f} months" for i in pick],
-               ["start", "real target", "end", "z_sem lerp, z_T slerp", *list(made)[1:]],
-               "The scan between two others of a test subject.")
+        return
+    three = three[np.linspace(0, len(three) - 1, min(len(three), 20 * s.cfg.eval_images)).astype(int)]
+    rows, at = np.unique(three, return_inverse=True)
+    at = at.reshape(three.shape)
+    start, goal, end = (session[three[:, i]] for i in range(3))
+    alpha, gap = (goal - start) / (end - start), np.rint(end - start).astype(int)
+    w, z0, z = torch.as_tensor(alpha, device=s.device), s.latent(rows), s.z[rows]
+    z_T, a, c = invert(s.model, z0, z, s.cfg.S), at[:, 0], at[:, 2]
+    lerp = lambda x: torch.lerp(x[a], x[c], w.view(-1, *[1] * (x.ndim - 1)).to(x.dtype))
+    before, truth, after = (s.volumes(three[:, i]) for i in range(3))
+    far = alpha[:, None, None, None]
+    made = {"": s.images(render(s.model, slerp(z_T[a], z_T[c], w), lerp(z), s.cfg.S)),
+            "latent_lerp": s.images(lerp(z0)), "ae": s.images(z0[at[:, 1]]),
+            "voxel_lerp": (1 - far) * before + far * after,
+            "copy_nearest": np.where(far <= 0.5, before, after)}
+    for row, images in made.items():
+        for months in np.unique(gap):
+            here = gap == months
+            s.put_images("interp", row, truth[here], images[here], three[here, 1], f"_{months}m")
+    pick = np.linspace(0, len(three) - 1, min(4, len(three))).astype(int)
+    s.grid("missing", [[x[i] for x in (before, truth, after, *made.values())] for i in pick],
+           [f"{s.data.subject[three[i, 1]]}, {gap[i]} months" for i in pick],
+           ["start", "real target", "end", "z_sem lerp, z_T slerp", *list(made)[1:]],
+           "The scan between two others of a test subject.")
 
-    # 5. What z_sem leaves open, and nobody's brains.
-    rows = first[:4]
-    lines = [[view(real), *map(view, pictures_of(ae, ldm, render(model, noise(4), z[[i] * 4], cfg.S)))]
-             for i, real in zip(rows, volumes(rows))]
-    M.grid(Path(cfg.out, "variations.png"), lines, list(data.subject[rows]), ["scan"], "One z_sem, four random z_T.")
-    if prior is not None:
-        seen = z[torch.as_tensor(train, device=device)]
-        with torch.inference_mode():
-            z_new = ddim_decode(lambda z_t, t: prior.eps(z_t, torch.full((len(z_t),), t, device=device)),
-                                torch.randn(6, z.shape[1], generator=g, device=device), min(50, cfg.T), prior.alpha_bar)
-        fake = pictures_of(ae, ldm, render(model, noise(6), z_new * seen.std(0) + seen.mean(0), cfg.S))
-        have = volumes(some)
-        near = [have[((have - x) ** 2).sum((1, 2, 3)).argmin()] for x in fake]
-        M.grid(Path(cfg.out, "samples.png"), [[view(x) for x in line] for line in (fake, near)],
-               ["new subject", "nearest training scan"], [], "z_sem from the latent DDIM prior, z_T fresh noise.")
-    M.curves(Path(cfg.out, "curves.png"), {p.stem[4:]: p for p in sorted(Path(cfg.out).glob("log_[ABCd]*.jsonl"))})
 
-    # 6. Speed.
-    if dae:
-        metrics |= throughput(cfg, loader.batch(train[:min(len(train), 4)]), ae, model, dae, cfg.S)
-    return metrics
+def report_samples(s, prior):
+    """5. What z_sem leaves open, and nobody's brains."""
+    who = s.data.subject[s.test]
+    rows = np.array([s.test[who == name][0] for name in np.unique(who)[:4]])
+    draws = [s.images(render(s.model, s.noise(4), s.z[[i] * 4], s.cfg.S)) for i in rows]
+    s.grid("variations", [[scan, *line] for scan, line in zip(s.volumes(rows), draws)],
+           list(s.data.subject[rows]), ["scan"], "One z_sem, four random z_T.")
+    if prior is None:
+        return
+    seen = s.z[torch.as_tensor(s.train, device=s.device)]
+    with torch.inference_mode():
+        noise = torch.randn(6, seen.shape[1], generator=s.g, device=s.device)
+        z = ddim_decode(lambda z_t, t: prior.eps(z_t, torch.full((6,), t, device=s.device)), noise,
+                        min(50, s.cfg.T), prior.alpha_bar)
+    fake = s.images(render(s.model, s.noise(6), z * seen.std(0) + seen.mean(0), s.cfg.S))
+    have = s.volumes(s.some)
+    near = [have[((have - x) ** 2).sum((1, 2, 3)).argmin()] for x in fake]
+    s.grid("samples", [fake, near], ["new subject", "nearest training scan"], [],
+           "z_sem from the latent DDIM prior, z_T fresh noise. Row 2 shows whether they are copies.")
+
+
+def evaluate(cfg, data, part, loader, models, scores, prior):
+    """Every number and picture of a run, on its test subjects. -> metrics, as in results.json
+
+    models, loader: as in Study; scores: {column: (N,) predictions of the supervised encoder}."""
+    s = Study(cfg, data, part, loader, models)
+    pca = report_images(s)
+    axis = report_probes(s, scores, pca)
+    if axis is not None:
+        report_manipulation(s, axis)
+    report_missing(s)
+    report_samples(s, prior)
+    logs = sorted(Path(cfg.out).glob("log_[ABCd]*.jsonl"))
+    M.curves(Path(cfg.out, "curves.png"), {p.stem[4:]: p for p in logs})
+    if s.dae:       # 6. speed
+        batch = loader.batch(s.train[:min(len(s.train), 4)])
+        s.metrics |= throughput(cfg, batch, s.ae, s.model, s.dae, cfg.S)
+    return s.metrics
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -1613,12 +1674,13 @@ def check_network3d(c):
     if len(c.size) != 3 or any(s % unit for s in c.size):
         near = "x".join(str(max(1, round(s / unit)) * unit) for s in c.size)
         D.fail(f"volumes of {'x'.join(map(str, c.size))}: the autoencoder needs sides that are multiples of "
-               f"{unit} (patch {c.patch}, {len(c.ae_mult)} levels), such as {near}; crop, pad or choose --patch")
+               f"{unit} (patch {c.patch}, {len(c.ae_mult)} levels), such as {near}; crop or choose --patch")
     plane = c.enc_patch * 2 ** len(c.enc_mult)
     if min(c.size) < 16 or c.size[0] % c.slab or any(s % c.enc_patch or s < plane for s in c.size[1:]):
         D.fail(f"volumes of {'x'.join(map(str, c.size))}: the semantic encoder needs sides of at least "
                f"{max(16, plane)}, D a multiple of --slab {c.slab}, H and W of --enc_patch {c.enc_patch}")
-    widths = [c.ae_base * m for m in c.ae_mult] + [c.base * m for m in c.mult] + [c.enc_base * m for m in c.enc_mult]
+    widths = [base * m for base, mult in ((c.ae_base, c.ae_mult), (c.base, c.mult), (c.enc_base, c.enc_mult))
+              for m in mult]
     if c.base % 2 or c.dae_base % 2 or c.groups and any(w % c.groups for w in widths):
         D.fail(f"--base {c.base} --groups {c.groups}: widths must be even and multiples of the groups")
     for key in ("ae_batch", "ldm_batch", "dae_batch"):
@@ -1692,8 +1754,9 @@ def training_seconds(path, batch):
 
 
 PAPER = {"ae_ssim": 0.962, "recon_ssim_T10": 0.953, "recon_ssim_T20": 0.960, "recon_ssim_T50": 0.962,
-         "recon_ssim_T100": 0.962, "semantic_ssim_T10": 0.872, "semantic_ssim_T20": 0.871, "semantic_ssim_T50": 0.870,
-         "semantic_ssim_T100": 0.869, "probe_auroc": 0.895, "probe_acc": 0.837, "probe_precision": 0.847,
+         "recon_ssim_T100": 0.962, "semantic_ssim_T10": 0.872, "semantic_ssim_T20": 0.871,
+         "semantic_ssim_T50": 0.870, "semantic_ssim_T100": 0.869, "probe_auroc": 0.895, "probe_acc": 0.837,
+         "probe_precision": 0.847,
          "probe_recall": 0.910, "probe_f1": 0.877, "age_mae": 4.16, "age_rmse": 5.23, "throughput_ratio": 20}
 
 
@@ -1744,8 +1807,8 @@ def main(argv):
         print(f"ldae: preset {cfg.preset} ({why}), recipe {cfg.recipe}, {device}, torch {torch.__version__}\n"
               f"data: {data.path} at {'x'.join(map(str, cfg.size))}; subjects (scans): " +
               ", ".join(f"{p} {n} ({(part == p).sum()})" for p, n in count.items()) +
-              f"\n{cfg.ae_steps}, {cfg.ldm_steps}, {cfg.steps} steps for stages A, B, C; bars show the time left. "
-              f"The demo takes about MINUTES minutes on 2 CPU cores.\n"
+              f"\n{cfg.ae_steps}, {cfg.ldm_steps}, {cfg.steps} steps for stages A, B, C; bars show the time "
+              f"left. The demo takes about MINUTES minutes on 2 CPU cores.\n"
               f"out: {out}/; stop at any time, the same command goes on", flush=True)
         M.write_atomically(out / "config.json", json.dumps(dataclasses.asdict(cfg), indent=1).encode())
         if not cfg.eval:
@@ -1754,29 +1817,32 @@ def main(argv):
     # A checkpoint must agree on these: nobody it was trained on may be tested on, whatever the split is now.
     who = hashlib.sha256("\n".join(sorted(set(data.subject[train]))).encode()).hexdigest()[:16]
     facts = dict(data=data.fingerprint, training_subjects=who)
-    a, b, c = (stage_config(cfg, name, n, lr) for name, n, lr in (
-        ("ckpt_A", cfg.ae_batch, cfg.ae_lr), ("ckpt_B", cfg.ldm_batch, cfg.ldm_lr), ("ckpt_C", cfg.batch, cfg.lr)))
+    a = stage_config(cfg, "ckpt_A", cfg.ae_batch, cfg.ae_lr)
+    b = stage_config(cfg, "ckpt_B", cfg.ldm_batch, cfg.ldm_lr)
+    c = stage_config(cfg, "ckpt_C", cfg.batch, cfg.lr)
     models, subject = {}, data.subject
     images, unseen = (D.Loader({"image": data.image}, device, rows) for rows in (train, val))
     watch = watch_autoencoder(a, unseen) if len(val) else None
     models["ae"], _ = stage("ckpt_A", Autoencoder, a, cfg.ae_steps, images, facts, watch)
 
-    key = f"{identity(models['ae'])} {data.fingerprint} {hashlib.sha256(str(list(subject)).encode()).hexdigest()[:16]}"
+    facts_b = facts | dict(stage_A=identity(models["ae"]))
+    everything = D.Loader({"image": data.image}, device)
+    key = hashlib.sha256(repr((facts_b, list(subject))).encode()).hexdigest()
     if rank == 0:
-        cached_latents(models["ae"], out / "latents.npz", D.Loader({"image": data.image}, device), key)
+        cached_latents(models["ae"], out / "latents.npz", everything, key)
     if world > 1:
         dist.barrier()
-    mean, std = cached_latents(models["ae"], out / "latents.npz", D.Loader({"image": data.image}, device), key)
+    mean, std = cached_latents(models["ae"], out / "latents.npz", everything, key)
     arrays, axes = {"mean": mean, "std": std}, (0, 2, 3, 4)
     shift, scale = mean[train].mean(axes), np.sqrt(mean[train].var(axes) + (std[train] ** 2).mean(axes))
-    facts_b = facts | dict(stage_A=identity(models["ae"]))
     models["ldm"], _ = stage("ckpt_B", lambda c: Unconditional(c, shift, scale), b, cfg.ldm_steps,
                              D.Loader(arrays, device, train), facts_b)
     facts_c = facts_b | dict(stage_B=identity(models["ldm"]))
     arrays["image"] = data.image
     both, unseen = (D.Loader(arrays, device, rows) for rows in (train, val))
     watch = watch_semantic(c, unseen, subject[val], models["ae"]) if len(val) else None
-    models[""], reached = stage("ckpt_C", lambda c: Model(c, models["ldm"]), c, cfg.steps, both, facts_c, watch)
+    steer = lambda c: Model(c, models["ldm"])
+    models[""], reached = stage("ckpt_C", steer, c, cfg.steps, both, facts_c, watch)
 
     scores, tasks = {}, [k for k in dict.fromkeys((cfg.target or "label", "age")) if k in data.columns]
     if cfg.rivals:
@@ -1785,7 +1851,7 @@ def main(argv):
         fresh = None if cfg.eval else 30
         if fresh:
             stage("ckpt_dae", DAE, d, fresh, images, facts)
-            spent = sum(training_seconds(out / f"log_{k}.jsonl", n.batch) for k, n in (("A", a), ("B", b), ("C", c)))
+            spent = sum(training_seconds(out / f"log_{k}.jsonl", n.batch) for k, n in zip("ABC", (a, b, c)))
             rows = [json.loads(line) for line in (out / "log_dae.jsonl").read_text().splitlines()]
             rate = [r["img_s"] for r in rows if 0 < r["step"] <= fresh][-1]
             fresh = max(fresh, round(spent * rate / d.batch))
@@ -1797,8 +1863,8 @@ def main(argv):
             m, sd = (np.where(binary, x, f(y[train], 0)) for f, x in ((np.nanmean, 0), (np.nanstd, 1)))
             y = ((y - m) / np.maximum(sd, 1e-6)).astype(np.float32)
             net, _ = stage("ckpt_supervised", lambda c: Supervised(c, binary), s, cfg.steps,
-                           D.Loader({"image": data.image, "y": y}, device, train), facts | dict(columns=tasks))
-            found = semantic_codes(net, D.Loader({"image": data.image}, device)).cpu().numpy() * sd + m
+                           D.Loader({"image": data.image, "y": y}, device, train), facts | {"columns": tasks})
+            found = semantic_codes(net, everything).cpu().numpy() * sd + m
             scores = {k: found[:, i] for i, k in enumerate(tasks)}
     if leave():
         return
