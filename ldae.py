@@ -91,6 +91,8 @@ class Config:
     predict: str = "v"        # what the UNet outputs: v, or eps with PDAE's weights and coefficients (paper)
     t_power: float = 0.25     # stage C draws times as T u^t_power: below 1 favours high noise (paper: 1)
     ldm_t_power: float = 0.5  # the same for stage B and the voxel-space rival
+    augment: float = 0.0      # strength of random rotation, zoom and shift in stage C and the rivals; few
+                              # subjects need it, but latents are then made on the fly, not read (paper: 0)
     T: int = 1000             # diffusion steps, linear beta
     # training
     ae_steps: int = 20000     # optimizer steps of stage A
@@ -123,12 +125,12 @@ PRESETS = {
                  disc_layers=2, base=16, mult=(1, 2, 8), blocks=1, attention=2, groups=0, dropout=0.0, slab=2,
                  enc_patch=4, enc_base=32, enc_mult=(1, 2, 4), z_dim=128, dae_patch=2, dae_base=32,
                  dae_mult=(1, 2, 2), adv_warmup=200, ae_steps=700, ae_batch=2, ae_lr=1e-2, ldm_steps=200,
-                 ldm_batch=8, ldm_lr=2e-3, steps=400, batch=8, lr=2e-3, save_every=100, S=10, eval_images=3,
-                 prior_steps=2000, prior_width=256, prior_layers=4),
+                 ldm_batch=8, ldm_lr=2e-3, steps=260, batch=8, lr=2e-3, augment=0.5, save_every=100, S=10,
+                 eval_images=3, prior_steps=2000, prior_width=256, prior_layers=4),
 }
 RECIPES = {
     "ours": {},
-    "paper": dict(predict="eps", t_power=1.0, head="pool", z_map=False, ldm_t_power=1.0),
+    "paper": dict(predict="eps", t_power=1.0, head="pool", z_map=False, ldm_t_power=1.0, augment=0.0),
 }
 # What may differ when a run goes on in the same folder: nothing here alters what is learnt, only how far.
 FREE = {"data", "test", "out", "preset", "device", "target", "eval", "rivals", "throughput", "steps",
@@ -139,7 +141,7 @@ CHOICES = dict(predict=("v", "eps"), head=("position", "pool"), stride=("trailin
 # The fields that a stage depends on, so that another semantic encoder does not retrain the autoencoder.
 COMMON = "seed size patch groups ema "
 LATENT = "ae_mult z_ch base mult blocks attention dropout predict ldm_t_power T "
-SEMANTIC = "slab enc_patch enc_base enc_mult z_dim head z_map "
+SEMANTIC = "augment slab enc_patch enc_base enc_mult z_dim head z_map "
 STAGES = {
     "ckpt_A": COMMON + "ae_mult ae_base ae_blocks z_ch disc_base disc_layers kl adv adv_warmup lpips",
     "ckpt_B": COMMON + LATENT,
@@ -601,6 +603,22 @@ class Prior(nn.Module):
 # --------------------------------------------------------------------------------------------------------
 # The stages and the rivals. forward(batch, g) is the training loss.
 
+def augment3d(x, strength, g):
+    """Random motion of three quarters of the volumes (B,C,D,H,W): at strength 1 uniformly up to 17 degrees
+    about each axis, 12 % zoom, 6 % of each side of shift; what enters from outside repeats the border."""
+    if strength == 0:
+        return x
+    u = rand(len(x), 8, g)
+    s = (2 * u[:, :7] - 1) * strength * (u[:, 7:] < 0.75)      # trilinear blurs: some stay sharp
+    skew = torch.zeros(len(x), 3, 3, device=x.device)
+    for k, (i, j) in enumerate(((0, 1), (0, 2), (1, 2))):
+        skew[:, i, j], skew[:, j, i] = 0.3 * s[:, k], -0.3 * s[:, k]
+    rotate = torch.linalg.matrix_exp(skew) * (1 + 0.12 * s[:, 3]).view(-1, 1, 1)
+    with torch.autocast(x.device.type, enabled=False):         # bfloat16 would round the positions
+        grid = F.affine_grid(torch.cat([rotate, 0.12 * s[:, 4:7, None]], 2), x.shape, align_corners=False)
+        return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+
 class Frozen:
     """Holds a network that must not change: in eval mode, without gradients, and no registered part of the
     module that holds it. So no optimizer, EMA, train() or checkpoint of that module can touch it."""
@@ -704,9 +722,9 @@ class Model(nn.Module):
 
     predict eps (paper): lambda_t || eps_theta + s_t G - eps ||^2 trains, eps_theta - sqrt(1 - alpha_bar_t) G
     samples. predict v: || v_theta + G - v ||^2, which is || eps_hat - eps ||^2 / alpha_bar_t."""
-    def __init__(self, cfg, frozen):
+    def __init__(self, cfg, frozen, ae):
         super().__init__()
-        self.cfg, self.frozen = cfg, Frozen(frozen)
+        self.cfg, self.frozen, self.ae = cfg, Frozen(frozen), Frozen(ae)
         latent = [s // cfg.patch // 2 ** (len(cfg.ae_mult) - 1) for s in cfg.size]
         self.encoder = SemanticEncoder(cfg, cfg.z_dim)
         self.embed = nn.Linear(cfg.z_dim, 4 * cfg.base)
@@ -748,6 +766,11 @@ class Model(nn.Module):
         return per_sample(snr_weight(self.alpha_bar), t, 1) * error.square().mean((1, 2, 3, 4))
 
     def forward(self, batch, g):
+        if self.cfg.augment:       # of the volume: its latent is no longer the cached one
+            x = augment3d(batch["image"], self.cfg.augment, g)
+            with torch.no_grad():
+                mean, logvar = self.ae.net.posterior(x)
+            batch = {"image": x, "mean": mean, "std": (logvar / 2).exp()}
         z0 = self.frozen.net.latent(batch, g)
         t, eps = random_t(len(z0), self.cfg.T, self.cfg.t_power, g), randn_like(z0, g)
         return self.loss(z0, self.encode(batch), t, eps).mean()
@@ -787,9 +810,9 @@ class DAE(nn.Module):
         return (out - target).square().mean((1, 2, 3, 4))
 
     def forward(self, batch, g):
-        x0 = batch["image"]
+        x0 = augment3d(batch["image"], self.cfg.augment, g)
         t, eps = random_t(len(x0), self.cfg.T, self.cfg.ldm_t_power, g), randn_like(x0, g)
-        return self.loss(x0, self.encode(batch), t, eps).mean()
+        return self.loss(x0, self.encode({"image": x0}), t, eps).mean()
 
 
 class Supervised(nn.Module):
@@ -806,9 +829,10 @@ class Supervised(nn.Module):
         return self.out(self.encoder(batch["image"]))
 
     def forward(self, batch, g):
-        out, y, losses = self.encode(batch).float(), batch["y"], []
+        x, y, losses = augment3d(batch["image"], self.cfg.augment, g), batch["y"], []
+        out = self.encode({"image": x}).float()
         for k, binary in enumerate(self.binary):
-            known = ~batch["y"][:, k].isnan()
+            known = ~y[:, k].isnan()
             o, target = out[:, k], torch.where(known, y[:, k], torch.zeros_like(y[:, k]))
             loss = F.binary_cross_entropy_with_logits(o, target, reduction="none") if binary else \
                 (o - target).square()
@@ -1770,7 +1794,7 @@ def time_only(cfg, device):
     batch |= {k: torch.ones(1, cfg.z_ch, *latent, device=device) for k in ("mean", "std")}
     ldm = Unconditional(b, np.zeros(cfg.z_ch, np.float32), np.ones(cfg.z_ch, np.float32)).to(device)
     gpu = device.type == "cuda"      # there, all S steps; on a CPU one step each way, taken S times
-    metrics = throughput(cfg, batch, ae, Model(c, ldm).to(device), lambda: DAE(d).to(device),
+    metrics = throughput(cfg, batch, ae, Model(c, ldm, ae).to(device), lambda: DAE(d).to(device),
                          cfg.S if gpu else 1, warm=gpu)
     print(M.table(metrics, [k for k in metrics if "." not in k], PAPER))
 
@@ -1841,7 +1865,7 @@ def main(argv):
     arrays["image"] = data.image
     both, unseen = (D.Loader(arrays, device, rows) for rows in (train, val))
     watch = watch_semantic(c, unseen, subject[val], models["ae"]) if len(val) else None
-    steer = lambda c: Model(c, models["ldm"])
+    steer = lambda c: Model(c, models["ldm"], models["ae"])
     models[""], reached = stage("ckpt_C", steer, c, cfg.steps, both, facts_c, watch)
 
     scores, tasks = {}, [k for k in dict.fromkeys((cfg.target or "label", "age")) if k in data.columns]

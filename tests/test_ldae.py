@@ -25,13 +25,13 @@ SIZE = (16, 24, 16)
 TINY = m.Config(size=SIZE, patch=2, ae_mult=(1, 2), ae_base=8, ae_blocks=1, z_ch=2, disc_base=4, disc_layers=1, base=16,
                 mult=(1, 2), blocks=1, attention=1, groups=0, dropout=0.1, slab=2, enc_patch=2, enc_base=16, enc_mult=(1, 2),
                 z_dim=8, dae_patch=2, dae_base=8, dae_mult=(1, 1), adv_warmup=2, ae_steps=4, ae_batch=2, ldm_steps=4,
-                ldm_batch=4, steps=4, batch=4, dae_batch=2, save_every=4, log_every=2, bf16=False, device="cpu", S=4, T=20,
+                ldm_batch=4, augment=0.5, steps=4, batch=4, dae_batch=2, save_every=4, log_every=2, bf16=False, device="cpu", S=4, T=20,
                 eval_images=2, prior_steps=3, prior_width=16, prior_layers=2)
 FLAGS = [f"--{k}={','.join(map(str, v)) if isinstance(v, tuple) else str(v).lower()}" for k, v in
          ((k, getattr(TINY, k)) for k in ("patch ae_mult ae_base ae_blocks z_ch disc_base disc_layers base mult blocks "
                                           "attention groups dropout slab enc_patch enc_base enc_mult z_dim dae_patch dae_base "
                                           "dae_mult adv_warmup ae_steps ae_batch ldm_steps ldm_batch steps batch dae_batch "
-                                          "save_every log_every bf16 device S T eval_images prior_steps prior_width "
+                                          "augment save_every log_every bf16 device S T eval_images prior_steps prior_width "
                                           "prior_layers").split())]
 
 
@@ -89,6 +89,10 @@ def error_of(capsys, *flags):
     return lines[0]
 
 
+torch.manual_seed(0)
+AE = m.Autoencoder(TINY)       # untrained, where any will do
+
+
 def frozen_b(cfg=TINY):
     torch.manual_seed(0)
     b = m.Unconditional(cfg, np.zeros(cfg.z_ch, np.float32), np.ones(cfg.z_ch, np.float32))
@@ -133,7 +137,7 @@ def test_losses_and_sampling_follow_the_formulas():
     col = lambda v: v[t].float().view(-1, 1, 1, 1, 1)
     z_t = col(ab.sqrt()) * z0 + col((1 - ab).sqrt()) * eps
     for predict in ("eps", "v"):
-        model = m.Model(replace(TINY, predict=predict), frozen_b(replace(TINY, predict=predict))).eval()
+        model = m.Model(replace(TINY, predict=predict), frozen_b(replace(TINY, predict=predict)), AE).eval()
         torch.nn.init.normal_(model.gradient.conv_out.weight, std=0.05)
         out, G = model.outputs(z_t, t, z)
         assert G.abs().mean() > 1e-4
@@ -162,7 +166,7 @@ def test_clamping_unit_gaussian_latents_costs_their_tails(S):
 
 
 def test_latents_are_not_clipped_and_voxels_are():
-    assert m.Model(TINY, frozen_b()).clip is False and m.DAE(TINY).clip is True
+    assert m.Model(TINY, frozen_b(), AE).clip is False and m.DAE(TINY).clip is True
 
 
 @pytest.mark.parametrize("predict", ["eps", "v"])
@@ -170,7 +174,7 @@ def test_zero_output_round_trips_but_not_to_noise(predict):
     """Reconstruction alone proves nothing: a network that outputs zero is perfect at it. Its z_T is not white."""
     cfg = replace(TINY, T=1000, predict=predict, size=(24, 32, 24))
     b = m.Unconditional(cfg, np.zeros(2, np.float32), np.ones(2, np.float32))     # untrained: the output is zero
-    model, g = m.Model(cfg, b).eval(), torch.Generator().manual_seed(0)
+    model, g = m.Model(cfg, b, AE).eval(), torch.Generator().manual_seed(0)
     z0 = torch.nn.functional.avg_pool3d(torch.randn(4, 2, 8, 10, 8, generator=g), 3, 1)
     z0 = z0 / z0.std()
     z_sem = torch.randn(4, 8, generator=g)
@@ -194,7 +198,7 @@ def test_paper_networks_have_the_published_number_of_parameters():
     cfg = m.Config(**m.RECIPES["paper"])
     with torch.device("meta"):
         a, b = m.Autoencoder(cfg), m.Unconditional(cfg)
-        c = m.Model(cfg, b)
+        c = m.Model(cfg, b, a)
     assert count(a.encoder) + count(a.decoder) == 13_766_248 and count(a.discriminator) == 11_048_769
     assert count(b) == 486_927_363 and count(c.gradient) + count(c.embed) == 378_411_779
 
@@ -217,6 +221,16 @@ def test_semantic_encoder_and_slices(head):
     z = enc(x)
     assert z.shape == (2, 8) and (enc(x.flip(2)) - z).abs().max() > 1e-4
     assert torch.allclose(enc(x[:1]), z[:1], atol=1e-5)
+
+
+def test_augment_moves_three_quarters_and_keeps_their_mass():
+    x = torch.zeros(200, 1, 16, 20, 16)
+    x[:, :, 6:10, 8:12, 6:10] = 1.0
+    y = m.augment3d(x, 1.0, torch.Generator().manual_seed(0))
+    moved = (y != x).flatten(1).any(1)
+    mass = y.sum((1, 2, 3, 4))[moved] / 64
+    assert 0.65 < moved.double().mean() < 0.85 and 0.6 < mass.min() < mass.max() < 1.6 and abs(mass.mean() - 1) < 0.1
+    assert torch.equal(m.augment3d(x, 0.0, torch.Generator()), x)
 
 
 # --------------------------------------------------------------------------------- training
@@ -255,7 +269,7 @@ def test_adversarial_warm_up_is_a_function_of_the_step():
 
 def test_frozen_stays_bitwise_frozen(tmp_path):
     b = frozen_b()
-    before, model = m.identity(b), m.Model(TINY, b)
+    before, model = m.identity(b), m.Model(TINY, b, AE)
     assert not any(p is q for p in model.parameters() for q in b.parameters())
     arrays = {k: v.numpy() for k, v in batch(8).items() if k != "image"} | {"image": heads(8)[0]}
     ema, _ = m.fit(model, D.Loader(arrays, "cpu"), replace(TINY, out=str(tmp_path)), "ckpt_C", {}, 4)
@@ -263,7 +277,7 @@ def test_frozen_stays_bitwise_frozen(tmp_path):
     assert not b.training and model.training and ema.frozen is model.frozen      # one copy, for both
     saved = torch.load(tmp_path / "ckpt_C.pt", weights_only=True)
     assert not any("frozen" in k for k in saved["model"])
-    assert any(not torch.equal(p, q) for p, q in zip(model.parameters(), m.Model(TINY, b).parameters()))
+    assert any(not torch.equal(p, q) for p, q in zip(model.parameters(), m.Model(TINY, b, AE).parameters()))
 
 
 def test_average_of_the_weights_keeps_no_history(tmp_path):
@@ -289,7 +303,7 @@ for stage, k in ((s, k) for s in "ABC" for k in range(tries + 1)):
         arrays = {k: v.numpy() for k, v in t.batch(8).items() if k != "image"} | {"image": t.heads(8)[0]}
         b = t.frozen_b(cfg)
         torch.manual_seed(0)
-        model = {"A": lambda: m.Autoencoder(cfg), "B": lambda: b, "C": lambda: m.Model(cfg, b)}[stage]()
+        model = {"A": lambda: m.Autoencoder(cfg), "B": lambda: b, "C": lambda: m.Model(cfg, b, t.AE)}[stage]()
         if stage == "B": arrays.pop("image")
         m.fit(model, D.Loader(arrays, "cpu"), cfg, "ckpt_" + stage, {"a": 1}, 16)
         os._exit(0)
