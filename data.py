@@ -4,6 +4,7 @@
     python data.py show    FILE_OR_FOLDER [--out X.png]    contact sheet with mask contours
     python data.py phantom hearts OUT.h5 [--subjects 100 --seed 0 --size 128 --jitter 1]
     python data.py phantom cohort OUT.h5 [--subjects 600 --patients 220 --seed 0 --size 128]
+    python data.py phantom brains OUT.h5 [--subjects 120 --seed 0 --size 48]
     python data.py emidec  ROOT OUT.h5 [--spacing MM]      EMIDEC's NIfTI folders -> HDF5
 
     image    (N,H,W) or (N,D,H,W)  uint8, or float in [0,1]                             required
@@ -741,7 +742,7 @@ def brain(rng, x, y, z, voxel, age=40.0, severity=0.0, alzheimer=0.0):
     x, y, z = (np.asarray(c, np.float32) for c in np.broadcast_arrays(x, y, z))
 
     def inside(distance):  # share of a voxel that lies inside: smooth partial volume
-        return 0.5 - 0.5 * np.tanh(distance * (1.3 / max(0.7, voxel)))
+        return 0.5 - 0.5 * np.tanh(distance * (2 / max(1, voxel)))
 
     def over(colour, share, kind=None):
         nonlocal image
@@ -771,16 +772,15 @@ def brain(rng, x, y, z, voxel, age=40.0, severity=0.0, alzheimer=0.0):
     wear = 0.35 * (age - 20) / 60 + 0.65 * max(age - 45, 0) ** 2 / 35 ** 2
 
     # The individual: warped coordinates; X = distance from the midplane; the surface of the cerebrum.
-    warp = [waves(rng, x, y, z, 75, 6) + 0.7 * waves(rng, x, y, z, 34) for _ in range(3)]
+    warp = [1.2 * waves(rng, x, y, z, 75, 6) + 0.4 * waves(rng, x, y, z, 34) for _ in range(3)]
     x, y, z = (c + d for c, d in zip((x, y, z), warp))
     X, back, high = abs(x), y + 16, z - 18                             # from the middle of the head
-    stretch = np.exp(rng.normal(0, 0.02, 3)).tolist()
-    radii = 65 * stretch[0] * (1 - 0.0011 * back), 77 * stretch[1], 58 * stretch[2]
-    e, _, steep = egg((x, back, high), radii)
+    stretch = np.exp(rng.normal(0, 0.023, 3)).tolist()
+    radii = 66 * stretch[0] * (1 - 0.0011 * back), 79 * stretch[1], 58 * stretch[2]
+    e, _, steep = egg((x, back, high), radii, 2.1)
     hull = (1 - e) / steep                                             # depth in mm
-    # The temporal lobes hang lower than the rest.
-    floor = -20 - 18 * inside((abs(back - 4) - 40) * 0.3) * inside((20 - X) * 0.6)
-    cerebrum = np.minimum(hull, z - floor)
+    lobe = np.minimum(np.minimum(X - 18, 37 - abs(back + 2)), z + 40)  # the temporal lobe hangs lower
+    cerebrum = np.minimum(hull, np.maximum(z + 24 - 12 * inside((y + 42) * 0.2), lobe))
     centre = 1 - np.sqrt(((y + 4) / 40) ** 2 + ((z - 3) / 26) ** 2)  # > 0: below the corpus callosum's crest
 
     # Sulci are sheets that cut into the cerebrum: (distance, how far past the sheet's end, half width).
@@ -789,7 +789,7 @@ def brain(rng, x, y, z, voxel, age=40.0, severity=0.0, alzheimer=0.0):
     bend = [1.6 * waves(rng, x, y, z, 26) for _ in range(4)]
     strip = (y + 3 - sided(1.5) + 0.3 * (z - 16) + 0.28 * (62 - X)) * 0.92 + bend[0]  # central sulcus
     loss = np.clip(1 - (strip / 13) ** 2, 0, 1) * np.clip((34 - hull) / 12, 0, 1) * np.clip(z / 8, 0, 1)
-    right, left = rng.permutation(np.float32([1, 0.65]))                # one side is worse
+    right, left = rng.permutation(np.float32([1, 0.65]))               # one side is worse
     loss = severity * loss * np.where(x > 0, right, left)
     insula = 39 - 0.8 * (y / 14) ** 2 + sided(1) + 0.6 * bend[3]
     lip = (z - 16 + 0.7 * (y + 25) + sided(2)) * 0.82 + 0.5 * bend[1]  # Sylvian fissure: climbs backwards
@@ -797,7 +797,7 @@ def brain(rng, x, y, z, voxel, age=40.0, severity=0.0, alzheimer=0.0):
     sheets = [(strip, over_lip, wide + 0.35 * gap + 3.6 * loss),
               (strip - 14 + bend[1], over_lip + 3, 0.7 * wide),
               (strip + 14 + bend[2], over_lip + 2, 0.7 * wide),
-              (lip, np.maximum(insula - X, -44 - y), wide + 0.5 + 0.4 * wear + 0.6 * alzheimer),
+              (lip, np.maximum(insula - X, -44 - y), wide + 0.5 + 0.4 * wear + 1.0 * alzheimer),
               (X - insula, np.maximum(abs(y + 6) - 27, abs(z - 5) - 18), wide)]
     # Everywhere else: the zero set of random waves on the surface, carried inwards along rays.
     e, normal, _ = egg((X - 26, back, high), (np.where(X > 26, radii[0] - 26, 26), *radii[1:]))
@@ -821,29 +821,29 @@ def brain(rng, x, y, z, voxel, age=40.0, severity=0.0, alzheimer=0.0):
     for each in sheets:
         sheet(*each)
     far = np.maximum(np.minimum(cerebrum, X) - deep, 34 * centre + 4)
-    sheet(fold, np.maximum(far, 7 - pia), 0.85 * wide)
+    temporal = alzheimer * inside((lip + 2) * 0.4) * inside((15 - X) * 0.3)
+    sheet(fold, np.maximum(far, 7 - pia), 0.85 * wide + 0.8 * temporal)
     sheet(x, 26 * centre, wide + 0.3)                                  # between the hemispheres
     cut(cerebrum - gap, 99)                                            # the surface itself
-    temporal = inside((lip + 2) * 0.4) * inside((15 - X) * 0.3)
-    thick = (3.3 - 0.5 * wear) * (1 - 0.5 * loss - 0.2 * alzheimer * temporal) + sided(0.1)
+    thick = (3.3 - 0.5 * wear) * (1 - 0.5 * loss - 0.25 * temporal) + sided(0.1)
 
     # Ventricles, and hippocampi below and medial of the temporal horns.
-    size = float(np.exp(rng.normal(0, 0.3))) * (0.75 + 1.1 * wear) * (1 + 0.5 * alzheimer)  # cross-section
+    size = float(np.exp(rng.normal(0, 0.3))) * (0.75 + 1.1 * wear) * (1 + 0.6 * alzheimer)  # cross-section
     grow = size ** 0.5 * np.exp(sided(0.06))
     tip = float(rng.normal(-62, 3))
     d_body = tube(X, y, z, [(13, 29, 7, 1.6), (7, 20, 12, 3.2), (6, 5, 18, 3.4), (10, -16, 20, 3),
                             (21, -36, 14, 4.6), (22, -52, 11, 3), (19, tip, 9, 1)], 1.9) - (grow - 1) * 3.2
     d_horn = tube(X, y, z, [(22, -37, 12, 4), (32, -29, -3, 2.6), (33, -18, -13, 2), (29, -7, -17, 1.6)]) \
-        - (grow - 1) * 2.4 - 1.2 * alzheimer
+        - (grow - 1) * 2.4 - 2.2 * alzheimer
     d_third = np.maximum(X - 1.0 * grow, ball((0, -12, 4), (9, 16, 13)))
-    shrink = float(np.exp(rng.normal(0, 0.06))) * (1 - 0.12 * wear) * (1 - 0.22 * alzheimer)
+    shrink = float(np.exp(rng.normal(0, 0.06))) * (1 - 0.12 * wear) * (1 - 0.25 * alzheimer)
     d_ammon = tube(X, y, z, [(*p, r * shrink) for *p, r in (
-        (25, -8, -18, 6.2), (28, -19, -15, 5), (29, -28, -9, 4.2), (24, -36, 0, 3))])
+        (25, -8, -18, 7), (28, -19, -15, 5.8), (29, -28, -9, 5), (24, -36, 0, 3.6))])
 
     texture = waves(rng, x, y, z, 9)
     white, grey = 0.80 + 0.008 * texture, 0.53 + 0.015 * texture
     image, mask = white, np.full(x.shape, 3, np.uint8)
-    over(white - 0.16 * min(wear, 1.5), np.exp(-np.maximum(np.minimum(d_body, d_horn), 0) / 4))
+    over(white - 0.18 * wear, np.exp(-np.maximum(np.minimum(d_body, d_horn), 0) / 5))
     tract = np.sqrt((X - 22.5) ** 2 + (y + 12 + 0.25 * (z - 16)) ** 2)  # corticospinal: internal capsule
     over(white - 0.34, severity * np.clip(1.8 - tract / 3.6, 0, 1) * np.clip(3 - abs(z - 12) / 10, 0, 1))
     over(grey, inside(pia - thick), 2)
@@ -857,18 +857,38 @@ def brain(rng, x, y, z, voxel, age=40.0, severity=0.0, alzheimer=0.0):
     over(grey - 0.01, hippocampus, 5)
     pia = np.maximum(pia, -half)
     over(0.15, inside(pia) - inside(pia + 2 * half), 1)  # a sheet thinner than a voxel stays thin
-    head = inside(-hull)
+    # Below the cerebrum: brainstem, cerebellum with leaves that fan out from its core, cisterns between.
+    below = inside(cerebrum + 0.5)
+    d_stem = np.maximum(tube(x, y, z, [(0, -16, -6, 13), (0, -19, -25, 13), (0, -32, -60, 7)]), -56 - z)
+    d_leaf = ball((18, -56, -35), (30, 26, 20))
+    fan, out = np.arctan2(z + 34, -y - 38), np.sqrt((z + 34) ** 2 + (y + 38) ** 2)
+    d_leaves = abs(np.sin(8 * fan)) * out / 8
+    over(0.15, below, 1)
+    over(white - 0.04, below * inside(d_stem), 3)
+    over(grey, below * inside(d_leaf), 2)
+    over(white - 0.02, below * inside(np.maximum(d_leaf + 4, 2.2 - d_leaves)), 3)
+    near = abs(np.minimum(d_leaf, d_stem) + cerebrum)
+    head = inside(np.minimum(np.minimum(d_leaf, d_stem) - 1, -cerebrum) - np.maximum(12 - near, 0) ** 2 / 48)
     mask[head < 0.5] = 0
     return dict(image=image * head, mask=mask, head=head, ventricle=ventricle * (1 - hippocampus),
                 hippocampus=hippocampus)
 
 
-def pose(rng, x, y, z):
-    """What registration leaves: about 1 mm, 1.5 degrees, 1.5 % of scale -> x, y, z, float32."""
-    a, b, c = rng.normal(0, 0.016, 3)
-    turn = np.array([[1, a, b], [-a, 1, c], [-b, -c, 1]]) * (1 + rng.normal(0, 0.015, 3)[:, None])
-    shift = rng.normal(0, 0.7, 3) - turn @ MIDDLE + MIDDLE
+def pose(rng, x, y, z, amount=1.0):
+    """What registration leaves: about 1 mm and 1.5 degrees, times amount -> x, y, z, float32."""
+    a, b, c = amount * rng.normal(0, 0.016, 3)
+    turn = np.array([[1, a, b], [-a, 1, c], [-b, -c, 1]])              # small angles
+    shift = amount * rng.normal(0, 0.7, 3) - turn @ MIDDLE + MIDDLE
     return [np.asarray(t[0] * x + t[1] * y + t[2] * z + s, np.float32) for t, s in zip(turn, shift)]
+
+
+def brain_volume(key, x, y, z, voxel, **factors):
+    """brain() for volumes: the individual is default_rng(key). Drawn in slabs that fit the processor's cache,
+    several times faster at 128x160x128; a slice does not depend on its neighbours."""
+    step = max(1, 20000 // x[0].size)
+    slabs = [brain(np.random.default_rng(key), *(c[i:i + step] for c in (x, y, z)), voxel, **factors)
+             for i in range(0, len(x), step)]
+    return {name: np.concatenate([s[name] for s in slabs]) for name in slabs[0]}
 
 
 def scan(rng, drawn, x, y, z):
@@ -893,7 +913,7 @@ def survival(rng, severity, age, male):
         + HAZARD["age"] * (age - 62) / 10 + HAZARD["male"] * (male - 0.58)
     median = 2.5 * np.exp(-risk / 1.3)
     death = median * (rng.exponential(size=np.shape(risk)) / np.log(2)) ** (1 / 1.3)
-    end = rng.uniform(1.5, 6.5, np.shape(risk))                            # years since this patient entered
+    end = rng.uniform(1.5, 6.5, np.shape(risk))                        # years of follow-up
     return np.maximum(365.25 * np.minimum(death, end), 1), (death <= end).astype(np.uint8)
 
 
@@ -916,30 +936,66 @@ def phantom_cohort(path, subjects=600, patients=220, seed=0, size=128):
     1/0.73 times higher per SD of severity, see survival(). mask 4: where the disease changed this patient's
     own picture by more than 5 % of full scale. The frame is 176 mm wide. A subject depends on (seed, number)
     and on being a patient."""
-    if subjects < 1 or patients < 0 or size < 16:
-        fail(f"{path}: phantom needs subjects >= 1, patients >= 0, size >= 16")
+    if subjects < 1 or patients < 0 or seed < 0 or size < 16:
+        fail(f"{path}: phantom needs subjects >= 1, patients >= 0, seed >= 0, size >= 16")
     table, voxel = [], 176 / size
     # The level of the thalami. Stylised: the central sulcus, here only its lower end, is cut at full depth.
     x, y, z = grid((1, size, size), voxel)
     for i in tqdm(range(subjects + patients), "brains", leave=False, disable=None):
-        number = [i, i - subjects][i >= subjects]
-        key = [seed, number, int(i >= subjects)]
+        ill = int(i >= subjects)
+        key = seed, i - subjects * ill, ill
         rng = np.random.default_rng(key)
-        columns = person(rng, i >= subjects)
+        columns = person(rng, ill)
         at, age = pose(rng, x, y, z), float(columns["factor_brain_age"][0])
         drawn, *well = (brain(np.random.default_rng([*key, 1]), *at, voxel, age, s)
-                        for s in [float(columns["factor_severity"][0]), 0.0][:1 + key[2]])
+                        for s in [float(columns["factor_severity"][0]), 0.0][:1 + ill])
         mask = np.array([0, 1, 2, 3, 1, 2], np.uint8)[drawn["mask"]]
         for healthy in well:                                           # the same brain without the disease
             mask[abs(drawn["image"] - healthy["image"]) > 0.05] = 4
         table.append(dict(image=scan(rng, drawn, *at), mask=mask, **columns,
-                          subject=np.array([f"{['control', 'patient'][key[2]]}{seed}-{number:03d}"]),
+                          subject=np.array([f"{['control', 'patient'][ill]}{seed}-{key[1]:03d}"]),
                           factor_ventricle=drawn["ventricle"].sum((1, 2), dtype=float) * voxel ** 2))
     write(path, table,
           dict(source=f"python data.py phantom cohort --subjects {subjects} --patients {patients} "
                       f"--seed {seed} --size {size}", licence="CC0", spacing_mm=[voxel, voxel],
                hr_per_sd=1 / 0.73, label_names=["healthy", "patient"],
                mask_names=[*BRAIN[:4], "lesion"]))
+
+
+def phantom_brains(path, subjects=120, seed=0, size=48):
+    """Write T1 volumes of controls (CN) and Alzheimer's disease (AD), 3-5 sessions each, 6 months apart.
+
+    (D,H,W) = inferior to superior, anterior to posterior, left to right; D = W = size, H = size * 5/4 cut
+    to a multiple of 8; isotropic, H is 176 mm. age and session (months) are the session's; factor_rate: years
+    that this brain ages per year; factor_ventricle_ml, factor_hippocampus_ml: as drawn; factor_alzheimer
+    0..1. All is held in memory, twice while writing: 480 volumes are 0.12 GB at 48x56x48, 2.5 GB at
+    128x160x128. A subject depends on (seed, number); every second one has AD."""
+    if subjects < 1 or seed < 0 or size < 16:
+        fail(f"{path}: phantom needs subjects >= 1, seed >= 0, size >= 16")
+    shape = size, size * 5 // 32 * 8, size
+    table, voxel = [], 176 / shape[1]
+    frame = grid(shape, voxel)
+    for i in tqdm(range(subjects), "brains", leave=False, disable=None):
+        rng, ill = np.random.default_rng([seed, i]), i % 2
+        first, sex = rng.uniform(50, 90), "FM"[rng.integers(2)]
+        rate = np.exp(rng.normal(0, 0.3)) * (1 + 1.5 * ill)
+        ahead, stage = rng.normal(0, 5), rng.uniform(0.5, 0.9) * ill
+        at, months, rows = pose(rng, *frame), 6.0 * np.arange(rng.integers(3, 6)), []
+        for years in months / 12:
+            ill_now, old = float(stage + 0.05 * ill * rate * years), float(first + ahead + rate * years)
+            here = pose(rng, *at, 0.2)
+            drawn = brain_volume([seed, i, 1], *here, voxel, age=old, alzheimer=ill_now)
+            ml = {f"factor_{k}_ml": drawn[k].sum(dtype=float) * voxel ** 3 / 1000
+                  for k in ("ventricle", "hippocampus")}
+            rows.append(dict(image=scan(rng, drawn, *here), mask=drawn["mask"], age=first + years, **ml,
+                             factor_brain_age=old, factor_alzheimer=ill_now))
+        n = len(rows)
+        table.append(dict({k: np.array([row[k] for row in rows]) for k in rows[0]}, session=months,
+                          subject=np.repeat(f"brain{seed}-{i:03d}", n), label=np.full(n, ill),
+                          sex=np.full(n, sex), factor_rate=np.full(n, rate)))
+    write(path, table,
+          dict(source=f"python data.py phantom brains --subjects {subjects} --seed {seed} --size {size}",
+               licence="CC0", spacing_mm=[voxel] * 3, label_names=["CN", "AD"], mask_names=BRAIN))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1098,7 +1154,7 @@ def main():
     verify.add_argument("path")
     sheet.add_argument("path")
     sheet.add_argument("--out", default="sheet.png")
-    phantom.add_argument("kind", choices=["hearts", "cohort"])
+    phantom.add_argument("kind", choices=["hearts", "cohort", "brains"])
     phantom.add_argument("out")
     for name, kind, of in (("subjects", int, ""), ("patients", int, " (cohort)"), ("seed", int, ""),
                            ("size", int, ""), ("jitter", float, " (hearts)")):
@@ -1119,7 +1175,7 @@ def main():
         for name, kind in (("patients", "cohort"), ("jitter", "hearts")):
             if name in given and a.kind != kind:
                 fail(f"--{name} is for phantom {kind} only")
-        dict(hearts=phantom_hearts, cohort=phantom_cohort)[a.kind](a.out, **given)
+        dict(hearts=phantom_hearts, cohort=phantom_cohort, brains=phantom_brains)[a.kind](a.out, **given)
         print(a.out)
     else:
         emidec(a.root, a.out, a.spacing)

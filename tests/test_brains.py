@@ -1,4 +1,4 @@
-"""Phantom brains: one individual at any age and in any disease, a local lesion, a survival that Cox recovers."""
+"""Phantom brains: one individual at any age and in any disease, a local lesion, planted survival."""
 import sys
 from pathlib import Path
 
@@ -69,7 +69,7 @@ def test_ageing_is_monotone_and_faster_after_60():
     assert (np.diff(ventricle) > 0).all()
     assert (np.diff(ventricle)[:, -3:].mean(1) > 1.5 * np.diff(ventricle)[:, :3].mean(1)).all()
     assert (cortex[:, -1] < cortex[:, 0]).all() and (np.diff(sulci) >= 0).all()
-    assert all(abs(row[0]["head"] - row[-1]["head"]).max() == 0 for row in drawn)   # the skull does not shrink
+    assert all(abs(row[0]["head"] - row[-1]["head"]).max() == 0 for row in drawn)  # the skull stays
     size = ventricle[:, 4]
     assert size.max() / size.min() > 1.3                               # people differ
 
@@ -130,7 +130,8 @@ def test_cox_recovers_the_planted_hazards():
 
 
 def test_every_seed_has_events_enough():
-    people = [[data.person(np.random.default_rng([seed, k, 1]), True) for k in range(220)] for seed in range(20)]
+    people = [[data.person(np.random.default_rng([seed, k, 1]), True) for k in range(220)]
+              for seed in range(20)]
     events = [sum(int(p["event"][0]) for p in row) for row in people]
     assert min(events) >= 120 and 140 < np.mean(events) < 165
     everyone = [p for row in people for p in row]
@@ -143,8 +144,87 @@ def test_every_seed_has_events_enough():
     assert 0.55 < np.mean([p["sex"][0] == "M" for p in everyone]) < 0.61
 
 
-@pytest.mark.parametrize("bad", [dict(subjects=0), dict(patients=-1), dict(size=8)])
+@pytest.mark.parametrize("bad", [dict(subjects=0), dict(patients=-1), dict(size=8), dict(seed=-1)])
 def test_bad_arguments_are_one_line(bad, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         data.phantom_cohort(str(tmp_path / "x.h5"), **bad)
     assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+# ---------------------------------------------------------------- volumes
+
+@pytest.fixture(scope="module")
+def volumes(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("brains") / "brains.h5")
+    data.phantom_brains(path, subjects=12, seed=2, size=48)
+    return path
+
+
+def test_a_slice_is_a_slice_of_the_volume():
+    voxel = 4.0
+    x, y, z = data.grid((9, 40, 36), voxel)
+    at = data.pose(np.random.default_rng(5), x, y, z)
+    factors = dict(age=70.0, alzheimer=0.5)
+    volume = data.brain_volume(7, *at, voxel, **factors)
+    for k in (0, 4, 8):
+        one = data.brain(np.random.default_rng(7), *(c[k:k + 1] for c in at), voxel, **factors)
+        for name in one:
+            np.testing.assert_array_equal(one[name][0], volume[name][k], err_msg=name)
+
+
+def test_alzheimer_shrinks_hippocampi_and_opens_horns():
+    voxel = 3.0
+    at = np.broadcast_arrays(*data.grid((40, 56, 48), voxel))
+    for k in range(3):
+        hippocampus, ventricle = zip(*((d["hippocampus"].sum(), d["ventricle"].sum()) for d in (
+            data.brain_volume(k, *at, voxel, age=70.0, alzheimer=a) for a in (0.0, 0.5, 1.0))))
+        assert (np.diff(hippocampus) < 0).all() and (np.diff(ventricle) > 0).all()
+        assert hippocampus[-1] < 0.75 * hippocampus[0] and ventricle[-1] > 1.2 * ventricle[0]
+
+
+def test_volume_files_keep_their_word(volumes, tmp_path):
+    assert data.check(volumes) == []
+    subject, label, session, age, rate, ventricle, hippocampus, mask, image = (column(volumes, n) for n in (
+        "subject", "label", "session", "age", "factor_rate", "factor_ventricle_ml", "factor_hippocampus_ml",
+        "mask", "image"))
+    assert image.shape[1:] == (48, 56, 48) and image.dtype == np.uint8 and mask.max() == 5
+    assert np.median(hippocampus[label == 1]) < 0.85 * np.median(hippocampus[label == 0])
+    assert 3 < hippocampus.min() and hippocampus.max() < 11 and 8 < ventricle.min() and ventricle.max() < 150
+    voxel = 176 / 56
+    counted = (mask == 5).sum((1, 2, 3)) * voxel ** 3 / 1000           # labels agree with the shares
+    assert np.corrcoef(counted, hippocampus)[0, 1] > 0.97
+    for s in np.unique(subject):
+        rows = np.flatnonzero(subject == s)
+        assert 3 <= len(rows) <= 5 and (session[rows] == 6 * np.arange(len(rows))).all()
+        np.testing.assert_allclose(age[rows] - age[rows[0]], session[rows] / 12, atol=1e-4)
+        assert len(set(rate[rows])) == len(set(label[rows])) == 1
+        if label[rows[0]]:                                             # AD: every session is worse
+            assert (np.diff(ventricle[rows]) > 0).all() and (np.diff(hippocampus[rows]) < 0).all()
+        here, last, other = (image[k, 20:40, 12:44, 12:36].ravel().astype(float)
+                             for k in (rows[0], rows[-1], rows[0] - len(image) // 2))
+        own = np.corrcoef(here, last)[0, 1]                            # the same head, with new noise
+        assert 0.8 < own < 0.999 and own > np.corrcoef(here, other)[0, 1] + 0.2
+    last = np.flatnonzero(np.append(subject[1:] != subject[:-1], True))
+    first = np.append(0, last[:-1] + 1)
+    growth = np.log(ventricle[last] / ventricle[first]) / session[last]
+    assert growth[label[last] == 1].min() > growth[label[last] == 0].max() > 0
+    assert np.corrcoef(growth, rate[last])[0, 1] > 0.7                 # the rate is what moves them
+    data.phantom_brains(str(tmp_path / "b.h5"), subjects=2, seed=2, size=48)
+    n = len(column(str(tmp_path / "b.h5"), "label"))
+    np.testing.assert_array_equal(column(str(tmp_path / "b.h5"), "image"), image[:n])
+
+
+def test_command_line(tmp_path, monkeypatch, capsys):
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["data.py", "phantom", *words])
+        data.main()
+
+    run("brains", str(tmp_path / "b.h5"), "--subjects", "1", "--size", "32")
+    assert column(str(tmp_path / "b.h5"), "image").shape[1:] == (32, 40, 32)
+    run("cohort", str(tmp_path / "c.h5"), "--subjects", "2", "--patients", "1", "--size", "32")
+    assert len(column(str(tmp_path / "c.h5"), "label")) == 3
+    capsys.readouterr()
+    for words in (["brains", "x.h5", "--patients", "3"], ["cohort", "x.h5", "--jitter", "1"], ["brains"]):
+        with pytest.raises(SystemExit) as stop:
+            run(*words)
+        assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
