@@ -12,7 +12,7 @@ Question: does z_sem tell age, disease and progression, and what does the latent
 
 Lozupone et al., Latent Diffusion Autoencoders, 2025 (arXiv 2504.08635). Stage C: PDAE (Zhang et al. 2022).
 
-    python ldae.py                     # phantom brains; about MINUTES minutes on 2 CPU cores
+    python ldae.py                     # phantom brains; about 10 minutes on 2 CPU cores
     python ldae.py --data brains.h5    # your volumes; on a GPU these are the paper's networks
 
 Differs from diffae.py in: 3D networks (names end in 3d), three stages instead of one, no clipping in latent
@@ -1292,10 +1292,10 @@ def watch_semantic(cfg, loader, subject, ae=None):
 
 def linear_numbers(key, codes, scores, y, part, subject, seed):
     """Linear probes of y (N,), nan missing, from codes {row: (N,d)}, "" being ours; scores {row: (N,)} are
-    predictions already. y in {0,1}: KEY_auroc, _acc, _precision, _recall, _f1, threshold from the validation
-    rows; else KEY_mae, _rmse, _r2. With the trivial rows. -> (metrics, probe of codes[""])"""
+    predictions already. y in {0,1}: KEY_auroc, and _acc, _precision, _recall, _f1 where p > 1/2; else KEY_mae,
+    _rmse, _r2. With the trivial rows. -> (metrics, probe of codes[""])"""
     y = y.astype(np.float64)
-    train, val, test = (np.flatnonzero((part == p) & ~np.isnan(y)) for p in ("train", "val", "test"))
+    train, test = (np.flatnonzero((part == p) & ~np.isnan(y)) for p in ("train", "test"))
     if len(np.unique(y[train])) < 2 or not len(test):
         raise ValueError("the training rows have one value only" if len(test) else "no test row has a value")
     out, axis, who, truth = {}, None, subject[test], y[test]
@@ -1308,10 +1308,9 @@ def linear_numbers(key, codes, scores, y, part, subject, seed):
             axis = axis if row else probe
             score = M.logits(probe, codes[row]) if classes else probe.predict(codes[row].astype(np.float64))
         if classes:
-            cut = M.threshold_f1(score[val], y[val]) if len(val) else 0.0
             out[f"{key}_auroc{dot}"] = M.row_of(M.auroc, who, score[test], truth)
             for short, k in (("acc", "accuracy"), ("precision",) * 2, ("recall",) * 2, ("f1",) * 2):
-                called, all_of = (lambda s, t, c=c: M.classify(s, t, c)[k] for c in (cut, -np.inf))
+                called, all_of = (lambda s, t, c=c: M.classify(s, t, c)[k] for c in (0.0, -np.inf))
                 out[f"{key}_{short}{dot}"] = M.row_of(called, who, score[test], truth)
                 out[f"{key}_{short}.all_positive"] = M.row_of(all_of, who, score[test], truth)
             continue
@@ -1832,7 +1831,7 @@ def main(argv):
               f"data: {data.path} at {'x'.join(map(str, cfg.size))}; subjects (scans): " +
               ", ".join(f"{p} {n} ({(part == p).sum()})" for p, n in count.items()) +
               f"\n{cfg.ae_steps}, {cfg.ldm_steps}, {cfg.steps} steps for stages A, B, C; bars show the time "
-              f"left. The demo takes about MINUTES minutes on 2 CPU cores.\n"
+              f"left. The demo takes about 10 minutes on 2 CPU cores.\n"
               f"out: {out}/; stop at any time, the same command goes on", flush=True)
         M.write_atomically(out / "config.json", json.dumps(dataclasses.asdict(cfg), indent=1).encode())
         if not cfg.eval:
