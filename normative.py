@@ -928,7 +928,7 @@ def evaluate(cfg, data, part, loader, models):
     g = torch.Generator(loader.device).manual_seed(cfg.seed)
     torch.manual_seed(mix(cfg.seed, 3))
     networks = {row: model for row, model in models.items() if row != "vae"}
-    networks["untrained"] = Model(cfg).to(loader.device).eval()
+    networks["untrained"] = Model(dataclasses.replace(cfg, age=False)).to(loader.device).eval()
     scores, codes, left = {"": None}, {}, {}
     for row, model in tqdm(networks.items(), "evaluate: scores", unit="model"):
         z = semantic_codes(model, loader)
@@ -1052,7 +1052,7 @@ def interpret(cfg, data, part, loader, models, codes, left, scores, brain_age, p
     if lesion is not None:
         lines.append([lesion[k] for k in worst])
         labels.append("planted lesion")
-    M.grid(out / "twins.png", lines, labels, [f"{age[patients[k]]:.0f} y, {scores[''][patients[k]]:.3f}"
+    M.grid(out / "twins.png", lines, labels, [f"{age[patients[k]]:.0f} y, {scores[''][patients[k]]:.2f}"
                                               for k in worst],
            "The patients least similar to healthy: age and similarity, reconstruction, healthy twin, change.")
     asked = np.linspace(20, 90, 8)
@@ -1306,14 +1306,13 @@ def main(argv):
     metrics["peak_gb"] = M.row(peak_gb(device), unit="GB", better="lower")
     M.save_results(out / "results.json", "normative", cfg.data or "phantom cohort", count,
                    time.time() - began, dataclasses.asdict(cfg) | dict(steps=reached), metrics, device)
-    scores = [k for k in ("hr_per_sd", "hr_p", "c_index", "c_index_alone", "logrank_p", "ks_p", "auroc",
-                          "severity_r") if k in metrics]
-    print(M.table(metrics, [k for k in metrics if "." not in k and k not in scores], {}))
+    scores = [k for k in ("hr_per_sd", "hr_p", "c_index", "logrank_p", "ks_p", "auroc", "severity_r")
+              if k in metrics]     # results.json has more of each score: alone, gains, proportional hazards
+    print(M.table(metrics, [k for k in metrics if "." not in k and f"{k}.pca_cosine" not in metrics], {}))
     print("\nScores: similarity to healthy, higher = healthier: a good one has a hazard ratio below 1.")
     print(M.row_table(metrics, scores, PAPER))
-    print("hr_per_sd and c_index: Cox of score, age and sex (c_index out of fold); c_index_alone: the score\n"
-          "as it is; ks_p ignores censoring. auroc: patients against controls, beyond age. Intervals: of\n"
-          "hr_per_sd Wald, else bootstrap over patients.")
+    print("hr_per_sd, c_index: Cox of score, age and sex (c_index out of fold). ks_p ignores censoring.\n"
+          "auroc: patients against controls, beyond age. Intervals: of hr_per_sd Wald, else bootstrap.")
     print(f"{time.time() - began:.0f} s. Numbers: {out}/results.json. Pictures: {out}/*.png")
 
 
