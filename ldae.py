@@ -1292,8 +1292,8 @@ def watch_semantic(cfg, loader, subject, ae=None):
 
 def linear_numbers(key, codes, scores, y, part, subject, seed):
     """Linear probes of y (N,), nan missing, from codes {row: (N,d)}, "" being ours; scores {row: (N,)} are
-    predictions already. y in {0,1}: KEY_auroc, _acc, _precision, _recall, _f1 (called: p > 1/2); else KEY_mae,
-    _rmse, _r2. With the trivial rows. -> (metrics, probe of codes[""])"""
+    predictions already. y in {0,1}: KEY_auroc, _acc, _precision, _recall, _f1 (called: p > 1/2); else
+    KEY_mae, _rmse, _r2. With the trivial rows. -> (metrics, probe of codes[""])"""
     y = y.astype(np.float64)
     train, test = (np.flatnonzero((part == p) & ~np.isnan(y)) for p in ("train", "test"))
     if len(np.unique(y[train])) < 2 or not len(test):
