@@ -1056,12 +1056,13 @@ def interpret(cfg, data, part, loader, models, codes, left, scores, brain_age, p
                                               for k in worst],
            "The patients least similar to healthy: age and similarity, reconstruction, healthy twin, change.")
     asked = np.linspace(20, 90, 8)
-    noise = torch.randn(1, 1, *data.image.shape[1:], generator=g, device=device).expand(8, -1, -1, -1)
-    path = shown(decode(model, noise, tensor(typical(asked))))
+    one = rows["controls"][[np.argmin(abs(age[rows["controls"]] - 55))]]       # whose x_T it is
+    x_T = encode_noise(model, loader.batch(one)["image"], tensor(codes[one])).expand(8, -1, -1, -1)
+    path = shown(decode(model, x_T, tensor(typical(asked))))
     healthy = np.flatnonzero(~ill)
     near = data.image[healthy[[np.argmin(abs(age[healthy] - a)) for a in asked]]] / 255
     M.grid(out / "trajectory.png", [path, near], ["healthy mean z_sem, one x_T", "a healthy person so old"],
-           [f"{a:.0f} years" for a in asked], "The healthy brain from 20 to 90, decoded from the same noise.")
+           [f"{a:.0f} years" for a in asked], "The healthy brain from 20 to 90, decoded from one control's x_T.")
     metrics["trajectory_age_mae"] = M.row(abs(brain_age(M.pca_codes(pca, path)) - asked).mean(), unit="years",
                                           better="lower")
     M.scatter(out / "age.png", age, scores[""], {"training": part == "train", "reference": reference,
