@@ -60,7 +60,7 @@ class Config:
     seed: int = 0             # of the split, the weights, the order of the data and every draw
     target: str = "label"     # column that tells healthy (0) from patients (above 0)
     eval: bool = False        # only evaluate the checkpoints in --out
-    rivals: bool = True       # also train as long, for the table: without age, a VAE, the paper's recipe
+    rivals: bool = True       # also train as long, for the table: the same without age, and a VAE
     # images and network
     size: int = 128           # images are resized to size x size
     patch: int = 1            # the networks see patch x patch pixels as channels: 2 is 4x faster, coarser
@@ -919,7 +919,7 @@ def signed(x):
 def evaluate(cfg, data, part, loader, models):
     """Every number and picture of a run. -> metrics, as in results.json; all scores: higher = healthier
 
-    models: {"": the normative autoencoder, "no_age", "vae", "paper_recipe"}, EMAs; loader: all of data."""
+    models: {"": the normative autoencoder, "no_age": .., "vae": ..}, EMAs; loader: all rows of data."""
     age, ill = data.columns["age"].astype(np.float64), data.columns[cfg.target] > 0
     train, rows, test = (np.flatnonzero(part == p) for p in ("train", "val", "test"))
     metrics = {}
@@ -939,8 +939,8 @@ def evaluate(cfg, data, part, loader, models):
             kinds["residual"] = residual_score(left[row], rows)
         if not row:
             scores |= {"": kinds[cfg.score]} | {k: s for k, s in kinds.items() if k != cfg.score}
-        else:     # the paper's by its cosine; an untrained decoder leaves everything unsaid: its best other
-            scores[row] = kinds[{"paper_recipe": "cosine", "untrained": "mahalanobis"}.get(row, cfg.score)]
+        else:     # an untrained decoder leaves everything unsaid: its best other score
+            scores[row] = kinds["mahalanobis" if row == "untrained" else cfg.score]
     if "vae" in models:
         mean, logvar, residual = vae_reads(models["vae"], loader)
         scores |= {"vae_recon": -(residual ** 2).mean((1, 2)), "vae_residual": residual_score(residual, rows),
@@ -1062,7 +1062,7 @@ def interpret(cfg, data, part, loader, models, codes, left, scores, brain_age, p
     healthy = np.flatnonzero(~ill)
     near = data.image[healthy[[np.argmin(abs(age[healthy] - a)) for a in asked]]] / 255
     M.grid(out / "trajectory.png", [path, near], ["healthy mean z_sem, one x_T", "a healthy person so old"],
-           [f"{a:.0f} years" for a in asked], "The healthy brain from 20 to 90, decoded from one control's x_T.")
+           [f"{a:.0f} years" for a in asked], "The healthy brain from 20 to 90, from one control's x_T.")
     metrics["trajectory_age_mae"] = M.row(abs(brain_age(M.pca_codes(pca, path)) - asked).mean(), unit="years",
                                           better="lower")
     M.scatter(out / "age.png", age, scores[""], {"training": part == "train", "reference": reference,
@@ -1295,10 +1295,6 @@ def main(argv):
         ageless = dataclasses.replace(cfg, age=False)
         models["no_age"], _ = stage("ckpt_no_age", Model, ageless, reached, images, facts)
         models["vae"], _ = stage("ckpt_vae", VAE, cfg, reached, images, facts)
-        if cfg.recipe == "ours":
-            published = dataclasses.replace(cfg, recipe="paper", **RECIPES["paper"])
-            models["paper_recipe"], _ = stage("ckpt_paper", Model, published, reached, images, facts,
-                                              watcher(published, unseen, data.subject[val]))
     if leave():
         return
     metrics = evaluate(cfg, data, part, D.Loader(arrays, device), models)

@@ -232,14 +232,14 @@ def test_trained_networks_never_see_patients_or_the_reference(tmp_path, monkeypa
     monkeypatch.setattr(m, "fit", spy)
     main("--data", path, "--out", tmp_path / "out", *FLAGS, "--steps=1")
     data, part = roles(path)
-    assert [name for name, _ in seen] == ["ckpt", "ckpt_no_age", "ckpt_vae", "ckpt_paper"]
+    assert [name for name, _ in seen] == ["ckpt", "ckpt_no_age", "ckpt_vae"]
     for _, rows in seen:
         assert rows == set(np.flatnonzero((part == "train") & (data.columns["label"] == 0)).tolist())
 
 
 # ------------------------------------------------------------------------------------ runs
 
-ROWS = {"cosine", "age_matched", "l2", "mahalanobis", "no_age", "paper_recipe", "untrained", "vae_recon", "vae_latent", "vae_residual",
+ROWS = {"cosine", "age_matched", "l2", "mahalanobis", "no_age", "untrained", "vae_recon", "vae_latent", "vae_residual",
         "pca_residual", "pca_cosine", "pca_mahalanobis", "brain_age_gap"}
 
 
