@@ -12,7 +12,7 @@ Question: does z_sem tell age, disease and progression, and what does the latent
 
 Lozupone et al., Latent Diffusion Autoencoders, 2025 (arXiv 2504.08635). Stage C: PDAE (Zhang et al. 2022).
 
-    python ldae.py                     # phantom brains; about 10 minutes on 2 CPU cores
+    python ldae.py                     # phantom brains; a quarter of an hour on 2 CPU cores
     python ldae.py --data brains.h5    # your volumes; on a GPU these are the paper's networks
 
 Differs from diffae.py in: 3D networks (names end in 3d), three stages instead of one, no clipping in latent
@@ -1831,7 +1831,7 @@ def main(argv):
               f"data: {data.path} at {'x'.join(map(str, cfg.size))}; subjects (scans): " +
               ", ".join(f"{p} {n} ({(part == p).sum()})" for p, n in count.items()) +
               f"\n{cfg.ae_steps}, {cfg.ldm_steps}, {cfg.steps} steps for stages A, B, C; bars show the time "
-              f"left. The demo takes about 10 minutes on 2 CPU cores.\n"
+              f"left. The demo takes about a quarter of an hour on 2 CPU cores.\n"
               f"out: {out}/; stop at any time, the same command goes on", flush=True)
         M.write_atomically(out / "config.json", json.dumps(dataclasses.asdict(cfg), indent=1).encode())
         if not cfg.eval:
