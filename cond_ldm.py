@@ -428,8 +428,8 @@ class VQVAE(nn.Module):
                                      nn.Conv2d(wide, cfg.patch ** 2, 3, padding=1))
         self.codes = nn.Parameter(torch.zeros(cfg.codebook, cfg.z_dim))
         self.discriminator = Discriminator(cfg.gan_channels, cfg.groups) if cfg.gan else None
-        # State, and so in the checkpoint. At first every code is idle: step 0 puts all of them on latents. fit
-        # averages parameters only: the copy's idle and trained stay as they began, and nothing reads them.
+        # State, and so in the checkpoint. At first every code is idle: step 0 puts all of them on latents.
+        # fit averages parameters only: in the copy these two stay as they began, and nothing reads them.
         self.register_buffer("idle", torch.full((cfg.codebook,), 10 ** 6))
         self.register_buffer("trained", torch.tensor(0))
 
