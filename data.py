@@ -4,7 +4,7 @@
     python data.py show    FILE_OR_FOLDER [--out X.png]    contact sheet with mask contours
     python data.py phantom hearts OUT.h5 [--subjects 100 --seed 0 --size 128 --jitter 1]
     python data.py phantom views  OUT.h5 [--subjects 60 --seed 0 --size 128]
-    python data.py phantom cohort OUT.h5 [--subjects 600 --patients 220 --seed 0 --size 128]
+    python data.py phantom cohort OUT.h5 [--subjects 1000 --patients 220 --seed 0 --size 128]
     python data.py phantom brains OUT.h5 [--subjects 120 --seed 0 --size 48]
     python data.py emidec  ROOT OUT.h5 [--spacing MM]      EMIDEC's NIfTI folders -> HDF5
     python data.py acdc    ROOT OUTDIR                     ACDC's -> one HDF5 per subject, 256 x 256
@@ -1260,7 +1260,7 @@ def person(rng, patient):
                 factor_severity=severity, factor_brain_age=np.clip(age + rng.normal(0, 5, 1), 18, 95))
 
 
-def phantom_cohort(path, subjects=600, patients=220, seed=0, size=128):
+def phantom_cohort(path, subjects=1000, patients=220, seed=0, size=128):
     """Write one axial T1 slice each of healthy adults and of patients whose survival is planted.
 
     factor_severity 0..1 (0 = healthy); factor_ventricle in mm2; factor_brain_age in years. The hazard is

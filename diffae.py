@@ -652,6 +652,18 @@ def trim_log(path, step):
     M.write_atomically(path, "".join(line + "\n" for line in kept).encode())
 
 
+def fast_layout(model):
+    """Convolution weights, and with them all feature maps, in the memory layout that is fastest. -> model
+
+    Channels last; but on a CPU not in 3D, where GroupNorm would lose more than convolutions gain."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.to(memory_format=torch.channels_last)
+        elif isinstance(layer, nn.Conv3d) and layer.weight.is_cuda:
+            layer.to(memory_format=torch.channels_last_3d)
+    return model
+
+
 def fit(model, loader, cfg, name, run, steps, watch=None):
     """Train `model` to step `steps`. -> (its EMA, the step reached). model(batch, g) is the loss of a batch.
 
@@ -660,7 +672,7 @@ def fit(model, loader, cfg, name, run, steps, watch=None):
     rank, world = ranks()
     device = next(model.parameters()).device
     path, log_path = Path(cfg.out, f"{name}.pt"), Path(cfg.out, f"{name.replace('ckpt', 'log')}.jsonl")
-    model.to(memory_format=torch.channels_last).train()
+    fast_layout(model).train()
     params = [p for p in model.parameters() if p.requires_grad]
     opt = torch.optim.Adam(params, lr=cfg.lr, fused=True)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
@@ -720,7 +732,8 @@ def fit(model, loader, cfg, name, run, steps, watch=None):
         norm = nn.utils.clip_grad_norm_(params, 1.0)
         opt.found_inf = (~torch.isfinite(norm)).float()      # if so, the fused step skips itself: no sync
         opt.step()
-        torch._foreach_lerp_(averaged, params, 1 - min(cfg.ema, (1 + step) / (10 + step)))
+        with torch.no_grad():      # else the average would remember all of its past, for a gradient
+            torch._foreach_lerp_(averaged, params, 1 - min(cfg.ema, (1 + step) / (10 + step)))
         seen.append(torch.stack([loss.detach(), norm]))
         step += 1
         bar.update()

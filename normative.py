@@ -1,23 +1,30 @@
 """Normative diffusion autoencoder on brain MR: how far from healthy is a brain, and does it tell survival?
 
 The autoencoder of diffae.py with one idea more: the semantic encoder also sees the age, z_sem = s(x0, age),
-and only healthy brains are ever trained on. A patient's score is the cosine between z_sem and the mean z_sem
-of held-out healthy people; Cox regression asks whether those more similar to healthy live longer.
+and only healthy brains are ever trained on. The published score of a patient is the cosine between z_sem and
+the mean z_sem of held-out healthy people; Cox regression asks whether those more similar live longer.
 
-    x0 (B,1,H,W), age (B,) --Encoder--> z_sem (B,d) --cosine with healthy mean--> score --Cox--> hazard ratio
-         |                                 |      |                                 (higher = healthier)
+    x0 (B,1,H,W), age (B,) --Encoder--> z_sem (B,d) --similarity to healthy--> score --Cox--> hazard ratio
+         |                                 |      |                            (higher = healthier)
          +----------DDIM up: UNet(x_t, t, z_sem)--> x_T
                                            |      |
       healthy mean z_sem at this age ------+--DDIM down--> the healthy twin; its difference: what is ill
 
-Ijishakin et al., Normative Diffusion Autoencoders, 2024 (arXiv 2407.14191). No code or cohort is public:
-details that the paper leaves open are as in diffae.py, from which this differs in nothing else.
+Ijishakin et al., Normative Diffusion Autoencoders, 2024 (arXiv 2407.14191). No code or cohort is public;
+what the paper leaves open is as in diffae.py.
 
     python normative.py                     # phantom cohort; about 7 minutes on 2 CPU cores
     python normative.py --data cohort.h5    # yours: label (0 healthy), age; for survival also time, event
 
 Who is used for what: healthy people train the network (part "train"), give the healthy mean ("val", called
 the reference) or are the controls ("test"); each is one of these only. Patients are always test.
+
+Differs from diffae.py in:
+- the encoder gets the age, as constant channels; the UNet gets it through z_sem only;
+- augment 0.1: brains come registered, so that motion is small;
+- score residual (--recipe paper: cosine). A code trained on healthy brains says what healthy brains differ
+  in, and hardly what only the ill have: the cosine is blind to it. So the score is what z_sem leaves unsaid,
+  the image minus what is drawn from z_sem, pixel by pixel in units of what is usual in healthy people.
 """
 import copy, dataclasses, difflib, hashlib, inspect, json, math, os, shutil, signal, sys, time
 from dataclasses import dataclass
@@ -53,7 +60,7 @@ class Config:
     seed: int = 0             # of the split, the weights, the order of the data and every draw
     target: str = "label"     # column that tells healthy (0) from patients (above 0)
     eval: bool = False        # only evaluate the checkpoints in --out
-    rivals: bool = True       # also train as long, for the table: without age, a VAE, the paper's recipe
+    rivals: bool = True       # also train as long, for the table: the same without age, and a VAE
     # images and network
     size: int = 128           # images are resized to size x size
     patch: int = 1            # the networks see patch x patch pixels as channels: 2 is 4x faster, coarser
@@ -70,10 +77,12 @@ class Config:
     head: str = "position"    # of the encoder: position (flattens the feature map), pool (averages: paper)
     z_map: str = "image"      # a linear layer of z_sem also enters: as an image beside x_t, as a map in the
                               # middle of the UNet, or none (paper)
+    score: str = "residual"   # similarity to healthy: residual (what z_sem leaves unsaid); of z_sem with the
+                              # healthy mean: cosine (paper), age_matched, l2, mahalanobis
     # objective
     predict: str = "v"        # what the UNet outputs: v, or eps (paper)
     t_power: float = 0.5      # times are drawn as T u^t_power: 0.5 favours high noise; paper: 1, uniform
-    augment: float = 0.5      # strength of random rotation, zoom and shift of the training images; paper: 0
+    augment: float = 0.1      # strength of random rotation, zoom and shift: little, as brains come registered
     flip: bool = False        # random left-right flips (paper: true; but a heart has its left and its right)
     T: int = 1000             # diffusion steps, linear beta
     vae_beta: float = 1e-3    # weight of the VAE's KL
@@ -96,20 +105,21 @@ class Config:
 PRESETS = {
     "paper": {},
     "demo": dict(size=48, patch=2, base=32, mult=(1, 2, 4), enc_mult=(1, 2, 4, 4), blocks=1, attention=6,
-                 groups=0, dropout=0.0, z_dim=128, steps=800, batch=32, lr=1e-3, save_every=200,
+                 groups=0, dropout=0.0, z_dim=128, steps=600, batch=32, lr=1e-3, save_every=200,
                  eval_images=60),
 }
 RECIPES = {
     "ours": {},
     "paper": dict(predict="eps", t_power=1.0, head="pool", z_map="none", augment=0.0, flip=True,
-                  stride="leading"),
+                  stride="leading", score="cosine"),
 }
 # What may differ when a run goes on in the same folder: nothing here alters what is learnt, only how far.
 FREE = {"data", "test", "out", "preset", "device", "target", "eval", "rivals", "steps", "bf16", "compile",
-        "save_every", "log_every", "S", "stride", "draws", "eval_images"}
+        "save_every", "log_every", "S", "stride", "draws", "eval_images", "score"}
 # The words that a field may hold.
 CHOICES = dict(predict=("v", "eps"), head=("position", "pool"), z_map=("image", "middle", "none"),
-               stride=("trailing", "leading"))
+               stride=("trailing", "leading"),
+               score=("residual", "cosine", "age_matched", "l2", "mahalanobis"))
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -623,6 +633,18 @@ def trim_log(path, step):
     M.write_atomically(path, "".join(line + "\n" for line in kept).encode())
 
 
+def fast_layout(model):
+    """Convolution weights, and with them all feature maps, in the memory layout that is fastest. -> model
+
+    Channels last; but on a CPU not in 3D, where GroupNorm would lose more than convolutions gain."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.to(memory_format=torch.channels_last)
+        elif isinstance(layer, nn.Conv3d) and layer.weight.is_cuda:
+            layer.to(memory_format=torch.channels_last_3d)
+    return model
+
+
 def fit(model, loader, cfg, name, run, steps, watch=None):
     """Train `model` to step `steps`. -> (its EMA, the step reached). model(batch, g) is the loss of a batch.
 
@@ -631,7 +653,7 @@ def fit(model, loader, cfg, name, run, steps, watch=None):
     rank, world = ranks()
     device = next(model.parameters()).device
     path, log_path = Path(cfg.out, f"{name}.pt"), Path(cfg.out, f"{name.replace('ckpt', 'log')}.jsonl")
-    model.to(memory_format=torch.channels_last).train()
+    fast_layout(model).train()
     params = [p for p in model.parameters() if p.requires_grad]
     opt = torch.optim.Adam(params, lr=cfg.lr, fused=True)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
@@ -691,7 +713,8 @@ def fit(model, loader, cfg, name, run, steps, watch=None):
         norm = nn.utils.clip_grad_norm_(params, 1.0)
         opt.found_inf = (~torch.isfinite(norm)).float()      # if so, the fused step skips itself: no sync
         opt.step()
-        torch._foreach_lerp_(averaged, params, 1 - min(cfg.ema, (1 + step) / (10 + step)))
+        with torch.no_grad():      # else the average would remember all of its past, for a gradient
+            torch._foreach_lerp_(averaged, params, 1 - min(cfg.ema, (1 + step) / (10 + step)))
         seen.append(torch.stack([loss.detach(), norm]))
         step += 1
         bar.update()
@@ -834,7 +857,7 @@ def age_mean(z, age, rows):
 def similarities(z, age, rows):
     """How healthy is z (N,d)? Four answers (N,), higher = healthier. rows: the reference, held-out healthy.
 
-    "": cosine with their mean, whatever their age: the published score. The others compare with their mean at
+    cosine: with their mean, whatever their age: the published score. The others compare with their mean at
     the same age: age_matched: cosine; l2: minus the distance; mahalanobis: minus the distance in healthy SDs.
     ValueError if the mean is 0, as that of standardised codes is: then no cosine with it exists."""
     mean, at_age = z[rows].mean(0), age_mean(z, age, rows)(age)
@@ -842,23 +865,50 @@ def similarities(z, age, rows):
     if norm(mean) < 0.01 * norm(z[rows]).mean():
         raise ValueError("the healthy mean of the codes is 0: codes that were centred have no cosine with it")
     cosine = lambda a, b: (a * b).sum(-1) / (norm(a) * norm(b))
-    return {"": cosine(z, mean), "age_matched": cosine(z, at_age), "l2": -norm(z - at_age),
+    return {"cosine": cosine(z, mean), "age_matched": cosine(z, at_age), "l2": -norm(z - at_age),
             "mahalanobis": -M.mahalanobis(z - at_age, rows)}
 
 
-def vae_scores(model, loader, rows):
-    """Two scores of a VAE (N,), higher = healthier: minus the squared error of its reconstruction, and minus
-    the mean over i of |mean_i - healthy mean_i| / sqrt(healthy var_i + var_i) (Lawry Aguila et al. 2022)."""
-    def numbers(index):
-        x0 = loader.batch(index)["image"]
-        mean, logvar = model.posterior(x0)
-        error = (model.decode(mean) - x0).square().mean((1, 2, 3))
-        return torch.cat([mean, logvar, error[:, None]], 1)
+def semantic_residual(model, loader, z_sem, g):
+    """What z_sem (N,d) leaves unsaid: x0 - x0_hat(x_T, T-1, z_sem), x_T noise: one call of the UNet, which
+    from noise can only draw what z_sem says. -> (N,H,W) numpy, in units of the image's range"""
+    a, s = signal_noise(model.alpha_bar, torch.tensor([model.cfg.T - 1], device=loader.device), 4)
+
+    def residual(rows, z):
+        x0, t = loader.batch(rows)["image"], torch.full((len(rows),), model.cfg.T - 1, device=loader.device)
+        x_T = torch.randn(x0.shape, generator=g, device=loader.device)
+        x0_hat = (x_T - s * model.eps(x_T, t, z)) / a         # DDPM eq. 4 solved for x0
+        return (x0 - x0_hat.clamp(-1, 1))[:, 0].float() / 2
     with amp(model.cfg, loader.device):
-        out = in_batches(numbers, np.arange(len(loader))).double().cpu().numpy()
-    mean, logvar = np.split(out[:, :-1], 2, 1)
-    deviation = abs(mean - mean[rows].mean(0)) / np.sqrt(mean[rows].var(0) + np.exp(logvar))
-    return -out[:, -1], -deviation.mean(1)
+        return in_batches(residual, np.arange(len(loader)), z_sem).cpu().numpy()
+
+
+def vae_reads(model, loader):
+    """A VAE's mean and log variance (N,d), and x0 - decode(mean) (N,H,W) as semantic_residual; all numpy."""
+    def numbers(rows):
+        x0 = loader.batch(rows)["image"]
+        mean, logvar = model.posterior(x0)
+        return torch.cat([mean, logvar, (x0 - model.decode(mean)).flatten(1) / 2], 1)
+    with amp(model.cfg, loader.device):
+        out = in_batches(numbers, np.arange(len(loader))).cpu().numpy()
+    mean, logvar, residual = np.split(out, [model.cfg.z_dim, 2 * model.cfg.z_dim], 1)
+    return mean, logvar, residual.reshape(len(out), model.cfg.size, model.cfg.size)
+
+
+def usual(residual, rows):
+    """RMS (H,W) of the residual over rows, held-out healthy people; plus 1 % against division by 0."""
+    return np.sqrt((residual[rows] ** 2).mean(0)) + 0.01
+
+
+def residual_score(residual, rows):
+    """Minus the mean square of residual (N,H,W) in units of what is usual at each pixel, (N,)."""
+    return -((residual / usual(residual, rows)) ** 2).mean((1, 2))
+
+
+def latent_deviation(mean, logvar, rows):
+    """Minus the mean over i of |mean_i - healthy mean_i| / sqrt(healthy var_i + var_i), (N,); mean and logvar
+    (N,d) of a VAE's posterior (Lawry Aguila et al. 2022)."""
+    return -(abs(mean - mean[rows].mean(0)) / np.sqrt(mean[rows].var(0) + np.exp(logvar))).mean(1)
 
 
 def signed(x):
@@ -869,27 +919,44 @@ def signed(x):
 def evaluate(cfg, data, part, loader, models):
     """Every number and picture of a run. -> metrics, as in results.json; all scores: higher = healthier
 
-    models: {"": the normative autoencoder, "no_age", "vae", "paper_recipe"}, EMAs; loader: all of data."""
+    models: {"": the normative autoencoder, "no_age": .., "vae": ..}, EMAs; loader: all rows of data."""
     age, ill = data.columns["age"].astype(np.float64), data.columns[cfg.target] > 0
     train, rows, test = (np.flatnonzero(part == p) for p in ("train", "val", "test"))
     metrics = {}
 
     # Scores, one per image. PCA: not centred, for a cosine with a mean needs a mean.
-    codes = {row: semantic_codes(model, loader).double().cpu().numpy() for row, model in models.items()}
-    scores = similarities(codes[""], age, rows)
+    g = torch.Generator(loader.device).manual_seed(cfg.seed)
     torch.manual_seed(mix(cfg.seed, 3))
-    codes["untrained"] = semantic_codes(Model(cfg).to(loader.device).eval(), loader).double().cpu().numpy()
-    scores |= {row: similarities(codes[row], age, rows)[""] for row in codes if row not in ("", "vae")}
+    networks = {row: model for row, model in models.items() if row != "vae"}
+    networks["untrained"] = Model(dataclasses.replace(cfg, age=False)).to(loader.device).eval()
+    scores, codes, left = {"": None}, {}, {}
+    for row, model in tqdm(networks.items(), "evaluate: scores", unit="model"):
+        z = semantic_codes(model, loader)
+        codes[row] = z.double().cpu().numpy()
+        kinds = similarities(codes[row], age, rows)
+        if row in ("", "no_age"):
+            left[row] = semantic_residual(model, loader, z, g)
+            kinds["residual"] = residual_score(left[row], rows)
+        if not row:
+            scores |= {"": kinds[cfg.score]} | {k: s for k, s in kinds.items() if k != cfg.score}
+        else:     # an untrained decoder leaves everything unsaid: its best other score
+            scores[row] = kinds["mahalanobis" if row == "untrained" else cfg.score]
     if "vae" in models:
-        scores["vae_recon"], scores["vae_latent"] = vae_scores(models["vae"], loader, rows)
+        mean, logvar, residual = vae_reads(models["vae"], loader)
+        scores |= {"vae_recon": -(residual ** 2).mean((1, 2)), "vae_residual": residual_score(residual, rows),
+                   "vae_latent": latent_deviation(mean, logvar, rows)}
     some = train[np.linspace(0, len(train) - 1, min(len(train), 5000)).astype(int)]
     pca = M.pca(cfg.z_dim, data.image[some] / 255)
-    chunks = np.array_split(np.arange(len(data)), -(-len(data) // 1000))
-    pixels = np.concatenate([M.pca_codes(pca, data.image[k] / 255) for k in chunks]).astype(np.float64)
+    pixels, residual = [], []
+    for k in np.array_split(np.arange(len(data)), -(-len(data) // 1000)):
+        x = data.image[k] / 255
+        pixels.append(M.pca_codes(pca, x).astype(np.float64))
+        residual.append((x - M.pca_reconstruct(pca, x)).astype(np.float32))
+    pixels, residual = np.concatenate(pixels), np.concatenate(residual)
     linear = similarities(pixels + pca.mean_ @ pca.components_.T, age, rows)
-    scores["pca_cosine"], scores["pca_mahalanobis"] = linear[""], linear["mahalanobis"]
     brain_age, gap = M.brain_age_gap(pixels, age, train, rows, data.subject)
-    scores["brain_age_gap"] = -gap
+    scores |= {"pca_cosine": linear["cosine"], "pca_mahalanobis": linear["mahalanobis"],
+               "pca_residual": residual_score(residual, rows), "brain_age_gap": -gap}
     severity = data.columns.get("factor_severity")
     if severity is not None:    # a phantom: what a perfect score would give
         scores["planted"] = -severity.astype(np.float64)
@@ -923,11 +990,11 @@ def evaluate(cfg, data, part, loader, models):
                           "Patients above and below the median similarity to the healthy mean.")
     else:
         print("no survival analysis: the data has no time and event columns")
-    interpret(cfg, data, part, loader, models, codes[""], scores, brain_age, pca, metrics)
+    interpret(cfg, data, part, loader, models, codes[""], left[""], scores, brain_age, pca, metrics)
     return metrics
 
 
-def interpret(cfg, data, part, loader, models, codes, scores, brain_age, pca, metrics):
+def interpret(cfg, data, part, loader, models, codes, left, scores, brain_age, pca, metrics):
     """The pictures of a run and the numbers that go with them, which join `metrics`."""
     out, device, model, age = Path(cfg.out), loader.device, models[""], data.columns["age"].astype(np.float64)
     ill, reference, test = data.columns[cfg.target] > 0, part == "val", part == "test"
@@ -959,49 +1026,48 @@ def interpret(cfg, data, part, loader, models, codes, scores, brain_age, pca, me
             for row, images in drawn.items():
                 metrics |= M.image_numbers("semantic", row, real[name], images, who)
     change = {name: recon[name] - twin[name] for name in groups}
-    usual = np.sqrt((change["reference"] ** 2).mean(0)) + 0.02     # how much a healthy pixel changes
+    deviation = left / usual(left, np.flatnonzero(reference))
     patients, names = rows["patients"], list(data.attrs.get("mask_names", []))
     lesion = data.mask[patients] == names.index("lesion") if "lesion" in names else None
     if lesion is not None:
         # Where is the change? AUROC of the pixels of the brain, lesion or not: chance is what the change in a
         # control of the same age gives for the same lesion (edges change in everybody).
-        other = [np.argmin(abs(age[rows["controls"]] - age[p])) for p in patients]
-        keep, over = np.flatnonzero(lesion.sum((1, 2)) > 0), {}
-        for row, maps in (("", change["patients"]), ("control", change["controls"][other])):
-            for kind, weight in (("twin_overlap", 1), ("twin_overlap_z", usual)):
-                inside = [abs(maps[k] / weight)[data.mask[patients[k]] > 0] for k in keep]
-                over[kind, row] = np.array([M.auroc(x, lesion[k][data.mask[patients[k]] > 0])
-                                            for x, k in zip(inside, keep)])
+        other = np.array([np.argmin(abs(age[rows["controls"]] - age[p])) for p in patients])
+        keep, brain = np.flatnonzero(lesion.sum((1, 2)) > 0), data.mask[patients] > 0
         who = data.subject[patients[keep]]
-        for (kind, row), value in over.items():
-            metrics[kind + (f".{row}" if row else "")] = M.row_of(np.mean, who, value)
-            if not row:
-                metrics[kind + "_gain"] = M.row_of(np.mean, who, value - over[kind, "control"])
+        for key, own, control in (
+                ("twin_overlap", change["patients"], change["controls"][other]),
+                ("residual_overlap", deviation[patients], deviation[rows["controls"][other]])):
+            here, chance = (np.array([M.auroc(abs(x[k])[brain[k]], lesion[k][brain[k]]) for k in keep])
+                            for x in (own, control))
+            metrics[key], metrics[key + ".control"] = (M.row_of(np.mean, who, v) for v in (here, chance))
+            metrics[key + "_gain"] = M.row_of(np.mean, who, here - chance)
 
     worst = np.argsort(scores[""][patients])[:8]     # the least similar to healthy
     lines = [[v["patients"][k] for k in worst] for v in (real, recon, twin)]
     lines.append([signed(change["patients"][k] / 0.3) for k in worst])
-    lines.append([signed(change["patients"][k] / usual / 6) for k in worst])
+    lines.append([signed(deviation[patients[k]] / 6) for k in worst])
     labels = ["patient", "z_sem + x_T", "healthy twin: z_sem of the healthy mean at this age",
-              "patient - twin: red brighter, blue darker", "the same, in units of the usual healthy change"]
+              "patient - twin: red brighter, blue darker", "what z_sem leaves unsaid, in healthy SDs"]
     if lesion is not None:
         lines.append([lesion[k] for k in worst])
         labels.append("planted lesion")
-    M.grid(out / "twins.png", lines, labels, [f"{age[patients[k]]:.0f} y, {scores[''][patients[k]]:.3f}"
+    M.grid(out / "twins.png", lines, labels, [f"{age[patients[k]]:.0f} y, {scores[''][patients[k]]:.2f}"
                                               for k in worst],
            "The patients least similar to healthy: age and similarity, reconstruction, healthy twin, change.")
     asked = np.linspace(20, 90, 8)
-    noise = torch.randn(1, 1, *data.image.shape[1:], generator=g, device=device).expand(8, -1, -1, -1)
-    path = shown(decode(model, noise, tensor(typical(asked))))
+    one = rows["controls"][[np.argmin(abs(age[rows["controls"]] - 55))]]       # whose x_T it is
+    x_T = encode_noise(model, loader.batch(one)["image"], tensor(codes[one])).expand(8, -1, -1, -1)
+    path = shown(decode(model, x_T, tensor(typical(asked))))
     healthy = np.flatnonzero(~ill)
     near = data.image[healthy[[np.argmin(abs(age[healthy] - a)) for a in asked]]] / 255
     M.grid(out / "trajectory.png", [path, near], ["healthy mean z_sem, one x_T", "a healthy person so old"],
-           [f"{a:.0f} years" for a in asked], "The healthy brain from 20 to 90, decoded from the same noise.")
+           [f"{a:.0f} years" for a in asked], "The healthy brain from 20 to 90, from one control's x_T.")
     metrics["trajectory_age_mae"] = M.row(abs(brain_age(M.pca_codes(pca, path)) - asked).mean(), unit="years",
                                           better="lower")
     M.scatter(out / "age.png", age, scores[""], {"training": part == "train", "reference": reference,
                                                  "controls": test & ~ill, "patients": test & ill},
-              "age (years)", "similarity to the healthy mean", "Cosine of z_sem with the healthy mean.")
+              "age (years)", f"similarity ({cfg.score})", "Similarity to the healthy mean, against age.")
     M.curves(out / "curves.png", {p.stem[4:] or cfg.recipe: p for p in sorted(out.glob("log*.jsonl"))})
 
 # --------------------------------------------------------------------------------------------------------
@@ -1229,10 +1295,6 @@ def main(argv):
         ageless = dataclasses.replace(cfg, age=False)
         models["no_age"], _ = stage("ckpt_no_age", Model, ageless, reached, images, facts)
         models["vae"], _ = stage("ckpt_vae", VAE, cfg, reached, images, facts)
-        if cfg.recipe == "ours":
-            published = dataclasses.replace(cfg, recipe="paper", **RECIPES["paper"])
-            models["paper_recipe"], _ = stage("ckpt_paper", Model, published, reached, images, facts,
-                                              watcher(published, unseen, data.subject[val]))
     if leave():
         return
     metrics = evaluate(cfg, data, part, D.Loader(arrays, device), models)
@@ -1241,14 +1303,13 @@ def main(argv):
     metrics["peak_gb"] = M.row(peak_gb(device), unit="GB", better="lower")
     M.save_results(out / "results.json", "normative", cfg.data or "phantom cohort", count,
                    time.time() - began, dataclasses.asdict(cfg) | dict(steps=reached), metrics, device)
-    scores = [k for k in ("hr_per_sd", "hr_p", "c_index", "c_index_alone", "logrank_p", "ks_p", "auroc",
-                          "severity_r") if k in metrics]
-    print(M.table(metrics, [k for k in metrics if "." not in k and k not in scores], {}))
+    scores = [k for k in ("hr_per_sd", "hr_p", "c_index", "logrank_p", "ks_p", "auroc", "severity_r")
+              if k in metrics]     # results.json has more of each score: alone, gains, proportional hazards
+    print(M.table(metrics, [k for k in metrics if "." not in k and f"{k}.pca_cosine" not in metrics], {}))
     print("\nScores: similarity to healthy, higher = healthier: a good one has a hazard ratio below 1.")
     print(M.row_table(metrics, scores, PAPER))
-    print("hr_per_sd and c_index: Cox of score, age and sex (c_index out of fold); c_index_alone: the score\n"
-          "as it is; ks_p ignores censoring. auroc: patients against controls, beyond age. Intervals: of\n"
-          "hr_per_sd Wald, else bootstrap over patients.")
+    print("hr_per_sd, c_index: Cox of score, age and sex (c_index out of fold). ks_p ignores censoring.\n"
+          "auroc: patients against controls, beyond age. Intervals: of hr_per_sd Wald, else bootstrap.")
     print(f"{time.time() - began:.0f} s. Numbers: {out}/results.json. Pictures: {out}/*.png")
 
 

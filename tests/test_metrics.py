@@ -560,6 +560,21 @@ def test_factor_numbers_recover_a_planted_factor():
     assert got["factor_r2_size"]["value"] > 0.95 and got["factor_r2_size.noise"]["value"] < 0.3
 
 
+def test_row_table_has_a_line_per_row_with_its_own_numbers():
+    metrics = {"hr": M.row(0.8, (0.7, 0.9), 50, better="lower"), "hr.pca": M.row(1.1, (0.9, 1.3), 50, better="lower"),
+               "auroc": M.row(0.75), "auroc.vae": M.row(0.6)}
+    lines = [line.split() for line in M.row_table(metrics, ["hr", "auroc"], {"hr": 0.73}).splitlines()]
+    assert lines == [["hr", "↓", "auroc", "↑"], ["ours", "0.800", "[0.700,", "0.900]", "0.750"],
+                     ["pca", "1.100", "[0.900,", "1.300]", "-"], ["vae", "-", "0.600"], ["paper", "0.730", "-"]]
+
+
+def test_spearman_equals_scipy_and_a_constant_has_none():
+    from scipy.stats import spearmanr
+    a, b = np.random.default_rng(0).integers(0, 5, (2, 40))
+    assert abs(M.spearman(a, b) - spearmanr(a, b).statistic) < 1e-12
+    assert np.isnan(M.spearman(a, np.ones(40)))
+
+
 # Generated images
 
 @pytest.mark.parametrize("n, m, d", [(40, 50, 8), (20, 30, 64), (200, 15, 40)])

@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -66,7 +67,7 @@ def test_similarities_against_their_definitions():
     got = m.similarities(z, age, rows)
     mean = z[:40].mean(0)
     for i in (3, 50):
-        assert abs(got[""][i] - z[i] @ mean / np.linalg.norm(z[i]) / np.linalg.norm(mean)) < 1e-12
+        assert abs(got["cosine"][i] - z[i] @ mean / np.linalg.norm(z[i]) / np.linalg.norm(mean)) < 1e-12
         u = np.stack([age[:40] ** 0, age[:40], age[:40] ** 2], 1)
         at = np.clip(age[i], age[:40].min(), age[:40].max()) ** np.arange(3) @ np.linalg.solve(u.T @ u, u.T @ z[:40])
         assert abs(got["l2"][i] + np.linalg.norm(z[i] - at)) < 1e-6
@@ -131,13 +132,44 @@ def test_brain_age_gap_is_free_of_age_and_finds_older_brains():
 def test_vae_latent_deviation_formula():
     torch.manual_seed(0)
     vae, loader = m.VAE(TINY).eval(), D.Loader({"image": people()["image"]}, "cpu")
-    recon, latent = m.vae_scores(vae, loader, np.arange(20))
+    mean, logvar, residual = m.vae_reads(vae, loader)
+    latent = m.latent_deviation(mean, logvar, np.arange(20))
     with torch.no_grad():
-        mean, logvar = (x.double().numpy() for x in vae.posterior(loader.batch([30])["image"]))
+        x0 = loader.batch([30])["image"]
+        mu, lv = (x.double().numpy() for x in vae.posterior(x0))
         healthy = np.concatenate([vae.posterior(loader.batch([i])["image"])[0].double().numpy() for i in range(20)])
-        error = (vae.decode(torch.tensor(mean).float()) - loader.batch([30])["image"]).square().mean()
-    want = -(abs(mean[0] - healthy.mean(0)) / np.sqrt(healthy.var(0) + np.exp(logvar[0]))).mean()
-    assert abs(latent[30] - want) < 1e-5 and abs(recon[30] + float(error)) < 1e-5
+        drawn = vae.decode(torch.tensor(mu).float())
+    want = -(abs(mu[0] - healthy.mean(0)) / np.sqrt(healthy.var(0) + np.exp(lv[0]))).mean()
+    assert abs(latent[30] - want) < 1e-5 and abs(residual[30] - ((x0 - drawn) / 2)[0, 0].numpy()).max() < 1e-5
+
+
+def test_semantic_residual_is_the_image_minus_what_the_code_draws():
+    """An eps_hat that knows the image of each code, at T - 1: x0_hat is that image, whatever the noise."""
+    loader = D.Loader({"image": people()["image"]}, "cpu")
+    drawn = torch.rand(56, 1, 16, 16) * 1.6 - 0.8
+    ab = m.linear_alpha_bar(1000)
+
+    def eps(x_t, t, z):
+        assert (t == 999).all()
+        return ((x_t - ab[999].sqrt() * drawn[z[:, 0].long()]) / (1 - ab[999]).sqrt()).float()
+    model = SimpleNamespace(cfg=TINY, alpha_bar=ab, eps=eps)
+    got = m.semantic_residual(model, loader, torch.arange(56.0)[:, None], torch.Generator().manual_seed(0))
+    want = (loader.batch(np.arange(56))["image"] - drawn)[:, 0].numpy() / 2
+    assert abs(got - want).max() < 1e-3       # float32, and 1 / sqrt(alpha_bar) = 157
+
+
+def test_residual_score_finds_a_local_lesion_in_a_quiet_place():
+    """The same darkening lowers the score more where healthy people are alike than where they differ."""
+    rng = np.random.default_rng(0)
+    noisy = np.where(np.arange(16) < 8, 0.2, 0.02)
+    residual = rng.normal(0, 1, (80, 16, 16)) * noisy
+    quiet, loud = residual.copy(), residual.copy()
+    quiet[60:, 4:8, 10:14] -= 0.15
+    loud[60:, 4:8, 2:6] -= 0.15
+    base, quiet, loud = (m.residual_score(x, np.arange(40))[60:] for x in (residual, quiet, loud))
+    assert (quiet < base - 1).all() and abs(loud - base).max() < 0.3
+    healthy = -((0.2 / 0.21) ** 2 + (0.02 / 0.03) ** 2) / 2        # the floor of 1 % counts where it is quiet
+    assert abs(m.residual_score(residual, np.arange(40))[:40].mean() - healthy) < 0.05
 
 
 # ------------------------------------------------------------------------------------ age, and who is who
@@ -200,15 +232,15 @@ def test_trained_networks_never_see_patients_or_the_reference(tmp_path, monkeypa
     monkeypatch.setattr(m, "fit", spy)
     main("--data", path, "--out", tmp_path / "out", *FLAGS, "--steps=1")
     data, part = roles(path)
-    assert [name for name, _ in seen] == ["ckpt", "ckpt_no_age", "ckpt_vae", "ckpt_paper"]
+    assert [name for name, _ in seen] == ["ckpt", "ckpt_no_age", "ckpt_vae"]
     for _, rows in seen:
         assert rows == set(np.flatnonzero((part == "train") & (data.columns["label"] == 0)).tolist())
 
 
 # ------------------------------------------------------------------------------------ runs
 
-ROWS = {"age_matched", "l2", "mahalanobis", "no_age", "paper_recipe", "untrained", "vae_recon", "vae_latent",
-        "pca_cosine", "pca_mahalanobis", "brain_age_gap"}
+ROWS = {"cosine", "age_matched", "l2", "mahalanobis", "no_age", "untrained", "vae_recon", "vae_latent", "vae_residual",
+        "pca_residual", "pca_cosine", "pca_mahalanobis", "brain_age_gap"}
 
 
 def test_a_run_on_phantoms_leaves_everything(tmp_path, capsys):
@@ -221,7 +253,7 @@ def test_a_run_on_phantoms_leaves_everything(tmp_path, capsys):
     assert results["script"] == "normative" and results["n"]["patients"] == 30
     for key in ("hr_per_sd", "hr_p", "c_index", "logrank_p", "ks_p", "auroc", "severity_r"):
         assert ROWS <= {k[len(key) + 1:] for k in metrics if k.startswith(key + ".")} and key in metrics, key
-    assert {"c_index.age_sex", "twin_overlap", "twin_overlap.control", "age_use", "events", "power"} <= set(metrics)
+    assert {"c_index.age_sex", "twin_overlap", "twin_overlap.control", "residual_overlap_gain", "age_use", "events", "power"} <= set(metrics)
     assert abs(metrics["hr_planted"]["value"] - 0.73) < 1e-6
     assert abs(metrics["auroc.planted"]["value"] - 1) < 0.1
     assert "higher = healthier" in text
