@@ -441,6 +441,16 @@ def test_image_only_file_is_drawn_from_edges(tmp_path, capsys):
     assert "edge_f1" in metrics and "ssim.cond_seed" in metrics and not [k for k in metrics if "dice" in k or "view" in k]
 
 
+def test_paper_recipe_on_a_test_file(tiny, tmp_path):
+    other = written(tmp_path / "other.h5", {**slices(3, seed=1), "subject": np.repeat(list("abc"), 2)})
+    main("--data", tiny, "--test", other, "--out", tmp_path / "out", *FLAGS, "--recipe=paper", "--T=6", "--rivals=false")
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["n"] == {"train": 9, "val": 1, "test": 3}
+    assert {k: results["config"][k] for k in ("cond", "edges", "predict", "sampler", "scale", "ema")} == dict(
+        cond="seed", edges="full", predict="eps", sampler="ddpm", scale=False, ema=0.0)
+    assert "dice_aug.real" in results["metrics"] and not [k for k in results["metrics"] if "edges_" in k or "cond_seed" in k]
+
+
 def test_two_processes_give_the_run_of_one(tiny, tmp_path):
     flags = ["--data", tiny, *FLAGS, "--rivals=false", "--idle=2"]
     main(*flags, "--out", tmp_path / "one")
