@@ -13,7 +13,7 @@ Question: does the drawing survive its way into the small latent, and does the p
 The study: T. Yang, Conditional LDM with medical images, 2024. VQ-VAE: van den Oord et al. 2017 (arXiv
 1711.00937); the adversarial one and latent diffusion: Rombach et al. 2022 (arXiv 2112.10752).
 
-    python cond_ldm.py                      # phantom hearts in two views; about 9 minutes on 2 CPU cores
+    python cond_ldm.py                      # phantom hearts in two views; some 10 minutes on 2 CPU cores
     python cond_ldm.py --data acdc256.h5    # your hearts; on a GPU this is the study's 256x256 network
 
 Differs from the study (`--recipe paper`) in:
@@ -1360,7 +1360,7 @@ def main(argv):
               f"data: {data.path} at {cfg.size}x{cfg.size}; patients (slices): " +
               ", ".join(f"{p} {n} ({(part == p).sum()})" for p, n in count.items()) +
               f"\n{cfg.vq_steps} steps for the VQ-VAE, {cfg.steps} a diffusion model; bars show the time "
-              "left. The demo takes about 9 minutes on 2 CPU cores.\n"
+              "left. The demo takes some 10 minutes on 2 CPU cores.\n"
               f"out: {out}/; stop at any time, the same command goes on", flush=True)
         M.write_atomically(out / "config.json", json.dumps(dataclasses.asdict(cfg), indent=1).encode())
         if not cfg.eval:

@@ -298,20 +298,6 @@ def unfold3d(x, p):
     return x.reshape(B, C // p ** 3, *(s * p for s in S))
 
 
-class Attention(nn.Module):
-    """Self-attention over all pixels, one head, residual; its projection starts at zero. (B,C,H,W) -> same"""
-    def __init__(self, ch, groups):
-        super().__init__()
-        self.norm = norm(ch, groups)
-        self.qkv = nn.Conv2d(ch, 3 * ch, 1)
-        self.proj = zero(nn.Conv2d(ch, ch, 1))
-
-    def forward(self, x):
-        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, -1)  # (B,1,H*W,C)
-        h = F.scaled_dot_product_attention(q, k, v)  # softmax in float32 inside
-        return x + self.proj(h.squeeze(1).transpose(1, 2).reshape(x.shape))
-
-
 class Attention3d(nn.Module):
     """Self-attention over all voxels, one head, residual, projection zero at first. (B,C,D,H,W) -> same"""
     def __init__(self, ch, groups):

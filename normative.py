@@ -98,7 +98,6 @@ class Config:
     # evaluation
     S: int = 20               # DDIM steps, both ways
     stride: str = "trailing"  # their times: trailing (the last is T-1) or leading (0, 50, .. 950: paper)
-    draws: int = 8            # random x_T over which the mean semantic reconstruction is taken
     eval_images: int = 1000   # at most this many test images are reconstructed
 
 
@@ -115,7 +114,7 @@ RECIPES = {
 }
 # What may differ when a run goes on in the same folder: nothing here alters what is learnt, only how far.
 FREE = {"data", "test", "out", "preset", "device", "target", "eval", "rivals", "steps", "bf16", "compile",
-        "save_every", "log_every", "S", "stride", "draws", "eval_images", "score"}
+        "save_every", "log_every", "S", "stride", "eval_images", "score"}
 # The words that a field may hold.
 CHOICES = dict(predict=("v", "eps"), head=("position", "pool"), z_map=("image", "middle", "none"),
                stride=("trailing", "leading"),
@@ -508,20 +507,6 @@ def ddim_encode(eps_fn, x0, S, alpha_bar, stride="trailing", clip=False):
     for t, t_next in zip(ts[:-1], ts[1:]):
         x = ddim_step(x, t, t_next, eps_fn(x, max(t, 0)), alpha_bar, clip)
     return x
-
-
-def slerp(a, b, alpha):
-    """From noise a to noise b on the sphere, each sample by its own angle. a, b (B,..); alpha number or (B,).
-
-    Never NaN: the cosine is clamped, and (anti)parallel samples are joined by a straight line. -> like a"""
-    shape, a, b = a.shape, a.flatten(1), b.flatten(1)
-    alpha = torch.as_tensor(alpha, dtype=a.dtype, device=a.device).view(-1, 1)
-    cos = F.cosine_similarity(a, b, dim=1).clamp(-1, 1).unsqueeze(1)
-    omega = cos.acos()
-    straight = omega.sin() < 1e-4
-    wa = torch.where(straight, 1 - alpha, ((1 - alpha) * omega).sin() / omega.sin().clamp(min=1e-4))
-    wb = torch.where(straight, alpha, (alpha * omega).sin() / omega.sin().clamp(min=1e-4))
-    return (wa * a + wb * b).view(shape)
 
 
 # --------------------------------------------------------------------------------------------------------
