@@ -89,7 +89,6 @@ class Config:
     variety: int = 4000       # moved copies of the training images are added until there are so many
     drop: float = 0.1         # share of training samples without condition: guidance needs them
     predict: str = "v"        # what the UNet outputs: v, or eps (paper)
-    t_power: float = 1.0      # times are drawn as T u^t_power; below 1 favours high noise
     scale: bool = True        # standardise the latents; paper: false
     T: int = 1000             # diffusion steps, scaled-linear beta
     # training
@@ -117,14 +116,14 @@ class Config:
 
 DEMO = dict(size=64, patch=2, channels=(32, 64), depth=1, codebook=1024, gan_channels=(16, 32), gan_start=300,
             unet=(64, 96, 128), heads=4, attention=8, groups=0, cond_ch=32, variety=1, batch=16, vq_lr=1e-3,
-            lr=1e-3, vq_steps=500, steps=900, seg_steps=250, save_every=250, S=15, eval_images=160, few=40,
+            lr=1e-3, vq_steps=500, steps=1200, seg_steps=250, save_every=300, S=15, eval_images=160, few=40,
             aug_images=400, seg=(16, 32, 64))
 PRESETS = {
     "paper": {},
     "demo": DEMO,
     # What --data gets without a GPU, if no preset or size is asked for: your images at their full size.
-    "demo256": DEMO | dict(size=256, patch=4, unet=(32, 64, 96, 128), batch=8, vq_steps=600, steps=1200,
-                           gan_start=400, S=10, eval_images=100, few=24, aug_images=200),
+    "demo256": DEMO | dict(size=256, patch=4, unet=(32, 64, 96, 128), batch=8, vq_steps=400, steps=600,
+                           seg_steps=100, save_every=200, S=10, eval_images=80, few=12, aug_images=100),
 }
 RECIPES = {
     "ours": {},
@@ -137,7 +136,7 @@ FREE = {"data", "test", "out", "preset", "device", "eval", "draw", "rivals", "vq
         "aug_images", "inception"}
 # What the VQ-VAE does not see: with these changed it is the same network still, and --vq can lend it.
 LATER = {"recipe", "variety", "unet", "dropout", "cond", "cond_ch", "edges", "view", "drop", "predict",
-         "t_power", "scale", "T", "lr", "seg"}
+         "scale", "T", "lr", "seg"}
 # The words that a field may hold.
 CHOICES = dict(cond=("conv", "seed"), edges=("mixed", *D.EDGES), predict=("v", "eps"),
                sampler=("ddim", "ddpm"))
@@ -560,6 +559,11 @@ def planes(batch, bit):
     return torch.cat([edges, ids, batch["kind"].view(B, 2, 1, 1).expand(B, 2, H, W)], 1)
 
 
+def drawn(batch, mode):
+    """planes() at test: always the same stroke drawing; of mixed, the full edges."""
+    return planes(batch, which_edges(mode, batch["kind"].new_zeros(len(batch["kind"]), 2)))
+
+
 class Model(nn.Module):
     """Latent diffusion under a drawing: || UNet(z_t, t, Condition(planes)) - target ||^2, z0 standardised."""
     def __init__(self, cfg, mean=0.0, std=1.0):
@@ -590,7 +594,7 @@ class Model(nn.Module):
         u = rand(len(z0), 3, g)
         keep = (u[:, 2] >= self.cfg.drop).float().view(-1, 1, 1, 1)
         cond = keep * planes(batch, which_edges(self.cfg.edges, u[:, :2]))
-        t, eps = random_t(len(z0), self.cfg.T, self.cfg.t_power, g), randn_like(z0, g)
+        t, eps = random_t(len(z0), self.cfg.T, 1.0, g), randn_like(z0, g)
         return self.loss(z0, cond, t, eps).mean()
 
 
@@ -948,6 +952,11 @@ def shown(x):
     return ((x[:, 0].float().cpu().numpy() + 1) / 2).clip(0, 1)
 
 
+def spread(rows, n):
+    """At most n of these rows, evenly."""
+    return rows[np.linspace(0, len(rows) - 1, min(len(rows), n)).astype(int)]
+
+
 def fingerprint(model):
     """Hash of a network's weights: what was trained on its output belongs to these and no others."""
     h = hashlib.sha256()
@@ -985,8 +994,7 @@ def generate(model, vq, loader, rows, mode, w, seed):
     noise = torch.randn(len(rows), c.z_dim, model.width, model.width, generator=g, device=loader.device)
 
     def some(r, z_T):
-        cond = planes(batch := loader.batch(r), which_edges(mode, batch["kind"].new_zeros(len(r), 2)))
-        eps = guided(model, cond, w)
+        eps = guided(model, drawn(loader.batch(r), mode), w)
         z = ddpm_decode(eps, z_T, model.alpha_bar, g) if c.sampler == "ddpm" else \
             ddim_decode(eps, z_T, c.S, model.alpha_bar)
         with amp(c, loader.device):
@@ -996,7 +1004,7 @@ def generate(model, vq, loader, rows, mode, w, seed):
 
 def vq_watcher(cfg, loader):
     """-> watch(ema, step) for fit: is the codebook alive? And preview_vq.png. On validation images."""
-    rows = np.linspace(0, len(loader) - 1, min(32, len(loader))).astype(int)
+    rows = spread(np.arange(len(loader)), 32)
 
     def watch(ema, step):
         real, (fake, used) = shown(loader.batch(rows)["image"]), reconstruct(ema, loader, rows)
@@ -1009,21 +1017,20 @@ def vq_watcher(cfg, loader):
 
 def watcher_of(vq, cfg, loader, name):
     """-> watch(ema, step) for fit: loss with the drawing, and with another image's; NAME.png to look at."""
-    rows = np.linspace(0, len(loader) - 1, min(16, len(loader))).astype(int)
-    mode = "full" if cfg.edges == "mixed" else cfg.edges
+    rows = spread(np.arange(len(loader)), 16)
 
     def watch(ema, step):
         g, batch = torch.Generator(loader.device).manual_seed(0), loader.batch(rows)
         z0 = torch.as_tensor(latents(vq, loader, rows), device=loader.device)
         z0 = (z0 - ema.mean.view(-1, 1, 1)) / ema.std.view(-1, 1, 1)
-        cond = planes(batch, which_edges(mode, batch["kind"].new_zeros(len(rows), 2)))
+        cond = drawn(batch, cfg.edges)
         t = ((torch.arange(len(rows), device=z0.device) + 0.5) / len(rows) * cfg.T).long()
         eps = torch.randn(z0.shape, generator=g, device=z0.device)
         with torch.inference_mode(), amp(cfg, loader.device):
             right, wrong = (ema.loss(z0, x, t, eps).mean().item() for x in (cond, cond.roll(len(t) // 2, 0)))
         lines = [*(v[::4] for v in drawing(cond)), shown(batch["image"][::4]),
-                 generate(ema, vq, loader, rows[::4], mode, 1.0, 0)]
-        M.grid(Path(cfg.out, f"{name}.png"), lines, [f"edges, {mode}", "map", "real", "generated"], [],
+                 generate(ema, vq, loader, rows[::4], cfg.edges, 1.0, 0)]
+        M.grid(Path(cfg.out, f"{name}.png"), lines, ["edges", "map", "real", "generated"], [],
                f"validation patients at step {step}")
         return dict(val_loss=right, val_loss_other_drawing=wrong)
     return watch
@@ -1103,8 +1110,7 @@ def from_drawings(cfg, model, vq, device, maps):
     n, path = len(arrays["edges"]), Path(cfg.out, "drawn.h5")
     loader = D.Loader(arrays, device)
     images = generate(model, vq, loader, np.arange(n), "full", cfg.w, cfg.seed)
-    first = loader.batch(np.arange(min(n, 8)))
-    edges, labels = drawing(planes(first, torch.zeros(len(first["kind"]), dtype=int, device=device)))
+    edges, labels = drawing(drawn(loader.batch(np.arange(min(n, 8))), "full"))
     M.grid(path.with_suffix(".png"), [edges, labels, images[:8]], ["edges", "map", "generated"], [],
            f"Drawn from {cfg.draw}, w {cfg.w:g}.")
     columns = dict(image=np.rint(255 * images).astype(np.uint8), subject=np.arange(n).astype(str))
@@ -1118,7 +1124,6 @@ def evaluate(cfg, data, part, arrays, loader, vq, models, judges):
 
     models: {"": the diffusion model, "cond_seed": its rival}; judges: segmenters {"real", "generated", ""},
     "" saw both; arrays, loader: all rows of data."""
-    spread = lambda rows, n: rows[np.linspace(0, len(rows) - 1, min(len(rows), n)).astype(int)]
     train, val, test = (np.flatnonzero(part == p) for p in ("train", "val", "test"))
     test, seen, few = spread(test, cfg.eval_images), spread(train, 5000), spread(test, cfg.few)
     subject, real = data.subject[test], arrays["image"][test] / 255
@@ -1211,8 +1216,7 @@ def evaluate(cfg, data, part, arrays, loader, vq, models, judges):
         rows = rows[view[rows] == np.unique(view[rows])[i % len(np.unique(view[rows]))]]
         at.append(rows[len(rows) // 2])
     out, people, batch = Path(cfg.out), list(subject[at]), loader.batch(test[at])
-    zero = batch["kind"].new_zeros(len(at), 2)
-    seen_as = {m: drawing(planes(batch, which_edges(m, zero))) for m in D.EDGES}
+    seen_as = {m: drawing(drawn(batch, m)) for m in D.EDGES}
     edges, labels = seen_as[mode]
     lines = {f"edges, {mode}": edges, "map": labels, "real": real[at], "VQ-VAE": made["vq"][at],
              "generated": made[""][at]}
@@ -1477,18 +1481,16 @@ def main(argv):
     if leave():
         return
     if mask is not None and cfg.rivals:     # can generated slices teach a segmenter? Alone, beside real ones
-        rows = train[np.linspace(0, len(train) - 1, min(len(train), cfg.aug_images)).astype(int)]
-        x, y = data.image[rows], mask[rows]
-        if not cfg.eval:
-            mode = "full" if cfg.edges == "mixed" else cfg.edges
-            x = generate(models[""], vq, everything, rows, mode, cfg.w, cfg.seed + 1)
+        rows = spread(train, cfg.aug_images)
+        x = data.image[rows]
+        if not cfg.eval:      # else both are only loaded
+            x = generate(models[""], vq, everything, rows, cfg.edges, cfg.w, cfg.seed + 1)
             x = np.rint(255 * x).astype(np.uint8)
-        name = f"ckpt_seg_generated_at_{reached}"
-        x, y = (np.concatenate(v) for v in ((x, data.image[train]), (y, mask[train])))
-        made = D.Loader({"image": x, "mask": y}, device, np.arange(len(rows)))
-        judges["generated"], _ = stage(name, Segmenter, judge, cfg.seg_steps, made, facts)
-        both, name = D.Loader({"image": x, "mask": y}, device), name.replace("generated", "both")
-        judges[""], _ = stage(name, Segmenter, judge, cfg.seg_steps, both, facts)
+        made = {"image": x, "mask": mask[rows]}
+        both = {k: np.concatenate([v, arrays[k][train]]) for k, v in made.items()}
+        for who, pairs in (("generated", made), ("", both)):      # named by what the images depend on
+            name = f"ckpt_seg_{who or 'both'}_{reached}_{cfg.sampler}{cfg.S}_w{cfg.w:g}"
+            judges[who], _ = stage(name, Segmenter, judge, cfg.seg_steps, D.Loader(pairs, device), facts)
     metrics = evaluate(cfg, data, part, arrays, everything, vq, models, judges)
     log = [json.loads(line) for line in Path(out, "log_ldm.jsonl").read_text().splitlines()]
     metrics["train_img_s"] = M.row(np.median([r["img_s"] for r in log if "img_s" in r]), unit="1/s")
