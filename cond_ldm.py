@@ -13,8 +13,9 @@ Question: does the drawing survive its way into the small latent, and does the p
 The study: T. Yang, Conditional LDM with medical images, 2024. VQ-VAE: van den Oord et al. 2017 (arXiv
 1711.00937); the adversarial one and latent diffusion: Rombach et al. 2022 (arXiv 2112.10752).
 
-    python cond_ldm.py                      # phantom hearts in two views; some 10 minutes on 2 CPU cores
-    python cond_ldm.py --data acdc256.h5    # your hearts; on a GPU this is the study's 256x256 network
+    python cond_ldm.py                      # phantom hearts in two views; about 8 minutes on 2 CPU cores
+    python cond_ldm.py --data acdc256.h5    # your hearts at 256x256; on a GPU the study's networks
+    python cond_ldm.py --draw mine.h5       # images for your own maps and strokes, when it is trained
 
 Differs from the study (`--recipe paper`) in:
 - cond conv: strided convolutions read the drawing. The study resizes it to 32x32 by nearest neighbour and to
@@ -122,8 +123,8 @@ PRESETS = {
     "paper": {},
     "demo": DEMO,
     # What --data gets without a GPU, if no preset or size is asked for: your images at their full size.
-    "demo256": DEMO | dict(size=256, patch=4, unet=(32, 64, 96, 128), batch=8, vq_steps=400, steps=600,
-                           seg_steps=100, save_every=200, S=10, eval_images=80, few=12, aug_images=100),
+    "demo256": DEMO | dict(size=256, patch=4, unet=(32, 64, 96, 128), batch=8, vq_steps=400, steps=400,
+                           seg_steps=80, save_every=200, S=10, eval_images=80, few=12, aug_images=80),
 }
 RECIPES = {
     "ours": {},
@@ -1093,15 +1094,16 @@ def load_drawings(path, cfg, maps):
     return arrays
 
 
-def view_of(data):
-    """(N,) int, 0 where the file does not say."""
-    return np.nan_to_num(data.columns.get("view", np.zeros(len(data)))).astype(int)
-
-
 def told(columns, n):
     """View and phase, (n,2): -1 for the first (SA, ED), 1 for the second (LA, ES), 0 where not known."""
     known = [columns.get(k, np.full(n, np.nan)) for k in ("view", "phase")]
     return np.stack([np.select([k == 0, k == 1], [-1, 1], 0) for k in known], 1).astype(np.float32)
+
+
+def view_of(data):
+    """The name of every row's view, (N,) str; "" where the file does not say."""
+    names, view = list(data.attrs.get("view_names", [])), data.columns.get("view", np.full(len(data), np.nan))
+    return np.array(["" if v != v else names[int(v)] if v < len(names) else f"{v:.0f}" for v in view])
 
 
 def from_drawings(cfg, model, vq, device, maps):
@@ -1181,9 +1183,9 @@ def evaluate(cfg, data, part, arrays, loader, vq, models, judges):
     metrics["vq_usage"] = M.row((used > 0).mean(), n=len(test))
 
     # Views apart: the study thought that mixing them was half of its trouble.
-    view, names = view_of(data)[test], data.attrs.get("view_names", [])
+    view = view_of(data)[test]
     for v in np.unique(view) if len(np.unique(view)) > 1 else ():
-        score(f"view_{names[v] if v < len(names) else v}", made[""][view == v], test[view == v])
+        score(f"view_{v or 'unknown'}", made[""][view == v], test[view == v])
 
     # Guidance, on fewer images. To be chosen by the validation patients: val_w1 and so on.
     sweep = {}
@@ -1386,7 +1388,7 @@ def leave():
 
 
 PAPER = {"ssim": 0.40, "nmse": 1.22, "fid": 140.54}     # the study's, 10 patients of M&Ms-2
-TAKES = {"demo": "about 9 minutes on 2 CPU cores", "demo256": "about 25 minutes on 2 CPU cores",
+TAKES = {"demo": "about 8 minutes on 2 CPU cores", "demo256": "about 10 minutes on 2 CPU cores",
          "paper": "made for one GPU, not yet timed on one"}
 
 
@@ -1411,11 +1413,9 @@ def main(argv):
         dist.barrier()
     data, part = D.load_study(path, cfg.test, cfg.size, cfg.seed, square="size" not in given)
     whole = np.flatnonzero(part == "train")        # for VQ-VAE and segmenters, which see all views always
-    if cfg.view:
-        names = list(data.attrs.get("view_names", []))
-        if cfg.view not in names:
-            D.fail(f"--view {cfg.view}: {path} has {', '.join(names) or 'no view_names'}")
-        part = np.where(view_of(data) == names.index(cfg.view), part, "")
+    if cfg.view and cfg.view not in (views := view_of(data)):
+        D.fail(f"--view {cfg.view}: {path} has {', '.join(np.unique(views[views != ''])) or 'no view_names'}")
+    part = np.where(views == cfg.view, part, "") if cfg.view else part
     train, val = np.flatnonzero(part == "train"), np.flatnonzero(part == "val")
     count = {p: len(np.unique(data.subject[part == p])) for p in ("train", "val", "test")}
     if not count["train"] or not count["test"]:

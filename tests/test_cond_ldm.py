@@ -476,7 +476,7 @@ def test_one_view_alone(tiny, tmp_path, capsys):
     results = json.loads((out / "results.json").read_text())
     assert results["metrics"]["fd_vq"]["n"] == 2 and "ssim.view_SA" not in results["metrics"]
     assert torch.load(out / "ckpt_vq.pt", weights_only=True)["run"]["view"] == ""
-    assert "SA, LA" in error_of(capsys, *flags, "--out", tmp_path / "no", "--view=4CH")
+    assert "LA, SA" in error_of(capsys, *flags, "--out", tmp_path / "no", "--view=4CH")
 
 
 def test_image_only_file_is_drawn_from_edges(tmp_path, capsys):
