@@ -123,8 +123,8 @@ PRESETS = {
     "paper": {},
     "demo": DEMO,
     # What --data gets without a GPU, if no preset or size is asked for: your images at their full size.
-    "demo256": DEMO | dict(size=256, patch=4, unet=(32, 64, 96, 128), batch=8, vq_steps=400, steps=400,
-                           seg_steps=80, save_every=200, S=10, eval_images=80, few=12, aug_images=80),
+    "demo256": DEMO | dict(size=256, patch=4, unet=(32, 64, 96, 128), batch=8, vq_steps=300, steps=400,
+                           seg_steps=200, save_every=200, S=10, eval_images=80, few=12, aug_images=80),
 }
 RECIPES = {
     "ours": {},
