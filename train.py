@@ -363,7 +363,7 @@ def progress(run, log):
     with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
         text = log.read_bytes()[-4000:].decode("utf-8", "replace")
         bars = re.findall(r"([^\r\n]*): +(\d+)%\|[^\r\n]*<([\d:?]+)", text)
-        if bars:
+        if bars or not text:
             return "{} {} %, {} left".format(*bars[-1])
         newest = max(run.out.glob("log*.jsonl"), key=lambda p: p.stat().st_mtime)
         return f"{newest.stem} step {json.loads(newest.read_text().splitlines()[-1])['step']}"
