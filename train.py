@@ -354,11 +354,14 @@ def finished(run):
 def write(path, text):
     """Atomic: a crash or a full disk leaves the old file or the new one, never half of one."""
     part = path.with_name(f".{path.name}.part")
-    with open(part, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "w", encoding="utf-8") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def lock(out):
@@ -387,7 +390,9 @@ def lock(out):
 def progress(run, log):
     """How far a script is, in a few words: its last progress bar, else the last line of a log*.jsonl."""
     with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
-        text = log.read_bytes()[-4000:].decode("utf-8", "replace")
+        with open(log, "rb") as f:
+            f.seek(max(0, log.stat().st_size - 4000))
+            text = f.read().decode("utf-8", "replace")
         bars = re.findall(r"([^\r\n]*): +(\d+)%\|[^\r\n]*<([\d:?]+)", text)
         if bars or not text:
             return "{} {} %, {} left".format(*bars[-1])
@@ -434,9 +439,10 @@ class Study:
         saved = re.findall(r"saved step \d+", "\n".join(said)) or ["nothing was in training"]
         if code == 0 and first:
             try:
+                json.loads((run.out / "results.json").read_text())
                 write(run.out / "done.json", json.dumps(receipt(run)))
-            except FileNotFoundError:
-                why = "left no results.json"
+            except (FileNotFoundError, ValueError):
+                why = "left no whole results.json"
         elif code and not self.caught:
             why = f"exit code {code}: " + ([t for t in said if t.startswith("error: ")] or said)[-1][:300]
         text = f"FAILED, {why}" if why else f"stopped, {saved[-1]}" if code else "done"
@@ -548,7 +554,8 @@ def report(args, runs, done, failures):
     for run in runs:
         if run.out.name in done and not run.label:
             beside = [r for r in runs if r.script == run.script and r.seed == run.seed]
-            results[run.script].append(done[run.out.name] | {"more": {r.label: done.get(r.out.name) for r in beside}})
+            more = {r.label: done.get(r.out.name) for r in beside}
+            results[run.script].append(done[run.out.name] | {"more": more})
     chosen = [c for script in args["names"] for c in CLAIMS if c[0] == script]
     is_timed = lambda script, rule: any(Numbers(r).find(k)["unit"] in TIMED for r in results[script]
                                         for k in judge(rule, results[script])[1])
@@ -638,7 +645,7 @@ def main(argv):
             saved = json.loads((out / "study.json").read_text())
         except (OSError, ValueError):
             fail(f"--resume: no study in {out}; without --resume one is started")
-        differ = [k for k in args if args[k] != saved[k] and args[k] != parse([])[k]]
+        differ = [k for k in args if args[k] != saved.get(k) and args[k] != parse([])[k]]
         if differ:
             fail(f"--resume: the study in {out} had other {', '.join(differ)}; leave that out, or --resume")
         args = saved
@@ -651,7 +658,8 @@ def main(argv):
     with lock(out) if first else contextlib.nullcontext() as held:
         if first:
             write(out / "study.json", json.dumps({k: v for k, v in args.items() if k not in about_now}))
-        say("data: " + ", ".join(dict.fromkeys(f"{r.script} {r.flags.get('data', 'phantoms')}" for r in runs)))
+        data = {r.script: r.flags.get("data", "phantoms") for r in runs}
+        say("data: " + ", ".join(f"{script} {path}" for script, path in data.items()))
         study, failures, done = Study(args, held), {}, {}
         for run in runs:
             name, plain = run.out.name, run.out.name.replace(f"_{run.label}", "")

@@ -292,7 +292,7 @@ def test_a_script_that_fails_does_not_stop_the_others(stubs, capsys):
     assert t.main([]) == 0 and starts(out) == [1, 2, 1, 1]
     assert "did not finish" not in timeless(out)[0]
     (stubs / "ldae.py").write_text("")      # ends well, but leaves nothing
-    assert t.main(["ldae", "--out", "other"]) == 1 and "left no results.json" in capsys.readouterr().out
+    assert t.main(["ldae", "--out", "other"]) == 1 and "left no whole results.json" in capsys.readouterr().out
 
 
 def test_seeds_give_mean_and_spread(stubs):
