@@ -119,6 +119,8 @@ class Numbers:
         if m.get("value") is None:
             raise KeyError(name)
         self.used.append(name)
+        if m["n"] == 1:     # of one subject: no interval, and it decides nothing
+            return Interval(m["value"], -math.inf, math.inf)
         return Interval(m["value"], *(m["value"] if end is None else end for end in m["ci"]))
 
 
@@ -543,7 +545,8 @@ def about(script, runs, results, failures):
                table(["", "paper", "ours", "n"], rest), "</details>"]
     from PIL import Image
     folder = next(run.out for run in runs if run.out.name not in failures and not run.label)
-    for path in sorted(folder.glob("*.png"), key=lambda p: (p.stem == "curves", p.name)):
+    order = lambda path: (path.stem == "curves", path.stem != "reconstructions", path.name)
+    for path in sorted(folder.glob("*.png"), key=order):
         if "preview" not in path.stem:     # those were for watching
             caption = Image.open(path).info.get("Description", path.stem)
             blocks += [f"![{path.stem}]({folder.name}/{path.name})", f"*{caption}*"]
@@ -576,7 +579,8 @@ def report(args, runs, done, failures):
         "A claim **holds** if its rule is true over the whole 95 % interval, in every seed; it **does not "
         "hold** if the rule is false in the same way; it is **undecided** if an interval, or the seeds, lie "
         "on both sides. Two numbers are compared as if they were independent. A number without an interval "
-        "is taken as it is." + (" Claims on speed are judged under Time and memory." if timed else ""),
+        "is taken as it is, but one of a single subject decides nothing." + (
+            " Claims on speed are judged under Time and memory." if timed else ""),
         claims(chosen, results)]
     for script in args["names"]:
         blocks += about(script, [r for r in runs if r.script == script], results[script], failures)
@@ -585,8 +589,9 @@ def report(args, runs, done, failures):
         for name, r in done.items()]
     blocks += [
         '<section id="times">', "## Time and memory", "What depends on the machine and the moment. All that "
-        "is above is the same when a study is stopped, by whatever, and started again. Seconds are those of "
-        "a script's last start: it took more in all if it was stopped.",
+        "is above is the same when a study is stopped, by whatever, and started again" + (
+            " (but for rows dae: that network gets the time which others took)" if "ldae" in results else ""
+        ) + ". Seconds are those of a script's last start: it took more in all if it was stopped.",
         table(["run", "seconds", "rates, memory"], rows), *([claims(timed, results)] if timed else []),
         "</section>"]
     write(Path(args["out"], "report.md"), "\n\n".join(blocks) + "\n")

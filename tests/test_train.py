@@ -189,6 +189,8 @@ def test_a_number_without_interval_is_taken_as_it_is_and_no_number_is_not_tested
     run = world("", {"a": 2.0})
     run["metrics"]["a"]["ci"] = [None, None]
     assert t.judge(lambda m: m["a"] > 1, [run])[0] == "holds"
+    run["metrics"]["a"]["n"] = 1      # but one subject decides nothing
+    assert t.judge(lambda m: m["a"] > 1, [run])[0] == t.judge(lambda m: m["a"] > m["a"], [run])[0] == "undecided"
     run["metrics"]["a"]["value"] = None
     verdict, _, why = t.judge(lambda m: m["a"] > 1, [run])
     assert verdict == "not tested" and why == "no a"
