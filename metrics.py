@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from scipy.ndimage import maximum_filter
 from scipy.stats import ks_2samp, norm, rankdata
 from sklearn.compose import TransformedTargetRegressor
@@ -661,7 +662,7 @@ def save_figure(path, figure, caption):
     """Matplotlib figure -> PNG, with the caption above it."""
     figure.suptitle("\n".join(textwrap.wrap(caption, 95)), fontsize=10, x=0.01, ha="left")
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
+    figure.savefig(buffer, format="png", dpi=100, metadata={"Description": caption})
     write_atomically(path, buffer.getvalue())
 
 
@@ -939,6 +940,8 @@ def grid(path, rows, row_labels, col_labels, caption, scale=None):
     col_labels = [wrap(t, font, w) for t in col_labels or ()]
     left = gap + max((int(font.getlength(t)) + 8 for t in "\n".join(row_labels).split("\n") if t), default=0)
     width = max(left + max(map(len, cells)) * (w + gap), 420)  # a caption needs some room
+    note = PngInfo()  # for programs: train.py's report
+    note.add_itxt("Description", caption)
     caption = wrap(caption, font, width - 2 * gap)
     top = 2 * gap + line * (caption.count("\n") + 1)
     first = top + gap + line * max((t.count("\n") + 1 for t in col_labels), default=0)
@@ -957,7 +960,7 @@ def grid(path, rows, row_labels, col_labels, caption, scale=None):
             x = np.rint(np.nan_to_num(x).clip(0, 1) * 255).astype(np.uint8).repeat(scale, 0).repeat(scale, 1)
             picture.paste(Image.fromarray(x).convert("RGB"), (left + j * (w + gap), y))
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    picture.save(buffer, "PNG", pnginfo=note)
     write_atomically(path, buffer.getvalue())
     return picture.size
 
@@ -998,5 +1001,6 @@ def curves(path, logs, keys=("loss", "z_gap")):
         if any(read) and axis.lines:
             axis.legend(fontsize=8)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
+    caption = "Training: " + ", ".join(keys) + " over steps, raw and as a running mean."
+    figure.savefig(buffer, format="png", dpi=100, metadata={"Description": caption})
     write_atomically(path, buffer.getvalue())
