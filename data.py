@@ -1062,13 +1062,14 @@ def grid(shape, voxel):
     return right[None, None] + MIDDLE[0], MIDDLE[1] - back[None, :, None], MIDDLE[2] + up[:, None, None]
 
 
-def brain(rng, x, y, z, voxel, age=40.0, severity=0.0, alzheimer=0.0):
+def brain(rng, x, y, z, voxel, age=40.0, severity=0.0, alzheimer=0.0, own=1.0):
     """The noise-free T1 picture of one skull-stripped brain, and what it was drawn from.
 
     rng (freshly seeded) is the individual: the same seed is the same head at any age, in any disease.
     x, y, z: mm, broadcastable to (D,H,W); voxel: mm, the width of partial volume. age: of the brain, years.
-    severity (0..1) of motor neuron disease, alzheimer (0..1). -> dict of image in [0,1], mask (BRAIN), and
-    the share of each voxel that is head, ventricle, hippocampus."""
+    severity (0..1) of motor neuron disease, alzheimer (0..1). own: how much of one's own shape and folding
+    registration has left. -> dict of image in [0,1], mask (BRAIN), and the share of each voxel that is head,
+    ventricle, hippocampus."""
     x, y, z = (np.asarray(c, np.float32) for c in np.broadcast_arrays(x, y, z))
 
     def inside(distance):  # share of a voxel that lies inside: smooth partial volume
@@ -1103,10 +1104,10 @@ def brain(rng, x, y, z, voxel, age=40.0, severity=0.0, alzheimer=0.0):
 
     # The individual: warped coordinates; X = distance from the midplane; the surface of the cerebrum. Little
     # is left of shape and folding of one's own, as after deformable registration to a template.
-    warp = [0.36 * waves(rng, x, y, z, 75, 6) + 0.12 * waves(rng, x, y, z, 34) for _ in range(3)]
+    warp = [own * (0.36 * waves(rng, x, y, z, 75, 6) + 0.12 * waves(rng, x, y, z, 34)) for _ in range(3)]
     x, y, z = (c + d for c, d in zip((x, y, z), warp))
     X, back, high = abs(x), y + 16, z - 18                             # from the middle of the head
-    stretch = np.exp(rng.normal(0, 0.005, 3)).tolist()
+    stretch = np.exp(rng.normal(0, 0.005 * own, 3)).tolist()
     radii = 66 * stretch[0] * (1 - 0.0011 * back), 79 * stretch[1], 58 * stretch[2]
     e, _, steep = egg((x, back, high), radii, 2.1)
     hull = (1 - e) / steep                                             # depth in mm
@@ -1134,11 +1135,11 @@ def brain(rng, x, y, z, voxel, age=40.0, severity=0.0, alzheimer=0.0):
     e, normal, _ = egg((X - 26, back, high), (np.where(X > 26, radii[0] - 26, 26), *radii[1:]))
     ray = np.maximum(e, 0.4)
     at = 26 + (X - 26) / ray + 99 * np.sign(x), back * (0.6 + 0.4 / ray), 0.65 * high / ray
-    fold, slope = waves(rng, *at, 21, 16, slope=True, own=0.2)
+    fold, slope = waves(rng, *at, 21, 16, slope=True, own=0.2 * own)
     slope[2] = 0.65 * slope[2]                                         # sulci stand rather than lie
     along = sum(n * s for n, s in zip(normal, slope))
     fold = fold * ray / np.sqrt(sum(s * s for s in slope) - along ** 2 + 1e-3)
-    deep = 18 + 5 * waves(rng, x, y, z, 45, 6, own=0.2)
+    deep = 18 + 5 * waves(rng, x, y, z, 45, 6, own=0.2 * own)
     pia, half = np.float32(99), np.float32(99)                         # depth below the nearest surface
 
     def cut(depth, width):
@@ -1293,14 +1294,18 @@ def phantom_cohort(path, subjects=1000, patients=220, seed=0, size=128):
                mask_names=[*BRAIN[:4], "lesion"]))
 
 
-def phantom_brains(path, subjects=120, seed=0, size=48):
-    """Write T1 volumes of controls (CN) and Alzheimer's disease (AD), 3-5 sessions each, 6 months apart.
+def phantom_brains(path, subjects=160, seed=0, size=48):
+    """Write T1 volumes of controls (CN) and Alzheimer's disease (AD): 3 to 5 visits each within 4 years.
 
     (D,H,W) = inferior to superior, anterior to posterior, left to right; D = W = size, H = size * 5/4 cut
-    to a multiple of 8; isotropic, H is 176 mm. age and session (months) are the session's; factor_rate: years
-    that this brain ages per year; factor_ventricle_ml, factor_hippocampus_ml: as drawn; factor_alzheimer
-    0..1. All is held in memory, twice while writing: 480 volumes are 0.12 GB at 48x56x48, 2.5 GB at
-    128x160x128. A subject depends on (seed, number); every second one has AD."""
+    to a multiple of 8; isotropic, H is 176 mm. age and session (months) are the visit's: every 6 months there
+    is one, most are missed. factor_rate: years that this brain ages per year; factor_ventricle_ml,
+    factor_hippocampus_ml: as drawn; factor_alzheimer 0..1. All is held in memory, twice while writing: 640
+    volumes are 0.17 GB at 48x56x48, 3.4 GB at 128x160x128. A subject depends on (seed, number); every second
+    one has AD.
+
+    On average, as in life: in AD hippocampi are a quarter smaller and shrink 5 % a year (CN: 1 %), ventricles
+    are half larger and grow 8 % a year (CN: 2 to 3 %); people of one age differ by 10 to 25 %."""
     if subjects < 1 or seed < 0 or size < 16:
         fail(f"{path}: phantom needs subjects >= 1, seed >= 0, size >= 16")
     shape = size, size * 5 // 32 * 8, size
@@ -1309,13 +1314,15 @@ def phantom_brains(path, subjects=120, seed=0, size=48):
     for i in tqdm(range(subjects), "brains", leave=False, disable=None):
         rng, ill = np.random.default_rng([seed, i]), i % 2
         first, sex = rng.uniform(50, 90), "FM"[rng.integers(2)]
-        rate = np.exp(rng.normal(0, 0.3)) * (1 + 1.5 * ill)
-        ahead, stage = rng.normal(0, 5), rng.uniform(0.5, 0.9) * ill
-        at, months, rows = pose(rng, *frame), 6.0 * np.arange(rng.integers(3, 6)), []
+        rate = np.exp(rng.normal(0, 0.3)) * (1 + ill)
+        ahead, stage = rng.normal(0, 5), rng.uniform(0.3, 0.8) * ill
+        visits = np.sort(rng.permutation(np.arange(6, 49, 6))[:rng.integers(2, 5)])
+        at, months, rows = pose(rng, *frame), np.append(0.0, visits), []
         for years in months / 12:
-            ill_now, old = float(stage + 0.05 * ill * rate * years), float(first + ahead + rate * years)
+            ill_now = min(float(stage + 0.03 * ill * rate * years), 1.0)
+            old = float(first + ahead + rate * years)
             here = pose(rng, *at, 0.7)
-            drawn = brain_volume([seed, i, 1], *here, voxel, age=old, alzheimer=ill_now)
+            drawn = brain_volume([seed, i, 1], *here, voxel, age=old, alzheimer=ill_now, own=1.5)
             ml = {f"factor_{k}_ml": drawn[k].sum(dtype=float) * voxel ** 3 / 1000
                   for k in ("ventricle", "hippocampus")}
             rows.append(dict(image=scan(rng, drawn, *here), mask=drawn["mask"], age=first + years, **ml,
