@@ -1062,14 +1062,13 @@ def grid(shape, voxel):
     return right[None, None] + MIDDLE[0], MIDDLE[1] - back[None, :, None], MIDDLE[2] + up[:, None, None]
 
 
-def brain(rng, x, y, z, voxel, age=40.0, severity=0.0, alzheimer=0.0, own=1.0):
+def brain(rng, x, y, z, voxel, age=40.0, severity=0.0, alzheimer=0.0):
     """The noise-free T1 picture of one skull-stripped brain, and what it was drawn from.
 
     rng (freshly seeded) is the individual: the same seed is the same head at any age, in any disease.
     x, y, z: mm, broadcastable to (D,H,W); voxel: mm, the width of partial volume. age: of the brain, years.
-    severity (0..1) of motor neuron disease, alzheimer (0..1). own: how much of one's own shape and folding
-    registration has left. -> dict of image in [0,1], mask (BRAIN), and the share of each voxel that is head,
-    ventricle, hippocampus."""
+    severity (0..1) of motor neuron disease, alzheimer (0..1). -> dict of image in [0,1], mask (BRAIN), and
+    the share of each voxel that is head, ventricle, hippocampus."""
     x, y, z = (np.asarray(c, np.float32) for c in np.broadcast_arrays(x, y, z))
 
     def inside(distance):  # share of a voxel that lies inside: smooth partial volume
@@ -1104,10 +1103,10 @@ def brain(rng, x, y, z, voxel, age=40.0, severity=0.0, alzheimer=0.0, own=1.0):
 
     # The individual: warped coordinates; X = distance from the midplane; the surface of the cerebrum. Little
     # is left of shape and folding of one's own, as after deformable registration to a template.
-    warp = [own * (0.36 * waves(rng, x, y, z, 75, 6) + 0.12 * waves(rng, x, y, z, 34)) for _ in range(3)]
+    warp = [0.36 * waves(rng, x, y, z, 75, 6) + 0.12 * waves(rng, x, y, z, 34) for _ in range(3)]
     x, y, z = (c + d for c, d in zip((x, y, z), warp))
     X, back, high = abs(x), y + 16, z - 18                             # from the middle of the head
-    stretch = np.exp(rng.normal(0, 0.005 * own, 3)).tolist()
+    stretch = np.exp(rng.normal(0, 0.005, 3)).tolist()
     radii = 66 * stretch[0] * (1 - 0.0011 * back), 79 * stretch[1], 58 * stretch[2]
     e, _, steep = egg((x, back, high), radii, 2.1)
     hull = (1 - e) / steep                                             # depth in mm
@@ -1135,11 +1134,11 @@ def brain(rng, x, y, z, voxel, age=40.0, severity=0.0, alzheimer=0.0, own=1.0):
     e, normal, _ = egg((X - 26, back, high), (np.where(X > 26, radii[0] - 26, 26), *radii[1:]))
     ray = np.maximum(e, 0.4)
     at = 26 + (X - 26) / ray + 99 * np.sign(x), back * (0.6 + 0.4 / ray), 0.65 * high / ray
-    fold, slope = waves(rng, *at, 21, 16, slope=True, own=0.2 * own)
+    fold, slope = waves(rng, *at, 21, 16, slope=True, own=0.2)
     slope[2] = 0.65 * slope[2]                                         # sulci stand rather than lie
     along = sum(n * s for n, s in zip(normal, slope))
     fold = fold * ray / np.sqrt(sum(s * s for s in slope) - along ** 2 + 1e-3)
-    deep = 18 + 5 * waves(rng, x, y, z, 45, 6, own=0.2 * own)
+    deep = 18 + 5 * waves(rng, x, y, z, 45, 6, own=0.2)
     pia, half = np.float32(99), np.float32(99)                         # depth below the nearest surface
 
     def cut(depth, width):
@@ -1315,14 +1314,14 @@ def phantom_brains(path, subjects=160, seed=0, size=48):
         rng, ill = np.random.default_rng([seed, i]), i % 2
         first, sex = rng.uniform(50, 90), "FM"[rng.integers(2)]
         rate = np.exp(rng.normal(0, 0.3)) * (1 + ill)
-        ahead, stage = rng.normal(0, 5), rng.uniform(0.3, 0.8) * ill
+        ahead, stage = rng.normal(0, 4), rng.uniform(0.3, 0.8) * ill
         visits = np.sort(rng.permutation(np.arange(6, 49, 6))[:rng.integers(2, 5)])
         at, months, rows = pose(rng, *frame), np.append(0.0, visits), []
         for years in months / 12:
             ill_now = min(float(stage + 0.03 * ill * rate * years), 1.0)
             old = float(first + ahead + rate * years)
             here = pose(rng, *at, 0.7)
-            drawn = brain_volume([seed, i, 1], *here, voxel, age=old, alzheimer=ill_now, own=1.5)
+            drawn = brain_volume([seed, i, 1], *here, voxel, age=old, alzheimer=ill_now)
             ml = {f"factor_{k}_ml": drawn[k].sum(dtype=float) * voxel ** 3 / 1000
                   for k in ("ventricle", "hippocampus")}
             rows.append(dict(image=scan(rng, drawn, *here), mask=drawn["mask"], age=first + years, **ml,

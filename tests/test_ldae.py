@@ -96,7 +96,7 @@ AE = m.Autoencoder(TINY)       # untrained, where any will do
 
 def frozen_b(cfg=TINY):
     torch.manual_seed(0)
-    b = m.Unconditional(cfg, np.zeros(cfg.z_ch, np.float32), np.ones(cfg.z_ch, np.float32))
+    b = m.Unconditional(cfg)
     torch.nn.init.normal_(b.up.conv_out.weight, std=0.05)
     return b
 
@@ -174,7 +174,7 @@ def test_latents_are_not_clipped_and_voxels_are():
 def test_zero_output_round_trips_but_not_to_noise(predict):
     """Reconstruction alone proves nothing: a network that outputs zero is perfect at it. Its z_T is not white."""
     cfg = replace(TINY, T=1000, predict=predict, size=(24, 32, 24))
-    b = m.Unconditional(cfg, np.zeros(2, np.float32), np.ones(2, np.float32))     # untrained: the output is zero
+    b = m.Unconditional(cfg)     # untrained: the output is zero
     model, g = m.Model(cfg, b, AE).eval(), torch.Generator().manual_seed(0)
     z0 = torch.nn.functional.avg_pool3d(torch.randn(4, 2, 8, 10, 8, generator=g), 3, 1)
     z0 = z0 / z0.std()
@@ -369,10 +369,21 @@ def test_whole_run_leaves_results_and_pictures(finished):
         assert set(results["metrics"][key]) == {"value", "ci", "n", "unit", "better"}, key
     for key in ("ae_ssim.constant", "recon_ssim_T10.dae", "probe_auroc.pca", "probe_auroc.dae", "probe_auroc.supervised",
                 "probe_f1.all_positive", "age_mae.mean", "age_mae.supervised", "interp_mse_6m.copy_nearest",
-                "interp_mse_6m.voxel_lerp", "interp_mse_6m.latent_lerp", "manip_head_change", "manip_same_subject"):
+                "interp_mse_6m.voxel_lerp", "interp_mse_6m.latent_lerp", "manip_head_change", "manip_same_subject",
+                "training_s", "training_s.dae"):
         assert key in results["metrics"], key
     for name in ("reconstructions", "manipulation", "missing", "variations", "samples", "curves", "preview_A", "preview_C"):
         assert (finished / f"{name}.png").stat().st_size > 1000, name
+
+
+def test_latents_are_standardised_over_the_training_scans(finished, tiny):
+    """At every place of mean 0, each channel, draws from the posterior included, of variance 1."""
+    train = D.load_study(tiny, "", None, 0, square=False)[1] == "train"
+    saved = torch.load(finished / "ckpt_B.pt", weights_only=True)["ema"]
+    with np.load(finished / "latents.npz") as f:
+        z, std = (f["mean"][train] - saved["shift"].numpy()) / saved["scale"].numpy(), f["std"][train] / saved["scale"].numpy()
+    assert abs(z.mean(0)).max() < 1e-3 and z.shape[1:] == saved["shift"].shape[1:]
+    assert np.allclose((z ** 2 + std ** 2).mean((0, 2, 3, 4)), 1, atol=1e-3)
 
 
 def test_the_same_command_changes_nothing(finished, tiny):
