@@ -1535,21 +1535,27 @@ def report_probes(s, scores, pca):
     return axis
 
 
-def report_manipulation(s, axis):
-    """3. z_sem moved along the probe of the target, z_T kept: pictures; on phantoms, the anatomy."""
+def report_manipulation(s):
+    """3. z_sem moved as it changes with the target, z_T kept: pictures; on phantoms, the anatomy."""
     who, device = s.data.subject, s.device
     first = np.array([s.test[who[s.test] == name][0] for name in np.unique(who[s.test])])
     rows = evenly(first, 3 * s.cfg.eval_images)
-    v = torch.as_tensor(M.direction(axis), dtype=s.z.dtype, device=device)
-    moves = torch.tensor([-3.0, -1.5, 0.0, 1.5, 3.0], device=device)
-    sd = (s.z[torch.as_tensor(s.train, device=device)] @ v).std()
+    # A probe's weights tell how to read an attribute, and hold what cancels other causes too; how codes change
+    # with it is their covariance with it (Haufe et al. 2014).
+    y = s.data.columns[s.cfg.target or "label"][s.train].astype(np.float32)
+    known = ~np.isnan(y)
+    seen = s.z[torch.as_tensor(s.train[known], device=device)]
+    v = (seen - seen.mean(0)).T @ torch.as_tensor(y[known] - y[known].mean(), device=device)
+    v = v / v.norm()
+    moves = torch.tensor([-1.5, -0.75, 0.0, 0.75, 1.5], device=device)
+    sd = (seen @ v).std()
     z_T = invert(s.model, s.latent(rows), s.z[rows], s.cfg.S)
     moved = np.stack([s.images(render(s.model, z_T, s.z[rows] + m * sd * v, s.cfg.S)) for m in moves], 1)
     lines = [[scan, *line, abs(view(line[-1]) - view(line[0])) * 2] for scan, line in
              zip(s.volumes(rows[:5]), moved)]
     s.grid("manipulation", lines, list(who[rows[:5]]),
-           ["scan", *[f"{m:+.1f} SD" for m in moves.tolist()], "2 |last - first|"],
-           f"z_sem moved along the linear probe of {s.cfg.target or 'label'}, in SDs of the training codes.")
+           ["scan", *[f"{m:+.2f} SD" for m in moves.tolist()], "2 |last - first|"],
+           f"z_sem moved as it changes with {s.cfg.target or 'label'}, in SDs of the training codes.")
     # What must stay: the head's size, and whose head it is, told by the nearest of all test scans.
     heads, every = (moved > 0.1).mean((2, 3, 4)), s.volumes(s.test)
     s.put("manip_head_change", rows, abs(heads[:, -1] / heads[:, 0] - 1), better="lower")
@@ -1634,7 +1640,7 @@ def evaluate(cfg, data, part, loader, models, scores, prior):
     pca = report_images(s)
     axis = report_probes(s, scores, pca)
     if axis is not None:
-        report_manipulation(s, axis)
+        report_manipulation(s)
     report_missing(s)
     report_samples(s, prior)
     logs = {p.stem[4:]: p for p in sorted(Path(cfg.out).glob("log_[ABCd]*.jsonl"))}
