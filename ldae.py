@@ -12,13 +12,14 @@ Question: does z_sem tell age, disease and progression, and what does the latent
 
 Lozupone et al., Latent Diffusion Autoencoders, 2025 (arXiv 2504.08635). Stage C: PDAE (Zhang et al. 2022).
 
-    python ldae.py                     # phantom brains; a quarter of an hour on 2 CPU cores
+    python ldae.py                     # phantom brains; about 9 minutes on 2 CPU cores
     python ldae.py --data brains.h5    # your volumes; on a GPU these are the paper's networks
 
 Differs from diffae.py in: 3D networks (names end in 3d), three stages instead of one, no clipping in latent
 space. `--recipe paper` is the published objective of B and C; `--recipe ours`, the default, differs in:
 - predict v, t_power 0.25: the published weights hardly train the high noise levels, where z_sem must decide;
-- head position, z_map true: pooled slices and scaled channels both lose where things are.
+- head position, z_map true: pooled slices and scaled channels both lose where things are;
+- mean_map true: what is learnt is how a brain differs from the mean one.
 """
 import copy, dataclasses, difflib, hashlib, inspect, io, json, math, os, shutil, signal, sys, time
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ class Config:
     throughput: bool = False  # only time untrained networks of this size, latent and voxel space, and stop
     # volumes and networks
     size: tuple = (128, 160, 128)         # of the phantoms (D,H,W); a file's volumes keep their own
-    subjects: int = 120       # phantom subjects, 3 to 5 sessions each
+    subjects: int = 160       # phantom subjects, 3 to 5 sessions each
     patch: int = 1            # stage A: patch^3 voxels enter as channels; 4 is quick, but blocks show
     ae_mult: tuple = (1, 2, 2, 2)         # stage A: channels per level, in units of ae_base
     ae_base: int = 64
@@ -67,6 +68,8 @@ class Config:
     z_ch: int = 3             # channels of the latent
     disc_base: int = 64       # channels of the discriminator's first layer
     disc_layers: int = 3      # of stride 2, before one of stride 1
+    mean_map: bool = True     # diffusion models deviations from the mean latent, place by place: brains are
+                              # registered, and it need not learn what all share (paper: false)
     base: int = 256           # stages B and C: channels of the first level
     mult: tuple = (1, 2, 3)   # channels per level, in units of base; sides are halved between them
     blocks: int = 2           # residual blocks per level (one more on the way up)
@@ -121,16 +124,17 @@ class Config:
 
 PRESETS = {
     "paper": {},
-    "demo": dict(size=(48, 56, 48), patch=4, ae_mult=(1,), ae_base=64, ae_blocks=1, z_ch=16, disc_base=8,
-                 disc_layers=2, base=16, mult=(1, 2, 8), blocks=1, attention=2, groups=0, dropout=0.0, slab=2,
+    "demo": dict(size=(48, 56, 48), patch=4, ae_mult=(1,), ae_base=64, ae_blocks=1, z_ch=32, disc_base=8,
+                 disc_layers=2, base=32, mult=(1, 2), blocks=1, attention=2, groups=0, dropout=0.0, slab=2,
                  enc_patch=4, enc_base=32, enc_mult=(1, 2, 4), z_dim=128, dae_patch=2, dae_base=32,
-                 dae_mult=(1, 2, 2), adv_warmup=200, ae_steps=700, ae_batch=2, ae_lr=1e-2, ldm_steps=200,
-                 ldm_batch=8, ldm_lr=2e-3, steps=260, batch=8, lr=2e-3, augment=0.5, save_every=100, S=10,
-                 eval_images=3, prior_steps=2000, prior_width=256, prior_layers=4),
+                 dae_mult=(1, 2, 2), adv_warmup=100, ae_steps=200, ae_batch=2, ae_lr=4e-3, ldm_steps=100,
+                 ldm_batch=8, ldm_lr=2e-3, steps=220, batch=8, lr=2e-3, save_every=110, eval_images=3,
+                 prior_steps=1000, prior_width=256, prior_layers=4),
 }
 RECIPES = {
     "ours": {},
-    "paper": dict(predict="eps", t_power=1.0, head="pool", z_map=False, ldm_t_power=1.0, augment=0.0),
+    "paper": dict(predict="eps", t_power=1.0, head="pool", z_map=False, mean_map=False, ldm_t_power=1.0,
+                  augment=0.0),
 }
 # What may differ when a run goes on in the same folder: nothing here alters what is learnt, only how far.
 FREE = {"data", "test", "out", "preset", "device", "target", "eval", "rivals", "throughput", "steps",
@@ -140,7 +144,7 @@ FREE = {"data", "test", "out", "preset", "device", "target", "eval", "rivals", "
 CHOICES = dict(predict=("v", "eps"), head=("position", "pool"), stride=("trailing", "leading"))
 # The fields that a stage depends on, so that another semantic encoder does not retrain the autoencoder.
 COMMON = "seed size patch groups ema "
-LATENT = "ae_mult z_ch base mult blocks attention dropout predict ldm_t_power T "
+LATENT = "ae_mult z_ch mean_map base mult blocks attention dropout predict ldm_t_power T "
 SEMANTIC = "augment slab enc_patch enc_base enc_mult z_dim head z_map "
 STAGES = {
     "ckpt_A": COMMON + "ae_mult ae_base ae_blocks z_ch disc_base disc_layers kl adv adv_warmup lpips",
@@ -353,9 +357,11 @@ class Encoder3d(nn.Module):
                 layers.append(nn.Conv3d(c, c, 3, stride=2, padding=1))
         self.trunk = nn.Sequential(*layers, norm(c, groups), nn.SiLU(), nn.Conv3d(c, z_ch, 3, padding=1))
         self.mean, self.logvar = nn.Conv3d(z_ch, z_ch, 1), nn.Conv3d(z_ch, z_ch, 1)
-        nn.init.constant_(self.logvar.bias, -6)     # sd .05: at sd 1 short runs only fight the noise
+        nn.init.constant_(self.logvar.bias, -8)     # sd .02: at sd 1 short runs only fight the noise
         f = 2 ** (len(mult) - 1)
         self.short = nn.Conv3d(ch, z_ch, f, stride=f) if ch > 1 else None
+        if self.short:
+            zero(self.mean)
 
     def forward(self, x):
         h = self.trunk(x)
@@ -388,6 +394,8 @@ class Decoder3d(nn.Module):
         self.trunk = nn.Sequential(*layers, norm(c, groups), nn.SiLU(), nn.Conv3d(c, ch, 3, padding=1))
         f = 2 ** (len(mult) - 1)
         self.short = nn.ConvTranspose3d(z_ch, ch, f, stride=f) if ch > 1 else None
+        if self.short:
+            zero(self.trunk[-1])
 
     def forward(self, z):
         return self.trunk(z) + (self.short(z) if self.short else 0.0)
@@ -626,6 +634,21 @@ class Autoencoder(nn.Module):
         self.lpips = Frozen(torch.jit.load(cfg.lpips, "cpu")) if cfg.lpips else None
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))   # saved: resumes exactly
 
+    def start_from_pca(self, x):
+        """Where the latent is a code of patches, the linear layers beside the networks start as their PCA, of
+        volumes x (n,1,D,H,W) in [-1,1]; the axes are turned at random: all channels then vary alike, and an
+        error costs the image alike in each. -> self"""
+        if self.encoder.short is not None and len(self.cfg.ae_mult) == 1:
+            v = fold3d(x, self.cfg.patch).movedim(1, -1).flatten(0, -2).double()       # (patches, voxels)
+            axes = torch.linalg.eigh(torch.cov(v.T))[1][:, -self.cfg.z_ch:]
+            axes = (axes @ torch.linalg.qr(torch.randn(self.cfg.z_ch, self.cfg.z_ch, dtype=v.dtype))[0]).T
+            encode, decode = self.encoder.short, self.decoder.short
+            with torch.no_grad():
+                for p, value in ((encode.weight, axes), (encode.bias, -axes @ v.mean(0)),
+                                 (decode.weight, axes), (decode.bias, v.mean(0))):
+                    p.copy_(value.view(p.shape))
+        return self
+
     def posterior(self, x):
         """x (B,1,D,H,W) in [-1,1] -> mean, log variance of q(z|x), (B,z_ch,D/f,H/f,W/f) float32"""
         return self.encoder(fold3d(x, self.cfg.patch))
@@ -666,16 +689,16 @@ class Autoencoder(nn.Module):
 
 
 class Unconditional(nn.Module):
-    """Stage B: || UNet3d(z_t, t) - target ||^2 on standardised latents. shift, scale (z_ch,): their mean and
-    standard deviation over the training scans, saved with the weights."""
+    """Stage B: || UNet3d(z_t, t) - target ||^2 on standardised latents: (latent - shift) / scale, over the
+    training scans of mean 0 and of variance 1 per channel. Both are saved with the weights."""
     def __init__(self, cfg, shift=None, scale=None):
         super().__init__()
         self.cfg = cfg
         sizes = cfg.z_ch, cfg.base, cfg.mult, cfg.blocks, cfg.attention, cfg.groups, cfg.dropout, 0
         self.down, self.up = Down3d(*sizes), Up3d(*sizes)
-        for name, value in (("shift", shift), ("scale", scale)):
-            value = torch.zeros(cfg.z_ch) if value is None else torch.as_tensor(value)
-            self.register_buffer(name, value.view(1, -1, 1, 1, 1))
+        one = torch.ones(1, cfg.z_ch, 1, 1, 1)
+        self.register_buffer("shift", 0 * one if shift is None else torch.as_tensor(shift))
+        self.register_buffer("scale", one if scale is None else torch.as_tensor(scale))
         self.alpha_bar = linear_alpha_bar(cfg.T)    # stays on the CPU: samplers read single numbers from it
 
     def latent(self, batch, g=None):
@@ -1243,7 +1266,7 @@ def small(x, voxels=200_000):
 
 def watch_autoencoder(cfg, loader):
     """-> watch(ema, step) for fit: L1 and SSIM of 4 validation volumes, preview_A.png to look at."""
-    x = loader.batch(np.linspace(0, len(loader) - 1, min(4, len(loader))).astype(int))["image"]
+    x = loader.batch(evenly(np.arange(len(loader)), 4))["image"]
 
     def watch(ema, step):
         with torch.inference_mode(), amp(cfg, x.device):
@@ -1257,7 +1280,7 @@ def watch_autoencoder(cfg, loader):
 
 def watch_semantic(cfg, loader, subject, ae=None):
     """-> watch(ema, step) for fit: z_gap of 8 validation volumes; with an autoencoder also preview_C.png."""
-    rows = np.linspace(0, len(loader) - 1, min(8, len(loader))).astype(int)
+    rows = evenly(np.arange(len(loader)), 8)
     wrong, batch = torch.as_tensor(other_patient(subject[rows])), loader.batch(rows)
 
     def watch(ema, step):
@@ -1320,6 +1343,11 @@ def volume_reader(images, masks, label, ml):
     return lambda x: fitted.predict(pick(x))
 
 
+def evenly(rows, n):
+    """At most n of the rows, evenly spaced, the first and the last among them."""
+    return rows[np.linspace(0, len(rows) - 1, min(len(rows), n)).astype(int)]
+
+
 def triples(subject, session):
     """Every (start, target, end) of rows of one subject, in order of time. -> (n,3) int"""
     out = []
@@ -1330,63 +1358,64 @@ def triples(subject, session):
     return np.array(out, int).reshape(-1, 3)
 
 
-def seconds_of(fn, device, repeat=1):
-    """Wall-clock time of one call of fn, the mean of `repeat`; and on CUDA the peak memory, else nan."""
+def seconds_of(fn, device):
+    """Wall-clock time of one call of fn, and on CUDA the peak memory, else nan."""
     wait = lambda: torch.cuda.synchronize(device) if device.type == "cuda" else None
     wait()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     began = time.perf_counter()
-    for _ in range(repeat):
-        fn()
+    fn()
     wait()
-    return (time.perf_counter() - began) / repeat, peak_gb(device) if device.type == "cuda" else math.nan
+    return time.perf_counter() - began, peak_gb(device) if device.type == "cuda" else math.nan
 
 
-def throughput(cfg, batch, ae, model, dae, k, warm=True):
-    """Latent against voxel space: the same volumes, steps, batch, machine and run, warm-up excluded.
+def throughput(cfg, batch, ae, model, dae, k, crop=1):
+    """Latent against voxel space: same volumes, steps, batch, machine, run; each is called once before.
 
-    Reconstruction is z_sem, S steps of inversion, S of sampling (and the autoencoder both ways); k < S steps
-    are timed and taken S / k times. Training is forward, backward and Adam. -> metrics"""
+    Reconstruction is z_sem, S steps of inversion, S of sampling (and the autoencoder both ways); k of them
+    are timed and taken S / k times. Training is forward, backward and Adam; stage C's is on cached latents.
+    crop > 1: the voxel-space UNet, all convolutions but for its middle, was built for a crop by this factor
+    of each side; its time is taken crop^3 times. -> metrics. Both models' gradients are overwritten"""
     device, metrics, n = batch["image"].device, {}, len(batch["image"])
     for row, net in (("", model), (".dae", dae)):
-        net = copy.deepcopy(net if isinstance(net, nn.Module) else net()).requires_grad_(True).train()
-        opt, g = torch.optim.Adam(net.parameters(), lr=0.0, fused=True), torch.Generator(device)
+        opt = torch.optim.Adam(net.requires_grad_(True).train().parameters(), lr=0.0, fused=True)
+        D_, H, W = (s // crop for s in batch["image"].shape[2:])
+        x0 = batch["image"][:, :, :D_, :H, :W] if row else net.frozen.net.latent(batch)
+        t, eps = torch.full((n,), cfg.T // 2, device=device), torch.randn_like(x0)
+        z = torch.zeros(n, cfg.z_dim, device=device, requires_grad=True)
 
-        def train():
-            opt.zero_grad()
+        def unet():
             with amp(cfg, device):
-                loss = net(batch, g)
+                loss = net.loss(x0, z, t, eps).mean()
             loss.backward()
+
+        def rest():        # what a crop does not shorten
+            with amp(cfg, device):
+                z_sem = net.encode(batch)
+            z_sem.backward(z.grad.to(z_sem.dtype))
             opt.step()
-        held = []
 
         @torch.inference_mode()
-        def ends():       # what does not depend on S
+        def ends():        # what does not depend on S
             with amp(cfg, device):
-                z, x0 = net.encode(batch).float(), batch["image"]
+                net.encode(batch)
                 if not row:
-                    x0 = ae.posterior(x0)[0]
-                    ae.decode(x0)
-            held[:] = x0, z
-        steps = lambda k: render(net, invert(net, *held, k), held[1], k)
-        for fn in (train,) if warm else ():
-            fn()
-        seconds, peak = seconds_of(train, device, 3 if warm else 1)
-        metrics["train_vol_s" + row] = M.row(n / seconds, unit="1/s")
-        net.eval()
-        if warm:
-            ends(), steps(1)
-        fixed, _ = seconds_of(ends, device)
-        walk, recon_peak = seconds_of(lambda: steps(k), device)
-        metrics["recon_vol_s" + row] = M.row(n / (fixed + walk * cfg.S / k), unit="1/s")
-        if device.type == "cuda":
-            metrics["train_peak_gb" + row] = M.row(peak, unit="GB", better="lower")
-            metrics["recon_peak_gb" + row] = M.row(recon_peak, unit="GB", better="lower")
-        del net, opt
-    for key in ("recon", "train"):
-        value = metrics[f"{key}_vol_s"]["value"] / metrics[f"{key}_vol_s.dae"]["value"]
-        metrics["throughput_ratio" if key == "recon" else "train_ratio"] = M.row(value, unit="x")
+                    ae.decode(ae.posterior(batch["image"])[0])
+        walk = lambda: render(net, invert(net, x0, z.detach(), k), z.detach(), k)
+        more = crop ** 3 if row else 1
+        for kind, part, other, more in (("train", unet, rest, more), ("recon", walk, ends, more * cfg.S / k)):
+            part(), other()
+            (a, gb_a), (b, gb_b) = seconds_of(part, device), seconds_of(other, device)
+            metrics[f"{kind}_vol_s{row}"] = M.row(n / (more * a + b), unit="1/s")
+            if device.type == "cuda":
+                metrics[f"{kind}_peak_gb{row}"] = M.row(max(gb_a, gb_b), unit="GB", better="lower")
+            net.eval()
+        net.zero_grad()
+        del opt                # gradients and moments of one model at a time
+    for key, kind in (("throughput_ratio", "recon"), ("train_ratio", "train")):
+        value = metrics[f"{kind}_vol_s"]["value"] / metrics[f"{kind}_vol_s.dae"]["value"]
+        metrics[key] = M.row(value, unit="x")
     return metrics
 
 
@@ -1399,8 +1428,7 @@ class Study:
         self.ae, self.ldm, self.model, self.dae = (models.get(k) for k in ("ae", "ldm", "", "dae"))
         self.g, self.metrics = torch.Generator(self.device).manual_seed(cfg.seed), {}
         self.train, self.test = np.flatnonzero(part == "train"), np.flatnonzero(part == "test")
-        spread = lambda rows, n: rows[np.linspace(0, len(rows) - 1, min(len(rows), n)).astype(int)]
-        self.some, self.few = spread(self.train, 500), spread(self.test, cfg.eval_images)
+        self.some, self.few = evenly(self.train, 500), evenly(self.test, cfg.eval_images)
         self.codes = {row: semantic_codes(models[row], loader) for row in ("", "dae") if row in models}
         self.z = self.codes[""]
 
@@ -1507,21 +1535,32 @@ def report_probes(s, scores, pca):
     return axis
 
 
-def report_manipulation(s, axis):
-    """3. z_sem moved along the probe of the target, z_T kept: pictures; on phantoms, the anatomy."""
+def report_manipulation(s):
+    """3. z_sem moved as it changes with the target, z_T kept: pictures; on phantoms, the anatomy."""
     who, device = s.data.subject, s.device
     first = np.array([s.test[who[s.test] == name][0] for name in np.unique(who[s.test])])
-    rows = first[:2 * s.cfg.eval_images]
-    v = torch.as_tensor(M.direction(axis), dtype=s.z.dtype, device=device)
-    moves = torch.tensor([-3.0, -1.5, 0.0, 1.5, 3.0], device=device)
-    sd = (s.z[torch.as_tensor(s.train, device=device)] @ v).std()
+    rows = evenly(first, 3 * s.cfg.eval_images)
+    # A probe's weights tell how to read an attribute, and hold what cancels other causes too; how codes change
+    # with it is their covariance with it (Haufe et al. 2014).
+    y = s.data.columns[s.cfg.target or "label"][s.train].astype(np.float32)
+    known = ~np.isnan(y)
+    seen = s.z[torch.as_tensor(s.train[known], device=device)]
+    v = (seen - seen.mean(0)).T @ torch.as_tensor(y[known] - y[known].mean(), device=device)
+    v = v / v.norm()
+    moves = torch.tensor([-1.5, -0.75, 0.0, 0.75, 1.5], device=device)
+    sd = (seen @ v).std()
     z_T = invert(s.model, s.latent(rows), s.z[rows], s.cfg.S)
     moved = np.stack([s.images(render(s.model, z_T, s.z[rows] + m * sd * v, s.cfg.S)) for m in moves], 1)
     lines = [[scan, *line, abs(view(line[-1]) - view(line[0])) * 2] for scan, line in
              zip(s.volumes(rows[:5]), moved)]
     s.grid("manipulation", lines, list(who[rows[:5]]),
-           ["scan", *[f"{m:+.1f} SD" for m in moves.tolist()], "2 |last - first|"],
-           f"z_sem moved along the linear probe of {s.cfg.target or 'label'}, in SDs of the training codes.")
+           ["scan", *[f"{m:+.2f} SD" for m in moves.tolist()], "2 |last - first|"],
+           f"z_sem moved as it changes with {s.cfg.target or 'label'}, in SDs of the training codes.")
+    # What must stay: the head's size, and whose head it is, told by the nearest of all test scans.
+    heads, every = (moved > 0.1).mean((2, 3, 4)), s.volumes(s.test)
+    s.put("manip_head_change", rows, abs(heads[:, -1] / heads[:, 0] - 1), better="lower")
+    near = [[((every - x) ** 2).sum((1, 2, 3)).argmin() for x in line[[0, -1]]] for line in moved]
+    s.put("manip_same_subject", rows, (who[s.test][np.array(near)] == who[rows][:, None]).mean(1))
     for name, label, sign in (("ventricle", 4, 1), ("hippocampus", 5, -1)):
         ml = s.data.columns.get(f"factor_{name}_ml")
         if ml is None or s.data.mask is None:
@@ -1539,37 +1578,37 @@ def report_manipulation(s, axis):
 
 
 def report_missing(s):
-    """4. The scan between two others of one test subject, against the real one, by months between the two."""
+    """4. The scan between two others of one test subject, against the real one. Gap: months from it to the
+    nearer of the two, which is what copying bridges; all gaps are drawn from alike."""
     session = s.data.columns.get("session")
-    three = np.zeros((0, 3), int)
-    if session is not None:
-        three = s.test[triples(s.data.subject[s.test], session[s.test])]
+    three = s.test[triples(s.data.subject[s.test], session[s.test])] if session is not None else []
     if not len(three):
         print("no missing-scan numbers: no test subject has three sessions")
         return
-    three = three[np.linspace(0, len(three) - 1, min(len(three), 20 * s.cfg.eval_images)).astype(int)]
+    start, goal, end = session[three.T]
+    gap, alpha = np.rint(np.minimum(goal - start, end - goal)).astype(int), (goal - start) / (end - start)
+    keep = np.concatenate([evenly(np.flatnonzero(gap == m), 6 * s.cfg.eval_images) for m in np.unique(gap)])
+    three, gap, alpha = three[keep], gap[keep], alpha[keep]
     rows, at = np.unique(three, return_inverse=True)
-    at = at.reshape(three.shape)
-    start, goal, end = (session[three[:, i]] for i in range(3))
-    alpha, gap = (goal - start) / (end - start), np.rint(end - start).astype(int)
+    a, target, c = at.reshape(three.shape).T
     w, z0, z = torch.as_tensor(alpha, device=s.device), s.latent(rows), s.z[rows]
-    z_T, a, c = invert(s.model, z0, z, s.cfg.S), at[:, 0], at[:, 2]
+    z_T = invert(s.model, z0, z, s.cfg.S)
     lerp = lambda x: torch.lerp(x[a], x[c], w.view(-1, *[1] * (x.ndim - 1)).to(x.dtype))
     before, truth, after = (s.volumes(three[:, i]) for i in range(3))
     far = alpha[:, None, None, None]
     made = {"": s.images(render(s.model, slerp(z_T[a], z_T[c], w), lerp(z), s.cfg.S)),
-            "latent_lerp": s.images(lerp(z0)), "ae": s.images(z0[at[:, 1]]),
+            "latent_lerp": s.images(lerp(z0)), "ae": s.images(z0[target]),
             "voxel_lerp": (1 - far) * before + far * after,
             "copy_nearest": np.where(far <= 0.5, before, after)}
     for row, images in made.items():
         for months in np.unique(gap):
             here = gap == months
             s.put_images("interp", row, truth[here], images[here], three[here, 1], f"_{months}m")
-    pick = np.linspace(0, len(three) - 1, min(4, len(three))).astype(int)
+    pick = evenly(np.arange(len(three)), 4)
     s.grid("missing", [[x[i] for x in (before, truth, after, *made.values())] for i in pick],
            [f"{s.data.subject[three[i, 1]]}, {gap[i]} months" for i in pick],
            ["start", "real target", "end", "z_sem lerp, z_T slerp", *list(made)[1:]],
-           "The scan between two others of a test subject.")
+           "The scan between two others of a test subject; months to the nearer one.")
 
 
 def report_samples(s, prior):
@@ -1601,14 +1640,19 @@ def evaluate(cfg, data, part, loader, models, scores, prior):
     pca = report_images(s)
     axis = report_probes(s, scores, pca)
     if axis is not None:
-        report_manipulation(s, axis)
+        report_manipulation(s)
     report_missing(s)
     report_samples(s, prior)
-    logs = sorted(Path(cfg.out).glob("log_[ABCd]*.jsonl"))
-    M.curves(Path(cfg.out, "curves.png"), {p.stem[4:]: p for p in logs})
+    logs = {p.stem[4:]: p for p in sorted(Path(cfg.out).glob("log_[ABCd]*.jsonl"))}
+    M.curves(Path(cfg.out, "curves.png"), logs)
+    batches = {"A": cfg.ae_batch, "B": cfg.ldm_batch, "C": cfg.batch, "dae": cfg.dae_batch}
+    for row, stages in (("", "ABC"), (".dae", ["dae"])):       # what both were given to learn
+        if set(stages) <= set(logs):
+            seconds = sum(training_seconds(logs[k], batches[k]) for k in stages)
+            s.metrics["training_s" + row] = M.row(seconds, unit="s", better="lower")
     if s.dae:       # 6. speed
         batch = loader.batch(s.train[:min(len(s.train), 4)])
-        s.metrics |= throughput(cfg, batch, s.ae, s.model, s.dae, cfg.S)
+        s.metrics |= throughput(cfg, batch, s.ae, copy.deepcopy(s.model), copy.deepcopy(s.dae), min(cfg.S, 2))
     return s.metrics
 
 
@@ -1770,18 +1814,25 @@ PAPER = {"ae_ssim": 0.962, "recon_ssim_T10": 0.953, "recon_ssim_T20": 0.960, "re
 
 
 def time_only(cfg, device):
-    """--throughput: untrained networks of this preset on noise, batch 1. A table, and no other trace."""
+    """--throughput: untrained networks of this preset on noise, batch 1. A table, and no other trace.
+
+    Off a GPU, where the voxel-space UNet of 128x160x128 takes minutes and tens of GB a step, one of the S
+    steps is timed, and that UNet on a crop of a quarter of each side: see throughput."""
     check_network3d(cfg)
     batch = {"image": torch.rand(1, 1, *cfg.size, device=device) * 2 - 1}
+    crop = 1 if device.type == "cuda" else 4
     a, b, c, d = (stage_config(cfg, f"ckpt_{k}", 1, cfg.lr) for k in ("A", "B", "C", "dae"))
     ae = Autoencoder(a).to(device).eval()
     latent = [s // cfg.patch // 2 ** (len(cfg.ae_mult) - 1) for s in cfg.size]
     batch |= {k: torch.ones(1, cfg.z_ch, *latent, device=device) for k in ("mean", "std")}
-    ldm = Unconditional(b, np.zeros(cfg.z_ch, np.float32), np.ones(cfg.z_ch, np.float32)).to(device)
-    gpu = device.type == "cuda"      # there, all S steps; on a CPU one step each way, taken S times
-    metrics = throughput(cfg, batch, ae, Model(c, ldm, ae).to(device), lambda: DAE(d).to(device),
-                         cfg.S if gpu else 1, warm=gpu)
+    ldm = Unconditional(b).to(device)
+    model = fast_layout(Model(c, ldm, ae).to(device))
+    dae = DAE(dataclasses.replace(d, size=tuple(s // crop for s in cfg.size), enc_mult=(1,)))
+    dae.encoder = copy.deepcopy(model.encoder)       # of the whole volume, in both
+    metrics = throughput(cfg, batch, ae, model, fast_layout(dae.to(device)), cfg.S if crop == 1 else 1, crop)
     print(M.table(metrics, [k for k in metrics if "." not in k], PAPER))
+    if crop > 1:
+        print(f"1 of {cfg.S} steps timed; the voxel-space UNet on 1/{crop ** 3} of the volume: extrapolated")
 
 
 def main(argv):
@@ -1817,7 +1868,7 @@ def main(argv):
               f"data: {data.path} at {'x'.join(map(str, cfg.size))}; subjects (scans): " +
               ", ".join(f"{p} {n} ({(part == p).sum()})" for p, n in count.items()) +
               f"\n{cfg.ae_steps}, {cfg.ldm_steps}, {cfg.steps} steps for stages A, B, C; bars show the time "
-              f"left. The demo takes about a quarter of an hour on 2 CPU cores.\n"
+              f"left. The demo takes about 9 minutes on 2 CPU cores.\n"
               f"out: {out}/; stop at any time, the same command goes on", flush=True)
         M.write_atomically(out / "config.json", json.dumps(dataclasses.asdict(cfg), indent=1).encode())
         if not cfg.eval:
@@ -1832,7 +1883,9 @@ def main(argv):
     models, subject = {}, data.subject
     images, unseen = (D.Loader({"image": data.image}, device, rows) for rows in (train, val))
     watch = watch_autoencoder(a, unseen) if len(val) else None
-    models["ae"], _ = stage("ckpt_A", Autoencoder, a, cfg.ae_steps, images, facts, watch)
+    some = images.batch(evenly(np.arange(len(images)), 50))["image"].cpu()
+    first = lambda c: Autoencoder(c).start_from_pca(some)
+    models["ae"], _ = stage("ckpt_A", first, a, cfg.ae_steps, images, facts, watch)
 
     facts_b = facts | dict(stage_A=identity(models["ae"]))
     everything = D.Loader({"image": data.image}, device)
@@ -1842,8 +1895,9 @@ def main(argv):
     if world > 1:
         dist.barrier()
     mean, std = cached_latents(models["ae"], out / "latents.npz", everything, key)
-    arrays, axes = {"mean": mean, "std": std}, (0, 2, 3, 4)
-    shift, scale = mean[train].mean(axes), np.sqrt(mean[train].var(axes) + (std[train] ** 2).mean(axes))
+    shift = mean[train].mean(0 if cfg.mean_map else (0, 2, 3, 4), keepdims=True)
+    scale = np.sqrt(((mean[train] - shift) ** 2 + std[train] ** 2).mean((0, 2, 3, 4), keepdims=True))
+    arrays = {"mean": mean, "std": std}
     models["ldm"], _ = stage("ckpt_B", lambda c: Unconditional(c, shift, scale), b, cfg.ldm_steps,
                              D.Loader(arrays, device, train), facts_b)
     facts_c = facts_b | dict(stage_B=identity(models["ldm"]))

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.decomposition import PCA
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -95,7 +96,7 @@ AE = m.Autoencoder(TINY)       # untrained, where any will do
 
 def frozen_b(cfg=TINY):
     torch.manual_seed(0)
-    b = m.Unconditional(cfg, np.zeros(cfg.z_ch, np.float32), np.ones(cfg.z_ch, np.float32))
+    b = m.Unconditional(cfg)
     torch.nn.init.normal_(b.up.conv_out.weight, std=0.05)
     return b
 
@@ -173,7 +174,7 @@ def test_latents_are_not_clipped_and_voxels_are():
 def test_zero_output_round_trips_but_not_to_noise(predict):
     """Reconstruction alone proves nothing: a network that outputs zero is perfect at it. Its z_T is not white."""
     cfg = replace(TINY, T=1000, predict=predict, size=(24, 32, 24))
-    b = m.Unconditional(cfg, np.zeros(2, np.float32), np.ones(2, np.float32))     # untrained: the output is zero
+    b = m.Unconditional(cfg)     # untrained: the output is zero
     model, g = m.Model(cfg, b, AE).eval(), torch.Generator().manual_seed(0)
     z0 = torch.nn.functional.avg_pool3d(torch.randn(4, 2, 8, 10, 8, generator=g), 3, 1)
     z0 = z0 / z0.std()
@@ -210,6 +211,24 @@ def test_fold_and_resample():
     odd = torch.randn(1, 1, 3, 5, 4)
     assert m.resample3d(odd, "down").shape == (1, 1, 2, 3, 2) and m.resample3d(odd, "down")[0, 0, 1, 2, 0] == \
         pytest.approx(odd[0, 0, 2, 4, :2].mean().item())        # what is not there does not count
+
+
+def test_autoencoder_of_patches_starts_as_their_pca():
+    """Untrained it reconstructs as scikit-learn's PCA of 2x2x2 patches does, and no channel dominates the code."""
+    cfg, g = replace(TINY, patch=2, ae_mult=(1,), z_ch=3), torch.Generator().manual_seed(0)
+    x = torch.nn.functional.avg_pool3d(torch.randn(6, 1, 18, 26, 18, generator=g), 3, 1) + 0.3
+    torch.manual_seed(0)
+    ae = m.Autoencoder(cfg).start_from_pca(x)
+    code, _ = ae.posterior(x)
+    patches = m.fold3d(x, 2).movedim(1, -1).flatten(0, -2).numpy()
+    pca = PCA(3).fit(patches)
+    error = np.square(pca.inverse_transform(pca.transform(patches)) - patches).mean()
+    assert (ae.decode(code) - x).square().mean().item() == pytest.approx(error, rel=1e-3) and error > 1e-3
+    ours, theirs = (v.std(0) for v in (code.detach().movedim(1, -1).flatten(0, -2).numpy(), pca.transform(patches)))
+    assert (code.mean((0, 2, 3, 4)).abs() < 1e-4).all() and ours.max() / ours.min() < theirs.max() / theirs.min()
+    deep = m.Autoencoder(TINY)
+    before = m.identity(deep)
+    assert m.identity(deep.start_from_pca(x)) == before               # levels between: no patches to code
 
 
 @pytest.mark.parametrize("head", ["position", "pool"])
@@ -345,15 +364,26 @@ def test_whole_run_leaves_results_and_pictures(finished):
     assert results["script"] == "ldae" and results["n"] == {"train": 8, "val": 2, "test": 2}
     for key in ("ae_ssim", "ae_mse", "ae_psnr", "recon_ssim_T10", "semantic_ssim_T20", "recon_mse_T10", "zT_mean", "zT_std", "zT_max",
                 "zT_corr", "loss_true", "loss_shuffled", "loss_none", "probe_auroc", "probe_acc", "probe_precision", "probe_recall",
-                "probe_f1", "age_mae", "age_rmse", "interp_ssim_12m", "interp_mse_12m", "manip_ventricle_slope",
+                "probe_f1", "age_mae", "age_rmse", "interp_ssim_6m", "interp_mse_6m", "manip_ventricle_slope",
                 "manip_hippocampus_slope", "throughput_ratio", "train_ratio", "peak_gb", "factor_r2_ventricle_ml"):
         assert set(results["metrics"][key]) == {"value", "ci", "n", "unit", "better"}, key
     for key in ("ae_ssim.constant", "recon_ssim_T10.dae", "probe_auroc.pca", "probe_auroc.dae", "probe_auroc.supervised",
-                "probe_f1.all_positive", "age_mae.mean", "age_mae.supervised", "interp_mse_12m.copy_nearest",
-                "interp_mse_12m.voxel_lerp", "interp_mse_12m.latent_lerp"):
+                "probe_f1.all_positive", "age_mae.mean", "age_mae.supervised", "interp_mse_6m.copy_nearest",
+                "interp_mse_6m.voxel_lerp", "interp_mse_6m.latent_lerp", "manip_head_change", "manip_same_subject",
+                "training_s", "training_s.dae"):
         assert key in results["metrics"], key
     for name in ("reconstructions", "manipulation", "missing", "variations", "samples", "curves", "preview_A", "preview_C"):
         assert (finished / f"{name}.png").stat().st_size > 1000, name
+
+
+def test_latents_are_standardised_over_the_training_scans(finished, tiny):
+    """At every place of mean 0, each channel, draws from the posterior included, of variance 1."""
+    train = D.load_study(tiny, "", None, 0, square=False)[1] == "train"
+    saved = torch.load(finished / "ckpt_B.pt", weights_only=True)["ema"]
+    with np.load(finished / "latents.npz") as f:
+        z, std = (f["mean"][train] - saved["shift"].numpy()) / saved["scale"].numpy(), f["std"][train] / saved["scale"].numpy()
+    assert abs(z.mean(0)).max() < 1e-3 and z.shape[1:] == saved["shift"].shape[1:]
+    assert np.allclose((z ** 2 + std ** 2).mean((0, 2, 3, 4)), 1, atol=1e-3)
 
 
 def test_the_same_command_changes_nothing(finished, tiny):
@@ -362,7 +392,7 @@ def test_the_same_command_changes_nothing(finished, tiny):
     main("--data", tiny, "--out", finished, *FLAGS, "--eval")
     again = json.loads((finished / "results.json").read_text())["metrics"]
     assert before == {p.name: p.read_bytes() for p in finished.glob("*.pt")}
-    assert all(first[k]["value"] == again[k]["value"] for k in ("ae_ssim", "recon_ssim_T10", "age_mae", "interp_mse_12m"))
+    assert all(first[k]["value"] == again[k]["value"] for k in ("ae_ssim", "recon_ssim_T10", "age_mae", "interp_mse_6m"))
 
 
 def test_missing_or_foreign_stages_say_what_to_do(finished, tiny, capsys, tmp_path):
@@ -405,7 +435,8 @@ def test_paper_recipe_runs(tiny, tmp_path):
 
 def test_throughput_without_training(capsys, tmp_path):
     main("--throughput", "--out", tmp_path / "none", "--size=16,24,16", *FLAGS)
-    assert "throughput_ratio" in capsys.readouterr().out and not (tmp_path / "none").exists()
+    printed = capsys.readouterr().out
+    assert "throughput_ratio" in printed and "1/64 of the volume: extrapolated" in printed and not (tmp_path / "none").exists()
 
 
 def test_real_hippocampi(tmp_path, capsys):
@@ -425,6 +456,11 @@ def test_triples_are_within_a_subject_and_in_time():
     subject, session = np.array(list("aaabbbb")), np.array([12, 0, 6, 0, 6, np.nan, 6.0])
     assert m.triples(subject, session).tolist() == [[1, 2, 0]]
     assert len(m.triples(np.array(list("aaaaa")), np.arange(5.0))) == 10
+
+
+def test_evenly_keeps_the_ends():
+    assert m.evenly(np.arange(10), 4).tolist() == [0, 3, 6, 9] and m.evenly(np.arange(3), 5).tolist() == [0, 1, 2]
+    assert not len(m.evenly(np.arange(0), 5))
 
 
 def test_volume_reader_measures_what_it_has_not_seen():
