@@ -1279,9 +1279,8 @@ def check_config(c):
     if c.batch % (ranks()[1] * c.accum):
         D.fail(f"--batch {c.batch}: not divisible by {ranks()[1]} processes x --accum {c.accum}")
     try:
-        if c.device == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        torch.empty(1, device=c.device)
+        local = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if c.device == "cuda" else c.device
+        torch.empty(1, device=local)
     except (RuntimeError, AssertionError) as e:
         D.fail(f"--device {c.device}: {str(e).splitlines()[0][:120]}")
 
@@ -1340,7 +1339,7 @@ def start(argv):
         print("no GPU is used:", "torch sees none; is the driver too old, or CUDA_VISIBLE_DEVICES set?"
               if torch.version.cuda or torch.version.hip else "this torch is built for the CPU alone")
     if device.type == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True

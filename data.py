@@ -529,10 +529,20 @@ class Loader:
         if self.resident:
             yield from map(self.batch, batches)
             return
+        broken = []
+
+        def read(rows):
+            if not broken:       # else the next batch would fail, too: a second line of error
+                try:
+                    return self.read(rows)
+                except BaseException:
+                    broken.append(True)
+                    raise
+
         with ThreadPoolExecutor(1) as thread:
             ahead = deque()
             for rows in batches:
-                ahead.append(thread.submit(self.read, rows))
+                ahead.append(thread.submit(read, rows))
                 if len(ahead) > 2:
                     yield self.finish(ahead.popleft().result())
             while ahead:

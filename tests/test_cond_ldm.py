@@ -1,6 +1,5 @@
 """cond_ldm.py: the codebook against brute force, one backward pass against two, samplers and guidance against
 closed forms, drawings that reach the picture, runs that are killed or fed with rubbish."""
-import gc
 import json
 import os
 import subprocess
@@ -16,12 +15,13 @@ import torch
 import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import cond_ldm as m  # noqa: E402
+from conftest import ENV, runs_of  # noqa: E402
 import data as D  # noqa: E402
 import metrics as M  # noqa: E402
 
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+main, error_of = runs_of(m)
 SMALL = dict(size=16, patch=1, channels=(8, 16), depth=1, codebook=32, gan_channels=(8, 16), gan_start=2,
              unet=(16, 32), heads=2, attention=8, groups=0, cond_ch=8, vq_steps=6, steps=6, seg_steps=3, batch=4,
              vq_lr=1e-3, lr=1e-3, save_every=3, log_every=2, bf16=False, S=3, eval_images=10, few=3, aug_images=8,
@@ -58,23 +58,6 @@ def few_resamples(monkeypatch):
 @pytest.fixture
 def tiny(tmp_path):
     return written(tmp_path / "tiny.h5", slices())
-
-
-def main(*flags):
-    m.main([str(f) for f in flags])
-    gc.collect()     # lets go of the lock on --out, as the end of a process does
-
-
-def error_of(capsys, *flags):
-    """The one line that a run with these flags ends in, exit code 2."""
-    with pytest.raises(SystemExit) as e:
-        main(*flags)
-    code, lines = e.value.code, capsys.readouterr().err.strip().splitlines()
-    del e
-    gc.collect()     # the traceback keeps main's frame alive, and with it the lock on --out
-    lines = [line for line in lines if line.startswith("error: ") or "Traceback" in line]
-    assert code == 2 and len(lines) == 1, lines
-    return lines[0]
 
 
 def a_batch(n=4, size=16, seed=0):

@@ -1,6 +1,5 @@
 """diffae.py: every cited equation against its closed form, samplers against an exact oracle and diffusers, the
 training loop against a plain one, and runs that are killed, interrupted, parallel, full or fed with rubbish."""
-import gc
 import json
 import os
 import pickle
@@ -17,11 +16,12 @@ import torch
 import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import data as D  # noqa: E402
 import diffae as m  # noqa: E402
+from conftest import ENV, runs_of  # noqa: E402
 
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+main, error_of = runs_of(m)
 AB = m.linear_alpha_bar(1000)
 TINY = m.Config(size=16, base=16, mult=(1, 2), enc_mult=(1, 2, 2), blocks=1, attention=8, groups=0, dropout=0.0,
                 z_dim=8, steps=12, batch=4, lr=1e-3, save_every=4, log_every=2, bf16=False, device="cpu", S=4, draws=2,
@@ -49,22 +49,6 @@ def tiny(tmp_path):
     D.write(str(path), [dict(image=images(24), subject=np.repeat([f"p{i:02d}" for i in range(12)], 2), label=label,
                              has_infarct=label, factor_size=np.linspace(0, 1, 24).astype(np.float32))], {})
     return str(path)
-
-
-def main(*flags):
-    m.main([str(f) for f in flags])
-    gc.collect()     # lets go of the lock on --out, as the end of a process does
-
-
-def error_of(capsys, *flags):
-    """The one line that a run with these flags ends in, exit code 2."""
-    with pytest.raises(SystemExit) as e:
-        main(*flags)
-    code, lines = e.value.code, capsys.readouterr().err.strip().splitlines()
-    del e
-    gc.collect()     # the traceback keeps main's frame alive, and with it the lock on --out
-    assert code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
-    return lines[0]
 
 
 # --------------------------------------------------------------------------------- equations

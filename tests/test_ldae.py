@@ -1,7 +1,6 @@
 """ldae.py: PDAE's coefficients against closed forms, samplers against an oracle, each network's own gradients, a frozen
 network that stays frozen, stages that are killed and resumed, and what a run refuses."""
 import functools
-import gc
 import json
 import math
 import os
@@ -15,11 +14,12 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import data as D  # noqa: E402
 import ldae as m  # noqa: E402
+from conftest import ENV, runs_of  # noqa: E402
 
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+main, error_of = runs_of(m)
 AB = m.linear_alpha_bar(1000)
 SIZE = (16, 24, 16)
 TINY = m.Config(size=SIZE, patch=2, ae_mult=(1, 2), ae_base=8, ae_blocks=1, z_ch=2, disc_base=4, disc_layers=1, base=16,
@@ -71,22 +71,6 @@ def finished(tiny, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "out"
     main("--data", tiny, "--out", out, *FLAGS)
     return out
-
-
-def main(*flags):
-    m.main([str(f) for f in flags])
-    gc.collect()     # lets go of the lock on --out, as the end of a process does
-
-
-def error_of(capsys, *flags):
-    """The one line that a run with these flags ends in, exit code 2."""
-    with pytest.raises(SystemExit) as e:
-        main(*flags)
-    code, lines = e.value.code, [t for t in capsys.readouterr().err.strip().splitlines() if "step/s" not in t and "%|" not in t]
-    del e
-    gc.collect()
-    assert code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
-    return lines[0]
 
 
 torch.manual_seed(0)
