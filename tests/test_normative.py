@@ -1,20 +1,16 @@
 """normative.py: what the score is, who may be in it, that the age enters by one door, and what is refused."""
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import data as D  # noqa: E402
-import metrics as M  # noqa: E402
-import normative as m  # noqa: E402
-from conftest import runs_of  # noqa: E402
+import data as D
+import metrics as M
+import normative as m
+from conftest import ROOT, runs_of
 
 main, error_of = runs_of(m)
 TINY = m.Config(size=16, base=16, mult=(1, 2), enc_mult=(1, 2, 2), blocks=1, attention=8, groups=0, dropout=0.0,
