@@ -2,6 +2,23 @@
 nothing that was saved is lost, and the same command goes on to what an unbroken run would have left.
 
 Exit codes: 0 done, 2 the user can mend it, 1 the machine must (disk, divergence), 143 and 130 told to stop.
+
+ 1 kill -9 at random moments           met_every_fault (24 kills)    17 links, external storage     test_data nothing_outside
+ 2 kill -9 inside a save               met_every_fault               18 bombs; larger than memory   test_data bad_files; 40_gb
+ 3 disk full: checkpoint, log, PNG     met_every_fault               19 another run's checkpoint    refused
+ 4 SIGTERM, twice, in a save           met_every_fault               20 pickles that run code       refused; test_repo grep
+ 5 SIGTERM, SIGKILL to one of two      two_processes, torchrun       21 damaged, one byte flipped   refused; flipped_byte
+ 6 NaN in the data, also at step k     met_every_fault; test_data    22 out read-only, a file       refused
+ 7 loss not finite                     met_every_fault; test_diffae  23 out of GPU memory           met_every_fault; in_smaller
+ 8 constant, never written             test_data bad_content, files  24 no CUDA                     refused; without_a_gpu
+ 9 type, range, shape                  test_data bad_content         25 no compiler                 without_a_compiler
+10 missing key, wrong case             test_data bad_content         26 two runs in one folder      refused
+11 no rows, few rows, empty split      test_data; small_data         27 other threads, processes    two_processes
+12 lengths that differ                 test_data bad_content         28 Ctrl-C                      met_every_fault
+13 one class only, labels missing      test_diffae one_class; data   29 read while it is replaced   replaced_while
+14 a subject in two parts              test_data bad_content         30 data changed                refused
+15 survival times                      test_normative bad_cohorts    31 | head, ASCII, no terminal  met_every_fault; a_reader
+16 truncated, not HDF5, missing        test_data bad_files           32 compiled gradients          test_diffae compiled
 """
 import errno
 import io
@@ -19,6 +36,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -46,8 +64,8 @@ FLAGS = {k: (COMMON + " " + v).split() for k, v in {
     "normative": IMAGES + "--rivals=false",
     "ldae": "--patch=2 --ae_mult=1,2 --ae_base=8 --ae_blocks=1 --z_ch=2 --disc_base=4 --disc_layers=1 --base=16 --mult=1,2 "
             "--blocks=1 --attention=1 --slab=2 --enc_patch=2 --enc_base=16 --enc_mult=1,2 --z_dim=8 --adv_warmup=4 "
-            "--ae_steps=20 --ae_batch=6 --ldm_steps=20 --ldm_batch=6 --steps=20 --augment=0.5 --T=20 --prior_steps=0 "
-            "--rivals=false",
+            "--ae_lr=1e-3 --ldm_lr=1e-3 --ae_steps=20 --ae_batch=6 --ldm_steps=20 --ldm_batch=6 --steps=20 --augment=0.5 "
+            "--T=20 --prior_steps=0 --rivals=false",
     "cond_ldm": "--size=16 --patch=1 --channels=8,16 --depth=1 --codebook=32 --gan_channels=8,16 --gan_start=2 "
                 "--unet=16,32 --heads=2 --attention=8 --cond_ch=8 --vq_steps=20 --steps=20 --seg_steps=20 --few=2 "
                 "--aug_images=4 --seg=8,16 --variety=20 --w=1 --idle=6 --rivals=false",
@@ -281,7 +299,7 @@ def nobody_reads(m):
     os.close(read)
     os.dup2(write, 1)
     os.dup2(write, 2)
-    sys.stdout.reconfigure(encoding="ascii", errors="strict")
+    sys.stdout = open(1, "w", encoding="ascii", closefd=False)
 
 
 def read_only(m):
@@ -295,7 +313,7 @@ def no_files(m):
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
-# --------------------------------------------------------------------------------- cases 1 to 7, 23, 28, 30, 31
+# --------------------------------------------------------------------------------- cases 1 to 7, 23, 28, 31
 
 @EVERY
 def test_a_run_that_met_every_fault_ends_like_one_that_met_none(name, start, forks, unbroken, files, tmp_path):
@@ -313,7 +331,7 @@ def test_a_run_that_met_every_fault_ends_like_one_that_met_none(name, start, for
             assert len(lines) == 1 and lines[0].startswith("error: "), (word, err)
         assert word in (lines or [""])[-1] + said, (word, said, err)
         for path in out.glob("*.pt"):
-            assert SCRIPTS[name].restore(path, torch.load(path, weights_only=True)["run"])
+            assert zipfile.ZipFile(path).testzip() is None
         if code > 0 and signal.SIGTERM not in faults:
             assert not [p for p in os.listdir(out) if p.endswith((".tmp", ".part"))], word
 
@@ -335,8 +353,8 @@ def test_a_run_that_met_every_fault_ends_like_one_that_met_none(name, start, for
     meets(-9, "", partial(in_save, signal.SIGKILL))
     assert list(out.glob("*.part"))
     for _ in range(3):
-        meets(-9, "", partial(at, rng.randint(2, 12), tell(signal.SIGKILL)))
-    for _ in range(2):
+        meets(-9, "", partial(at, rng.randint(1, 4), tell(signal.SIGKILL)))
+    for _ in range(2):                                                                # and wherever it is then
         run = Run(forks, name, command, no_evaluation)
         time.sleep(rng.uniform(0.5, 2))
         run.process.kill()
@@ -353,7 +371,7 @@ def test_a_run_that_met_every_fault_ends_like_one_that_met_none(name, start, for
     assert not [p for p in os.listdir(out) if p.endswith((".tmp", ".part"))]
 
 
-# --------------------------------------------------------------------------------- cases 8 to 22, 24, 26, 29: refusals
+# --------------------------------------------------------------------------------- cases 19 to 22, 24, 26, 29, 30: refusals
 
 class Bomb:
     def __reduce__(self):
@@ -413,21 +431,20 @@ def test_what_is_refused_changes_nothing(name, start, unbroken, files, tmp_path,
     same_run(name, unbroken(name), out)
 
 
-def test_a_flipped_byte_is_found_wherever_it_matters(unbroken, tmp_path, capsys):
+def test_a_flipped_byte_is_found_wherever_it_matters(tmp_path, capsys):
     """Anywhere in the file: refused, or padding between tensors, and all that is read is right."""
-    good, path, rng, found = (unbroken("diffae") / "ckpt.pt").read_bytes(), tmp_path / "ckpt.pt", random.Random(0), 0
-    path.write_bytes(good)
-    run = torch.load(path, weights_only=True)["run"]
-    whole = diffae.restore(path, run)
-    for at_ in [rng.randrange(len(good)) for _ in range(30)] + list(range(0, 400, 20)) + list(range(len(good) - 400, len(good), 20)):
+    path, rng, found = tmp_path / "ckpt.pt", random.Random(0), 0
+    diffae.save(path, {"run": {"seed": 1}, "step": 3, "model": {k: torch.randn(300) for k in "abcd"}})
+    good, whole = path.read_bytes(), diffae.restore(path, {"seed": 1})
+    for at_ in range(0, len(good), 23):
         path.write_bytes(good[:at_] + bytes([good[at_] ^ (1 << rng.randrange(8))]) + good[at_ + 1:])
         try:
-            state = diffae.restore(path, run)
+            state = diffae.restore(path, {"seed": 1})
         except SystemExit:
             found += 1
         else:
             assert all(same(state[k], whole[k]) for k in whole), at_
-    assert found > 30 and capsys.readouterr().err.count("error: ") == found
+    assert found > 150 and capsys.readouterr().err.count("error: ") == found
 
 
 def test_a_checkpoint_that_is_replaced_while_it_is_read(tmp_path):
@@ -467,13 +484,17 @@ def compile_something(answer, env):
     os.environ.update(env)
     torch.set_num_threads(1)
 
+    class Inner(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x).sin() * 2
+
     class Net(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.inner = torch.nn.Linear(3, 3)
+            self.inner = Inner(3, 3)
 
         def forward(self, batch, g):
-            return self.inner(batch["x"]).sin().sum()
+            return self.inner(batch["x"]).sum()
     net, batch = Net(), {"x": torch.ones(2, 3)}
     before = torch.autograd.grad(net(batch, None), list(net.parameters()))
     said = diffae.compile_checked(net, batch, diffae.Config(bf16=False), torch.Generator())
@@ -491,6 +512,36 @@ def test_a_reader_who_leaves(files, tmp_path):
     done = subprocess.run(["bash", "-c", line], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("diffae: preset") and not done.stderr, done
     assert json.loads((tmp_path / "results.json").read_text())["metrics"]["recon_ssim"]["value"] > -1
+
+
+# --------------------------------------------------------------------------------- cases 11, 23, 24: small things
+
+@EVERY
+def test_small_data_and_no_gpu(name, start, tmp_path):
+    """Fewer images than a batch: works. --device is not given: says why there is no GPU."""
+    path = tmp_path / "small.h5"
+    D.write(str(path), [{k: v[:32] for k, v in columns(name).items()}], dict(D.CINE_NAMES))
+    flags = [f for f in FLAGS[name] if not f.startswith("--device") and "steps" not in f]
+    code, said, err = start(name, [f"--data={path}", f"--out={tmp_path / 'out'}", *flags, "--steps=1", *(
+        {"ldae": ["--ae_steps=1", "--ldm_steps=1"], "cond_ldm": ["--vq_steps=1", "--seg_steps=1"]}.get(name, [])),
+        "--batch=40", *(["--prior_steps=0"] if name in ("diffae", "ldae") else [])], no_evaluation)
+    assert code == 0 and "step 1 of 1" in said, err
+    assert torch.cuda.is_available() or "no GPU is used: " in said
+
+
+def test_what_does_not_fit_is_evaluated_in_smaller_pieces():
+    """A GPU that holds 5 images at a time."""
+    sizes = []
+
+    def fn(x):
+        sizes.append(len(x))
+        if len(x) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return x + 1
+    x = torch.arange(30.0)
+    assert torch.equal(diffae.in_batches(fn, x), x + 1) and max(sizes[4:]) == 4
+    with pytest.raises(torch.OutOfMemoryError):
+        diffae.in_batches(lambda x: fn(torch.ones(6)), x)
 
 
 # --------------------------------------------------------------------------------- several processes, several passes
@@ -521,7 +572,8 @@ def test_two_processes_give_the_run_of_one(name, forks, unbroken, files, tmp_pat
         for k in ("model", "ema"):
             worst = max((a[k][p].double() - b[k][p].double()).abs().max().item() for p in a[k])
             assert worst < 1e-5, (ckpt, k, worst)
-        losses = [[r["loss"] for r in log_of(d / f"{ckpt.replace('ckpt', 'log')}.jsonl")[1:]] for d in (unbroken(name), tmp_path)]
+        logs = [log_of(d / f"{ckpt.replace('ckpt', 'log')}.jsonl")[1:] for d in (unbroken(name), tmp_path)]
+        losses = [[r["loss"] for r in log] for log in logs]
         assert len(losses[0]) == len(losses[1]) > 10 and np.abs(np.subtract(*losses)).max() < 1e-5, ckpt
 
 
@@ -557,7 +609,8 @@ def test_passes_over_parts_give_the_gradient_of_the_batch(name, files, tmp_path,
             model.load_state_dict(start)
             model.zero_grad()
             loss = m.backward(model, loader.batch(np.arange(6)), replace(cfg, accum=accum), m.Source("cpu"), 3)
-            found[accum] = [loss, *[p.grad for p in model.parameters() if p.grad is not None], *[b.clone() for b in model.buffers()]]
+            grads = [p.grad for p in model.parameters() if p.grad is not None]
+            found[accum] = [loss, *grads, *[b.clone() for b in model.buffers()]]
         scale = max(g.abs().max() for g in found[1][1:])
         for accum in (2, 3, 6):
             assert len(found[accum]) == len(found[1]) and same(found[1], found[accum], 1e-5 * max(1, scale)), (stage, accum)
@@ -568,7 +621,7 @@ def test_passes_over_parts_give_the_gradient_of_the_batch(name, files, tmp_path,
     flags = [f for f in FLAGS[name] if f != "--rivals=false"] + (["--eval"] if name == "ldae" else ["--T=20"])
     main, _ = runs_of(m)
     with pytest.raises(SystemExit):
-        main(f"--data={files[name]}", f"--out={tmp_path}", *flags, "--prior_steps=3" if name in ("diffae", "ldae") else "--seed=0")
+        main(f"--data={files[name]}", f"--out={tmp_path}", *[f.replace("prior_steps=0", "prior_steps=3") for f in flags])
     assert len(tested) >= {"diffae": 3, "normative": 3, "ldae": 6, "cond_ldm": 4}[name], tested
 
 
@@ -591,7 +644,7 @@ def test_40_gb_are_read_by_chunk(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     told = json.loads(done.stdout.splitlines()[-1])
     print(told)
-    assert told["gb"] > 40 and told["waiting"] < 0.2 and told["peak_gb"] < 1.5, told
+    assert told["gb"] > 40 and told["peak_gb"] < 1.5 and told["waited"] < 0.5 * told["reading"], told   # 1 without read-ahead
 
 
 def large(path, out):
@@ -601,18 +654,22 @@ def large(path, out):
     data, part = D.load_study(path)
     loader = D.Loader({"image": data.image}, "cpu", np.flatnonzero(part == "train"))
     assert isinstance(data.image, D.Rows) and not loader.resident
-    waited, began = 0.0, time.perf_counter()
-    stream = loader.stream(diffae.batch_rows(len(loader), 4, 0, k) for k in range(40))
-    for _ in range(40):
+    rows = [diffae.batch_rows(len(loader), 4, 0, k) for k in range(30)]
+    began = time.perf_counter()
+    for r in rows[:10]:
+        loader.batch(r)
+    reading = (time.perf_counter() - began) / 10
+    stream, waits = loader.stream(rows[10:]), []
+    for _ in rows[10:]:
         asked = time.perf_counter()
         batch = next(stream)
-        waited += time.perf_counter() - asked
-        time.sleep(0.25)                          # the step: on the GPU, which leaves the processor to the reader
+        waits.append(time.perf_counter() - asked)
+        time.sleep(3 * reading)                   # the step: on the GPU, which leaves the processor to the reader
     assert batch["image"].shape == (4, 1, 1024, 1024)
-    total = time.perf_counter() - began
     small = D.Rows("image", [path], [40_000], (1024, 1024), 64)
-    assert D.Loader({"image": small}, "cpu", np.arange(600)).resident     # 600 neighbours: 630 MB before they are resized
-    print(json.dumps(dict(gb=data.image.nbytes / 1e9, waiting=waited / total, peak_gb=diffae.peak_gb(torch.device("cpu")))))
+    assert D.Loader({"image": small}, "cpu", np.arange(300)).resident     # neighbours: 1.3 GB as floats
+    print(json.dumps(dict(gb=data.image.nbytes / 1e9, reading=reading, waited=float(np.median(waits)),
+                          peak_gb=diffae.peak_gb(torch.device("cpu")))))
 
 
 if __name__ == "__main__":
