@@ -61,7 +61,7 @@ COMMON = ("--batch=6 --save_every=5 --log_every=2 --bf16=false --device=cpu --S=
 IMAGES = "--size=16 --base=16 --patch=1 --mult=1,2 --enc_mult=1,2,2 --blocks=1 --attention=8 --z_dim=8 --steps=20 "
 FLAGS = {k: (COMMON + " " + v).split() for k, v in {
     "diffae": IMAGES + "--draws=1 --prior_steps=0 --recipe=paper",
-    "normative": IMAGES + "--rivals=false",
+    "normative": IMAGES,
     "ldae": "--patch=2 --ae_mult=1,2 --ae_base=8 --ae_blocks=1 --z_ch=2 --disc_base=4 --disc_layers=1 --base=16 --mult=1,2 "
             "--blocks=1 --attention=1 --slab=2 --enc_patch=2 --enc_base=16 --enc_mult=1,2 --z_dim=8 --adv_warmup=4 "
             "--ae_lr=1e-3 --ldm_lr=1e-3 --ae_steps=20 --ae_batch=6 --ldm_steps=20 --ldm_batch=6 --steps=20 --augment=0.5 "
@@ -71,7 +71,7 @@ FLAGS = {k: (COMMON + " " + v).split() for k, v in {
                 "--aug_images=4 --seg=8,16 --variety=20 --w=1 --idle=6 --rivals=false",
 }.items()}
 FLAGS["cond_ldm"].remove("--dropout=0")
-NETWORKS = {"diffae": ["ckpt", "ckpt_vae"], "normative": ["ckpt"],
+NETWORKS = {"diffae": ["ckpt", "ckpt_vae"], "normative": ["ckpt", "ckpt_no_age", "ckpt_vae"],
             "ldae": ["ckpt_A", "ckpt_B", "ckpt_C"], "cond_ldm": ["ckpt_vq", "ckpt_ldm", "ckpt_seg"]}
 
 
@@ -396,6 +396,7 @@ def damaged(path, how):
 def test_what_is_refused_changes_nothing(name, start, unbroken, files, tmp_path, monkeypatch):
     """One line and exit 2 before anything is trained; every file of the finished run is as it was, and still good."""
     out, mark = tmp_path / "out", tmp_path / "exploded"
+    monkeypatch.setenv("BOMB", str(mark))
     shutil.copytree(unbroken(name), out)
     command = [f"--data={files[name]}", f"--out={out}", *FLAGS[name]]
     kept = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file() and p.name != ".lock"}
