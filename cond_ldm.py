@@ -13,8 +13,9 @@ Question: does the drawing survive its way into the small latent, and does the p
 The study: T. Yang, Conditional LDM with medical images, 2024. VQ-VAE: van den Oord et al. 2017 (arXiv
 1711.00937); the adversarial one and latent diffusion: Rombach et al. 2022 (arXiv 2112.10752).
 
-    python cond_ldm.py                      # phantom hearts in two views; some 10 minutes on 2 CPU cores
-    python cond_ldm.py --data acdc256.h5    # your hearts; on a GPU this is the study's 256x256 network
+    python cond_ldm.py                      # phantom hearts in two views; about 8 minutes on 2 CPU cores
+    python cond_ldm.py --data acdc256.h5    # your hearts at 256x256; on a GPU the study's networks
+    python cond_ldm.py --draw mine.h5       # images for your own maps and strokes, when it is trained
 
 Differs from the study (`--recipe paper`) in:
 - cond conv: strided convolutions read the drawing. The study resizes it to 32x32 by nearest neighbour and to
@@ -28,6 +29,7 @@ import copy, dataclasses, datetime, difflib, functools, hashlib, inspect, json, 
 import signal, sys, time, zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -53,11 +55,12 @@ class Config:
     data: str = ""            # HDF5 file, or a folder of one file per subject; empty: phantom views
     test: str = ""            # second file: train on all of --data, test on all of this one
     out: str = "out/cond_ldm" # everything the run leaves; the same command again goes on from there
-    preset: str = ""          # demo (laptop) or paper (one GPU); empty: paper on CUDA, demo elsewhere
+    preset: str = ""          # demo, demo256 (laptop), paper (GPU); empty: what fits the device and --data
     recipe: str = "ours"      # ours, or paper: condition, objective, learning rates, sampler of the study
     device: str = ""          # cuda, mps, cpu; empty: the first of these that is there
     seed: int = 0             # of the split, the weights, the order of the data and every draw
     eval: bool = False        # only evaluate the checkpoints in --out
+    draw: str = ""            # your own drawings, an HDF5 file (see load_drawings): only makes their images
     rivals: bool = True       # also train, for the table: --cond seed; segmenters on generated images
     vq: str = ""              # a ckpt_vq.pt of another run to start from; empty: train one
     # images
@@ -83,11 +86,11 @@ class Config:
     dropout: float = 0.0      # in the UNet's blocks
     cond: str = "conv"        # conv: strided convolutions; seed: nearest pixel, 1 channel (the study)
     cond_ch: int = 64         # channels that conv makes of the drawing
-    edges: str = "mixed"      # full, sparse, mask or none, in training and test; mixed: all four, one model
+    edges: str = "mixed"      # full, sparse, mask, none, in training and test; mixed: all, in one model
+    view: str = ""            # one view alone (SA) for the diffusion model and the test: do others hurt it?
     variety: int = 4000       # moved copies of the training images are added until there are so many
     drop: float = 0.1         # share of training samples without condition: guidance needs them
     predict: str = "v"        # what the UNet outputs: v, or eps (paper)
-    t_power: float = 1.0      # times are drawn as T u^t_power; below 1 favours high noise
     scale: bool = True        # standardise the latents; paper: false
     T: int = 1000             # diffusion steps, scaled-linear beta
     # training
@@ -114,12 +117,16 @@ class Config:
     inception: str = ""       # TorchScript Inception-v3 (inception-2015-12-05.pt): FID; empty: no FID
 
 
+DEMO = dict(size=64, patch=2, channels=(32, 64), depth=1, codebook=1024, gan_channels=(16, 32), gan_start=300,
+            unet=(64, 96, 128), heads=4, attention=8, groups=0, cond_ch=32, variety=1, batch=16, vq_lr=1e-3,
+            lr=1e-3, vq_steps=500, steps=1200, seg_steps=250, save_every=300, S=15, eval_images=160, few=40,
+            aug_images=400, seg=(16, 32, 64))
 PRESETS = {
     "paper": {},
-    "demo": dict(size=64, patch=2, channels=(32, 64), depth=1, codebook=1024, gan_channels=(16, 32),
-                 gan_start=300, unet=(64, 96, 128), heads=4, attention=8, groups=0, cond_ch=32, variety=1,
-                 vq_steps=500, steps=900, seg_steps=250, batch=16, vq_lr=1e-3, lr=1e-3, save_every=250, S=15,
-                 eval_images=160, few=40, aug_images=400, seg=(16, 32, 64)),
+    "demo": DEMO,
+    # What --data gets without a GPU, if no preset or size is asked for: your images at their full size.
+    "demo256": DEMO | dict(size=256, patch=4, unet=(32, 64, 96, 128), batch=8, vq_steps=300, steps=400,
+                           seg_steps=200, save_every=200, S=10, eval_images=80, few=12, aug_images=80),
 }
 RECIPES = {
     "ours": {},
@@ -127,11 +134,11 @@ RECIPES = {
                   ema=0.0, sampler="ddpm", w=1.0),
 }
 # What may differ when a run goes on in the same folder: nothing here alters what is learnt, only how far.
-FREE = {"data", "test", "out", "preset", "device", "eval", "rivals", "vq", "vq_steps", "steps", "seg_steps",
-        "accum", "bf16", "compile", "save_every", "log_every", "sampler", "S", "w", "eval_images", "few",
-        "aug_images", "inception"}
+FREE = {"data", "test", "out", "preset", "device", "eval", "draw", "rivals", "vq", "vq_steps", "steps",
+        "seg_steps", "accum", "bf16", "compile", "save_every", "log_every", "sampler", "S", "w",
+        "eval_images", "few", "aug_images", "inception"}
 # What the VQ-VAE does not see: with these changed it is the same network still, and --vq can lend it.
-LATER = {"recipe", "variety", "unet", "dropout", "cond", "cond_ch", "edges", "drop", "predict", "t_power",
+LATER = {"recipe", "variety", "unet", "dropout", "cond", "cond_ch", "edges", "view", "drop", "predict",
          "scale", "T", "lr", "seg"}
 # The words that a field may hold.
 CHOICES = dict(cond=("conv", "seed"), edges=("mixed", *D.EDGES), predict=("v", "eps"),
@@ -560,6 +567,11 @@ def planes(batch, bit):
     return torch.cat([edges, ids, batch["kind"].view(B, 2, 1, 1).expand(B, 2, H, W)], 1)
 
 
+def drawn(batch, mode):
+    """planes() at test: always the same stroke drawing; of mixed, the full edges."""
+    return planes(batch, which_edges(mode, batch["kind"].new_zeros(len(batch["kind"]), 2)))
+
+
 class Model(nn.Module):
     """Latent diffusion under a drawing: || UNet(z_t, t, Condition(planes)) - target ||^2, z0 standardised."""
     def __init__(self, cfg, mean=0.0, std=1.0):
@@ -574,26 +586,23 @@ class Model(nn.Module):
         self.register_buffer("std", torch.zeros(cfg.z_dim) + std)
         self.alpha_bar = scaled_linear_alpha_bar(cfg.T)    # stays on the CPU: samplers read numbers from it
 
-    def output(self, z_t, t, cond):
-        """What the UNet predicts, v or eps. z_t (B,z_dim,h,w), cond (B,7,H,W) -> like z_t, float32"""
-        return self.unet(z_t, t, self.condition(cond)).float()
-
-    def eps(self, z_t, t, cond):
-        """eps_hat, whatever the UNet was trained to predict. -> like z_t"""
-        out = self.output(z_t, t, cond)
+    def eps(self, z_t, t, drawing):
+        """eps_hat, whatever the UNet was trained to predict. drawing (B,ch,h,w) of condition() -> like z_t"""
+        out = self.unet(z_t, t, drawing).float()
         return out if self.cfg.predict == "eps" else eps_from_v(out, z_t, t, self.alpha_bar)
 
     def loss(self, z0, cond, t, eps):
-        """Squared error of the prediction per image. -> (B,)"""
+        """Squared error of the prediction per image. cond (B,7,H,W) of planes() -> (B,)"""
         target = eps if self.cfg.predict == "eps" else v_target(z0, t, eps, self.alpha_bar)
-        return (self.output(q_sample(z0, t, eps, self.alpha_bar), t, cond) - target).square().mean((1, 2, 3))
+        out = self.unet(q_sample(z0, t, eps, self.alpha_bar), t, self.condition(cond)).float()
+        return (out - target).square().mean((1, 2, 3))
 
     def forward(self, batch, g):
         z0 = (batch["z0"] - self.mean.view(-1, 1, 1)) / self.std.view(-1, 1, 1)
         u = rand(len(z0), 3, g)
         keep = (u[:, 2] >= self.cfg.drop).float().view(-1, 1, 1, 1)
         cond = keep * planes(batch, which_edges(self.cfg.edges, u[:, :2]))
-        t, eps = random_t(len(z0), self.cfg.T, self.cfg.t_power, g), randn_like(z0, g)
+        t, eps = random_t(len(z0), self.cfg.T, 1.0, g), randn_like(z0, g)
         return self.loss(z0, cond, t, eps).mean()
 
 
@@ -685,14 +694,15 @@ def ddpm_decode(eps_fn, x_T, alpha_bar, g):
 def guided(model, cond, w):
     """model.eps at a fixed condition, guided: eps_u + w (eps_c - eps_u), eps_u without condition (Ho &
     Salimans 2022 with w - 1 for their w). As the samplers want it: (x_t (B,..), t int) -> like x_t"""
+    with amp(model.cfg, cond.device):     # once for all steps
+        drawings = [model.condition(c) for c in ([cond] if w == 1 else [cond, 0 * cond])]
+
     def fn(x_t, t):
+        k = len(drawings)
         with amp(model.cfg, x_t.device):
-            t = torch.full((len(x_t),), t, device=x_t.device)
-            if w == 1:
-                return model.eps(x_t, t, cond)
-            both = model.eps(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([cond, 0 * cond]))
-            eps_c, eps_u = both.chunk(2)
-            return eps_u + w * (eps_c - eps_u)
+            times = torch.full((k * len(x_t),), t, device=x_t.device)
+            eps_c, *eps_u = model.eps(torch.cat(k * [x_t]), times, torch.cat(drawings)).chunk(k)
+        return eps_u[0] + w * (eps_c - eps_u[0]) if eps_u else eps_c
     return fn
 
 
@@ -982,6 +992,11 @@ def shown(x):
     return ((x[:, 0].float().cpu().numpy() + 1) / 2).clip(0, 1)
 
 
+def spread(rows, n):
+    """At most n of these rows, evenly."""
+    return rows[np.linspace(0, len(rows) - 1, min(len(rows), n)).astype(int)]
+
+
 def fingerprint(model):
     """Hash of a network's weights: what was trained on its output belongs to these and no others."""
     h = hashlib.sha256()
@@ -1019,8 +1034,7 @@ def generate(model, vq, loader, rows, mode, w, seed):
     noise = torch.randn(len(rows), c.z_dim, model.width, model.width, generator=g, device=loader.device)
 
     def some(r, z_T):
-        cond = planes(batch := loader.batch(r), which_edges(mode, batch["kind"].new_zeros(len(r), 2)))
-        eps = guided(model, cond, w)
+        eps = guided(model, drawn(loader.batch(r), mode), w)
         z = ddpm_decode(eps, z_T, model.alpha_bar, g) if c.sampler == "ddpm" else \
             ddim_decode(eps, z_T, c.S, model.alpha_bar)
         with amp(c, loader.device):
@@ -1030,7 +1044,7 @@ def generate(model, vq, loader, rows, mode, w, seed):
 
 def vq_watcher(cfg, loader):
     """-> watch(ema, step) for fit: is the codebook alive? And preview_vq.png. On validation images."""
-    rows = np.linspace(0, len(loader) - 1, min(32, len(loader))).astype(int)
+    rows = spread(np.arange(len(loader)), 32)
 
     def watch(ema, step):
         real, (fake, used) = shown(loader.batch(rows)["image"]), reconstruct(ema, loader, rows)
@@ -1043,21 +1057,20 @@ def vq_watcher(cfg, loader):
 
 def watcher_of(vq, cfg, loader, name):
     """-> watch(ema, step) for fit: loss with the drawing, and with another image's; NAME.png to look at."""
-    rows = np.linspace(0, len(loader) - 1, min(16, len(loader))).astype(int)
-    mode = "full" if cfg.edges == "mixed" else cfg.edges
+    rows = spread(np.arange(len(loader)), 16)
 
     def watch(ema, step):
         g, batch = torch.Generator(loader.device).manual_seed(0), loader.batch(rows)
         z0 = torch.as_tensor(latents(vq, loader, rows), device=loader.device)
         z0 = (z0 - ema.mean.view(-1, 1, 1)) / ema.std.view(-1, 1, 1)
-        cond = planes(batch, which_edges(mode, batch["kind"].new_zeros(len(rows), 2)))
+        cond = drawn(batch, cfg.edges)
         t = ((torch.arange(len(rows), device=z0.device) + 0.5) / len(rows) * cfg.T).long()
         eps = torch.randn(z0.shape, generator=g, device=z0.device)
         with torch.inference_mode(), amp(cfg, loader.device):
             right, wrong = (ema.loss(z0, x, t, eps).mean().item() for x in (cond, cond.roll(len(t) // 2, 0)))
         lines = [*(v[::4] for v in drawing(cond)), shown(batch["image"][::4]),
-                 generate(ema, vq, loader, rows[::4], mode, 1.0, 0)]
-        M.grid(Path(cfg.out, f"{name}.png"), lines, [f"edges, {mode}", "map", "real", "generated"], [],
+                 generate(ema, vq, loader, rows[::4], cfg.edges, 1.0, 0)]
+        M.grid(Path(cfg.out, f"{name}.png"), lines, ["edges", "map", "real", "generated"], [],
                f"validation patients at step {step}")
         return dict(val_loss=right, val_loss_other_drawing=wrong)
     return watch
@@ -1095,42 +1108,91 @@ def feature_sets(cfg, vq, device):
     return out
 
 
+def load_drawings(path, cfg, maps):
+    """A user's drawings, HDF5: edges (N,H,W), not 0 where there is a line; mask (N,H,W) with the attribute
+    mask_names; view, phase (N,) as in data.py. H and W are cfg.size; maps: whether the model reads masks.
+
+    -> arrays for Loader. edges may be missing if the model knows drawings without, a mask if not read."""
+    with D.open_h5(path) as file:
+        read = {k: D.plain(file, path, k)[...] for k in ("edges", "mask", "view", "phase") if k in file}
+        attrs = {k: D.as_python(v) for x in (file, file.get("mask", file)) for k, v in x.attrs.items()}
+    need = [k for k, v in (("edges", cfg.edges in ("full", "sparse")), ("mask", maps)) if v and k not in read]
+    if need or not {"edges", "mask"} & set(read):
+        D.fail(f"{path}: {' and '.join(need or ['edges', 'mask'])} missing; this model draws from "
+               f"{'a mask and ' if maps else ''}edges ({cfg.edges})")
+    n = len(read.get("mask", read.get("edges")))
+    for k, x in read.items():
+        shape = (n, cfg.size, cfg.size) if k in ("edges", "mask") else (n,)
+        if x.shape != shape or x.dtype.kind not in "biuf" or k == "mask" and x.dtype != np.uint8:
+            what = "uint8" if k == "mask" else "numbers"
+            D.fail(f"{path}: {k}: {x.dtype} {x.shape}, expected {what} {shape}")
+    arrays = {"edges": (read.get("edges", np.zeros((n, cfg.size, cfg.size))) != 0).astype(np.uint8),
+              "kind": told(read, n)}
+    if maps:
+        arrays["mask"] = D.cine_ids(SimpleNamespace(path=path, mask=read["mask"], attrs=attrs))[read["mask"]]
+    return arrays
+
+
+def told(columns, n):
+    """View and phase, (n,2): -1 for the first (SA, ED), 1 for the second (LA, ES), 0 where not known."""
+    known = [columns.get(k, np.full(n, np.nan)) for k in ("view", "phase")]
+    return np.stack([np.select([k == 0, k == 1], [-1, 1], 0) for k in known], 1).astype(np.float32)
+
+
+def view_of(data):
+    """The name of every row's view, (N,) str; "" where the file does not say."""
+    names, view = list(data.attrs.get("view_names", [])), data.columns.get("view", np.full(len(data), np.nan))
+    return np.array(["" if v != v else names[int(v)] if v < len(names) else f"{v:.0f}" for v in view])
+
+
+def from_drawings(cfg, model, vq, device, maps):
+    """Images for the drawings in cfg.draw -> OUT/drawn.h5, OUT/drawn.png."""
+    arrays = load_drawings(cfg.draw, cfg, maps)
+    n, path = len(arrays["edges"]), Path(cfg.out, "drawn.h5")
+    loader = D.Loader(arrays, device)
+    images = generate(model, vq, loader, np.arange(n), "full", cfg.w, cfg.seed)
+    edges, labels = drawing(drawn(loader.batch(np.arange(min(n, 8))), "full"))
+    M.grid(path.with_suffix(".png"), [edges, labels, images[:8]], ["edges", "map", "generated"], [],
+           f"Drawn from {cfg.draw}, w {cfg.w:g}.")
+    columns = dict(image=np.rint(255 * images).astype(np.uint8), subject=np.arange(n).astype(str))
+    columns |= {"mask": arrays["mask"]} if maps else {}
+    D.write(str(path), [columns], D.CINE_NAMES | dict(source=f"generated by cond_ldm.py from {cfg.draw}"))
+    print(f"{n} images: {path}, {path.with_suffix('.png')}")
+
+
 def evaluate(cfg, data, part, arrays, loader, vq, models, judges):
     """Every number and picture of a run, on its test patients. -> metrics, as in results.json
 
     models: {"": the diffusion model, "cond_seed": its rival}; judges: segmenters {"real", "generated", ""},
     "" saw both; arrays, loader: all rows of data."""
-    train, test = np.flatnonzero(part == "train"), np.flatnonzero(part == "test")
-    spread = lambda rows, n: rows[np.linspace(0, len(rows) - 1, min(len(rows), n)).astype(int)]
-    test, seen = spread(test, cfg.eval_images), spread(train, 5000)
+    train, val, test = (np.flatnonzero(part == p) for p in ("train", "val", "test"))
+    test, seen, few = spread(test, cfg.eval_images), spread(train, 5000), spread(test, cfg.few)
     subject, real = data.subject[test], arrays["image"][test] / 255
-    mask = arrays["mask"][test] if "mask" in arrays else None
-    maps = {m: arrays["edges"][test] >> b & 1 for m, b in zip(D.EDGES, (0, 2, 1, 8))}
-    pixels = 2 if cfg.size > 128 else 1                # tolerance of the edge scores
     mode = "full" if cfg.edges == "mixed" else cfg.edges
-    metrics, ids = {}, {"lv": 1, "myo": 2, "rv": 3}
+    metrics, ids, edge_bit = {}, {"lv": 1, "myo": 2, "rv": 3}, dict(zip(D.EDGES, (0, 2, 1, 8)))
 
     def put(key, who, *values, statistic=np.mean, **kw):
         metrics[key] = M.row_of(statistic, who, *values, **kw)
 
-    def found(images):
-        return D.edges(np.rint(255 * images).astype(np.uint8))
+    def hits(images, rows, m):
+        wanted = arrays["edges"][rows] >> edge_bit[m] & 1
+        found = D.edges(np.rint(255 * images).astype(np.uint8))
+        return M.edge_hits(found, wanted, 2 if cfg.size > 128 else 1)      # pixels of tolerance
 
-    def score(name, images, at=slice(None)):
-        """Everything of single images, as rows `name`; at: which of the test rows they stand for."""
-        dot, who, x = f".{name}" if name else "", subject[at], real[at]
+    def score(name, images, rows=test):
+        """Everything of single images that stand for these rows of data, as rows `name` of the table."""
+        dot, who, x = f".{name}" if name else "", data.subject[rows], arrays["image"][rows] / 255
         put("ssim" + dot, who, M.ssim(x, images))
         put("ssim_uniform7" + dot, who, M.ssim(x, images, "uniform7"))      # scikit-image's, as the study
         put("nmse" + dot, who, M.nmse(x, images), better="lower")
         put("nmse_fastmri" + dot, who, M.nmse_fastmri(x, images), better="lower")
         put("psnr" + dot, who, M.psnr(x, images), unit="dB")
         if "real" in judges:
-            counts = M.overlap(segment(judges["real"], images), mask[at], ids.values())
+            counts = M.overlap(segment(judges["real"], images), arrays["mask"][rows], ids.values())
             put("dice_gen" + dot, who, counts, statistic=M.dice)
             for k, structure in enumerate(ids):
                 put(f"dice_gen_{structure}{dot}", who, counts[:, k:k + 1], statistic=M.dice)
-        hits = M.edge_hits(found(images), maps["full"][at], pixels)
-        put("edge_f1" + dot, who, hits, statistic=M.edge_f1)
+        put("edge_f1" + dot, who, hits(images, rows, "full"), statistic=M.edge_f1)
 
     # One set of images per way of making them, in the order of the test rows.
     began = time.perf_counter()
@@ -1146,30 +1208,31 @@ def evaluate(cfg, data, part, arrays, loader, vq, models, judges):
     for name, images in tqdm(made.items(), "evaluate: score", unit="way"):
         score(name, images)
         if name in ("", "edges_sparse", "edges_mask"):      # how many of the edges that were drawn are there?
-            hits = M.edge_hits(found(images), maps[name[6:] or mode], pixels)
-            put("edge_recall" + (name and "." + name), subject, hits, statistic=M.edge_recall)
-    if "real" in judges:
-        for name, judge in judges.items():
-            counts = M.overlap(segment(judge, real), mask, ids.values())
-            put("dice_aug" + (name and "." + name), subject, counts, statistic=M.dice)
-        metrics["dice_gen.real"] = metrics["dice_aug.real"]
-    for name, row in (("", "vq"), ("constant", "constant"), ("other_slice", "other_slice")):
+            there = hits(images, test, name[6:] or mode)
+            put("edge_recall" + (name and "." + name), subject, there, statistic=M.edge_recall)
+    for name, judge in judges.items():
+        counts = M.overlap(segment(judge, real), arrays["mask"][test], ids.values())
+        put("dice_aug" + (name and "." + name), subject, counts, statistic=M.dice)
+        if name == "real":
+            metrics["dice_gen.real"] = metrics["dice_aug.real"]
+    for name, row in (("", "vq"), (".constant", "constant"), (".other_slice", "other_slice")):
         for key in ("ssim", "psnr"):
-            metrics[f"vq_{key}" + (name and "." + name)] = metrics[f"{key}.{row}"]
+            metrics[f"vq_{key}{name}"] = metrics[f"{key}.{row}"]
     metrics["vq_perplexity"] = M.row(perplexity(used), n=len(test))
     metrics["vq_usage"] = M.row((used > 0).mean(), n=len(test))
 
     # Views apart: the study thought that mixing them was half of its trouble.
-    view = np.nan_to_num(data.columns.get("view", np.zeros(len(data)))[test]).astype(int)
+    view = view_of(data)[test]
     for v in np.unique(view) if len(np.unique(view)) > 1 else ():
-        names, at = data.attrs.get("view_names", []), np.flatnonzero(view == v)
-        score(f"view_{names[v] if v < len(names) else v}", made[""][at], at)
+        score(f"view_{v or 'unknown'}", made[""][view == v], test[view == v])
 
-    # Guidance, on fewer images.
-    few = spread(np.arange(len(test)), cfg.few)
-    swept = {f"w{w}": generate(models[""], vq, loader, test[few], mode, w, cfg.seed) for w in (1, 2, 4)}
-    for name, images in swept.items():
-        score(name, images, few)
+    # Guidance, on fewer images. To be chosen by the validation patients: val_w1 and so on.
+    sweep = {}
+    for prefix, rows in (("val_", spread(val, cfg.few)), ("", few)):
+        for w in (1, 2, 4) if len(rows) else ():
+            images = generate(models[""], vq, loader, rows, mode, w, cfg.seed)
+            score(f"{prefix}w{w}", images, rows)
+            sweep[f"w = {w}"] = images      # the test rows' come last, and stay for the picture
 
     # Populations: n of each beside n training images that are real, at the same n as it biases the distance.
     other = arrays["image"][spread(train, len(test))] / 255
@@ -1194,7 +1257,8 @@ def evaluate(cfg, data, part, arrays, loader, vq, models, judges):
         rows = rows[view[rows] == np.unique(view[rows])[i % len(np.unique(view[rows]))]]
         at.append(rows[len(rows) // 2])
     out, people, batch = Path(cfg.out), list(subject[at]), loader.batch(test[at])
-    edges, labels = drawing(planes(batch, which_edges(mode, batch["kind"].new_zeros(len(at), 2))))
+    seen_as = {m: drawing(drawn(batch, m)) for m in D.EDGES}
+    edges, labels = seen_as[mode]
     lines = {f"edges, {mode}": edges, "map": labels, "real": real[at], "VQ-VAE": made["vq"][at],
              "generated": made[""][at]}
     lines |= {"with --cond seed": made["cond_seed"][at]} if "cond_seed" in made else {}
@@ -1203,13 +1267,13 @@ def evaluate(cfg, data, part, arrays, loader, vq, models, judges):
     if cfg.edges == "mixed":
         lines = {"map": labels, "real": real[at]}
         for m in D.EDGES:
-            name = "" if m == "full" else f"edges_{m}"
-            lines |= {f"edges, {m}": maps[m][at], f"generated from {m}": made[name][at]}
+            images = made["" if m == "full" else f"edges_{m}"]
+            lines |= {f"edges, {m}": seen_as[m][0], f"generated from {m}": images[at]}
         M.grid(out / "edges.png", list(lines.values()), list(lines), people,
                "One model, four drawings: edges that Canny finds, a few strokes, the map's contours, none.")
-    show = [int(i) for i in np.linspace(0, len(few) - 1, 8)]
-    M.grid(out / "guidance.png", [real[few][show], *(v[show] for v in swept.values())],
-           ["real", *(f"w = {k[1:]}" for k in swept)], [], "Guidance: eps_u + w (eps_c - eps_u).")
+    show = np.linspace(0, len(few) - 1, 8).astype(int)
+    M.grid(out / "guidance.png", [arrays["image"][few[show]] / 255, *(v[show] for v in sweep.values())],
+           ["real", *sweep], [], "Guidance: eps_u + w (eps_c - eps_u).")
     M.grid(out / "memorisation.png", [real[at], made[""][at], near[at]],
            ["real", "generated", "nearest training slice"], people,
            "Is it a copy? It should be nearer to row 1.")
@@ -1375,11 +1439,15 @@ def leave():
 
 
 PAPER = {"ssim": 0.40, "nmse": 1.22, "fid": 140.54}     # the study's, 10 patients of M&Ms-2
+TAKES = {"demo": "about 8 minutes on 2 CPU cores", "demo256": "about 10 minutes on 2 CPU cores",
+         "paper": "made for one GPU, not yet timed on one"}
 
 
 def main(argv):
     began = time.perf_counter()
     cfg, given, device = start(argv)
+    if cfg.preset == "demo" and cfg.data and not {"preset", "size"} & set(given):
+        cfg, _ = parse([*argv, "--preset=demo256"])
     check_stages(cfg)
     out, (rank, world) = Path(cfg.out), ranks()
     held = lock(out) if rank == 0 else None        # until the process ends
@@ -1395,6 +1463,10 @@ def main(argv):
     if world > 1:
         dist.barrier()
     data, part = D.load_study(path, cfg.test, cfg.size, cfg.seed, square="size" not in given)
+    whole = np.flatnonzero(part == "train")        # for VQ-VAE and segmenters, which see all views always
+    if cfg.view and cfg.view not in (views := view_of(data)):
+        D.fail(f"--view {cfg.view}: {path} has {', '.join(np.unique(views[views != ''])) or 'no view_names'}")
+    part = np.where(views == cfg.view, part, "") if cfg.view else part
     train, val = np.flatnonzero(part == "train"), np.flatnonzero(part == "val")
     count = {p: len(np.unique(data.subject[part == p])) for p in ("train", "val", "test")}
     if not count["train"] or not count["test"]:
@@ -1404,31 +1476,29 @@ def main(argv):
     mask = None if data.mask is None else D.cine_ids(data)[D.in_memory(data.mask)]
     if mask is not None and cfg.test and (D.cine_ids(D.load(cfg.test, cfg.size)) != D.cine_ids(data)).any():
         D.fail(f"{cfg.test}: mask: other ids than in {path}; convert both with the same program")
+    if cfg.draw:
+        load_drawings(cfg.draw, cfg, mask is not None)     # what is wrong with it shows now, not in the end
     if rank == 0:
         why = "as asked" if "preset" in given else f"the default on {device.type}"
         print(f"cond_ldm: preset {cfg.preset} ({why}), recipe {cfg.recipe}, {device}, "
               f"torch {torch.__version__}\n"
               f"data: {data.path} at {cfg.size}x{cfg.size}; patients (slices): " +
               ", ".join(f"{p} {n} ({(part == p).sum()})" for p, n in count.items()) +
-              f"\n{cfg.vq_steps} steps for the VQ-VAE, {cfg.steps} a diffusion model; bars show the time "
-              "left. The demo takes some 10 minutes on 2 CPU cores.\n"
-              f"out: {out}/; stop at any time, the same command goes on", flush=True)
+              f"\n{cfg.vq_steps} steps for the VQ-VAE, {cfg.steps} a diffusion model. The preset as it is: "
+              f"{TAKES[cfg.preset]}\nout: {out}/; stop at any time, the same command goes on", flush=True)
         M.write_atomically(out / "config.json", json.dumps(dataclasses.asdict(cfg), indent=1).encode())
         if not cfg.eval:
             M.write_atomically(out / "cond_ldm.py", Path(__file__).read_bytes())
-
-    # What is drawn from. 0 where a file does not tell view or phase.
-    told = [data.columns.get(k, np.full(len(data), np.nan)) for k in ("view", "phase")]
     arrays = {"image": data.image, "edges": edge_bits(data.image, mask, cfg.seed),
-              "kind": np.stack([np.select([k == 0, k == 1], [-1, 1], 0) for k in told], 1).astype(np.float32)}
+              "kind": told(data.columns, len(data))}
     arrays |= {"mask": mask} if mask is not None else {}
     everything, unseen = D.Loader(arrays, device), D.Loader(arrays, device, val)
 
     # A checkpoint must agree on these: nobody it was trained on may be tested on, whatever the split is now.
-    who = hashlib.sha256("\n".join(sorted(set(data.subject[train]))).encode()).hexdigest()[:16]
+    who = hashlib.sha256("\n".join(sorted(set(data.subject[whole]))).encode()).hexdigest()[:16]
     facts = dict(data=data.fingerprint, training_subjects=who)
+    images = D.Loader({"image": data.image}, device, whole)
     first = dataclasses.replace(cfg, **{k: getattr(Config, k) for k in LATER} | {"lr": cfg.vq_lr})
-    images = D.Loader({"image": data.image}, device, train)
     watch = vq_watcher(cfg, unseen) if len(val) else None
     vq, _ = stage("ckpt_vq", VQVAE, first, cfg.vq_steps, images, facts, watch)
 
@@ -1450,36 +1520,38 @@ def main(argv):
     watch = lambda name: watcher_of(vq, cfg, unseen, name) if len(val) else None
     models, judges = {}, {}
     models[""], reached = stage("ckpt_ldm", make, cfg, cfg.steps, codes, facts, watch("preview_ldm"))
+    if cfg.draw:
+        return None if leave() else from_drawings(cfg, models[""], vq, device, mask is not None)
     if cfg.rivals and cfg.cond == "conv":     # for as many steps, also when the run was longer once
         rival = dataclasses.replace(cfg, cond="seed")
         models["cond_seed"], _ = stage("ckpt_seed", make, rival, reached, codes, facts, watch("preview_seed"))
     judge = dataclasses.replace(cfg, lr=1e-3)
     if mask is not None:
-        seen = D.Loader({"image": data.image, "mask": mask}, device, train)
+        seen = D.Loader({"image": data.image, "mask": mask}, device, whole)
         judges["real"], _ = stage("ckpt_seg", Segmenter, judge, cfg.seg_steps, seen, facts)
     if leave():
         return
     if mask is not None and cfg.rivals:     # can generated slices teach a segmenter? Alone, beside real ones
-        rows = train[np.linspace(0, len(train) - 1, min(len(train), cfg.aug_images)).astype(int)]
-        x, y = data.image[rows], mask[rows]
-        if not cfg.eval:
-            mode = "full" if cfg.edges == "mixed" else cfg.edges
-            x = generate(models[""], vq, everything, rows, mode, cfg.w, cfg.seed + 1)
+        rows = spread(train, cfg.aug_images)
+        x = data.image[rows]
+        if not cfg.eval:      # else both are only loaded
+            x = generate(models[""], vq, everything, rows, cfg.edges, cfg.w, cfg.seed + 1)
             x = np.rint(255 * x).astype(np.uint8)
-        name = f"ckpt_seg_generated_at_{reached}"
-        x, y = (np.concatenate(v) for v in ((x, data.image[train]), (y, mask[train])))
-        made = D.Loader({"image": x, "mask": y}, device, np.arange(len(rows)))
-        judges["generated"], _ = stage(name, Segmenter, judge, cfg.seg_steps, made, facts)
-        both, name = D.Loader({"image": x, "mask": y}, device), name.replace("generated", "both")
-        judges[""], _ = stage(name, Segmenter, judge, cfg.seg_steps, both, facts)
+        made = {"image": x, "mask": mask[rows]}
+        both = {k: np.concatenate([v, arrays[k][train]]) for k, v in made.items()}
+        for who, pairs in (("generated", made), ("", both)):      # named by what the images depend on
+            name = f"ckpt_seg_{who or 'both'}_{reached}_{cfg.sampler}{cfg.S}_w{cfg.w:g}"
+            judges[who], _ = stage(name, Segmenter, judge, cfg.seg_steps, D.Loader(pairs, device), facts)
     metrics = evaluate(cfg, data, part, arrays, everything, vq, models, judges)
     log = [json.loads(line) for line in Path(out, "log_ldm.jsonl").read_text().splitlines()]
     metrics["train_img_s"] = M.row(np.median([r["img_s"] for r in log if "img_s" in r]), unit="1/s")
     metrics["peak_gb"] = M.row(peak_gb(device), unit="GB", better="lower")
     M.save_results(out / "results.json", "cond_ldm", cfg.data or "phantom views", count,
                    time.perf_counter() - began, dataclasses.asdict(cfg) | {"steps": reached}, metrics, device)
-    keys = ["ssim", "nmse", *[k for k in ("fid", "fd_vq", "kid_vq", "dice_gen", "edge_f1") if k in metrics]]
+    distances = [k for k in ("fid", "fd_vq", "kid_vq") if k in metrics]
+    keys = ["ssim", "nmse", *distances, *[k for k in ("dice_gen", "edge_f1") if k in metrics]]
     print(M.row_table(metrics, keys, PAPER))
+    print(f"{', '.join(distances)}: of {metrics['fd_vq']['n']} images and as many real ones")
     print(M.table(metrics, [k for k in metrics if "." not in k and k not in keys], PAPER))
     print(f"{time.perf_counter() - began:.0f} s. Numbers: {out}/results.json. Pictures: {out}/*.png")
 

@@ -1026,7 +1026,7 @@ def interpret(cfg, data, part, loader, models, codes, left, scores, brain_age, p
     typical = age_mean(codes, age, np.flatnonzero(reference))
     g = torch.Generator(device).manual_seed(cfg.seed)
 
-    # The healthy twin: z_sem moved to the healthy mean at this age, x_T kept. What changes is what is ill.
+    # The healthy twin: z_sem moved to the healthy mean at this age, x_T kept. The map: patient minus twin.
     real, recon, twin, rows = {}, {}, {}, {}
     groups = {"reference": reference, "controls": test & ~ill, "patients": test & ill}
     for name, group in tqdm(groups.items(), "evaluate: healthy twins", unit="group"):
@@ -1049,18 +1049,21 @@ def interpret(cfg, data, part, loader, models, codes, left, scores, brain_age, p
             metrics |= M.image_numbers("recon", "", real[name], recon[name], who)
             for row, images in drawn.items():
                 metrics |= M.image_numbers("semantic", row, real[name], images, who)
-    change = {name: recon[name] - twin[name] for name in groups}
+    change = {name: real[name] - twin[name] for name in groups}
     deviation = left / usual(left, np.flatnonzero(reference))
     patients, names = rows["patients"], list(data.attrs.get("mask_names", []))
     lesion = data.mask[patients] == names.index("lesion") if "lesion" in names else None
     if lesion is not None:
         # Where is the change? AUROC of the pixels of the brain, lesion or not: chance is what the change in a
-        # control of the same age gives for the same lesion (edges change in everybody).
+        # control of the same age gives for the same lesion (edges change in everybody). by_z: the part of it
+        # that moving z_sem makes, reconstruction minus twin; the rest is what the reconstruction lacks.
         other = np.array([np.argmin(abs(age[rows["controls"]] - age[p])) for p in patients])
         keep, brain = np.flatnonzero(lesion.sum((1, 2)) > 0), data.mask[patients] > 0
         who = data.subject[patients[keep]]
+        by_z = {name: recon[name] - twin[name] for name in groups}
         for key, own, control in (
                 ("twin_overlap", change["patients"], change["controls"][other]),
+                ("twin_by_z_overlap", by_z["patients"], by_z["controls"][other]),
                 ("residual_overlap", deviation[patients], deviation[rows["controls"][other]])):
             here, chance = (np.array([M.auroc(abs(x[k])[brain[k]], lesion[k][brain[k]]) for k in keep])
                             for x in (own, control))

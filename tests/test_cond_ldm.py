@@ -212,7 +212,7 @@ def oracle(x_t, t, cond, s=0.3):
 
 
 def test_guidance_against_two_gaussians():
-    model, n = SimpleNamespace(cfg=TINY, eps=oracle), 4000
+    model, n = SimpleNamespace(cfg=TINY, condition=lambda c: c, eps=oracle), 4000
     x, cond = torch.randn(n, 1, generator=torch.Generator().manual_seed(0)).double(), torch.ones(n, 1)
     for w in (0, 1, 3.5):
         for t in (3, 500, 999):
@@ -266,7 +266,7 @@ def test_the_drawing_reaches_the_picture(cond):
     torch.manual_seed(0)
     model, batch = m.Model(replace(TINY, cond=cond)), a_batch()
     torch.nn.init.normal_(model.unet.conv_out.weight)
-    t, out = torch.full((4,), 500), lambda x: model.output(batch["z0"], t, x)
+    t, out = torch.full((4,), 500), lambda x: model.unet(batch["z0"], t, model.condition(x))
     x = m.planes(batch, torch.zeros(4).long())
     for channel in range(7):
         other = x.clone()
@@ -321,7 +321,7 @@ def test_whole_run_leaves_results_and_pictures(tiny, tmp_path, capsys):
         assert set(results["metrics"][key]) == {"value", "ci", "n", "unit", "better"}, key
     for key in ("ssim", "nmse", "dice_gen", "edge_f1"):
         for row in ("edges_sparse", "edges_mask", "edges_none", "cond_seed", "vq", "constant", "other_slice", "view_SA",
-                    "view_LA", "w1", "w2", "w4"):
+                    "view_LA", "w1", "w2", "w4", "val_w1", "val_w2", "val_w4"):
             assert f"{key}.{row}" in results["metrics"], (key, row)
     for key in ("fd_vq.real", "kid_vq.real", "fd_vq.cond_seed", "dice_gen.real", "dice_aug.real", "dice_aug.generated",
                 "memorisation.real", "memorisation.vq", "vq_ssim.constant"):
@@ -362,6 +362,54 @@ def test_whole_run_leaves_results_and_pictures(tiny, tmp_path, capsys):
     assert "vq '" in error_of(capsys, "--data", tiny, "--out", out, *FLAGS)
 
 
+def test_a_users_drawings(tiny, tmp_path, capsys):
+    """The pictures of own drawings are those the report makes of the same edges and maps; strange files: a line."""
+    out, h5py = tmp_path / "out", pytest.importorskip("h5py")
+    short = ["--data", tiny, "--out", out, *FLAGS, "--rivals=false", "--steps=3", "--w=2"]
+
+    def mine(attrs=D.CINE_NAMES, **columns):
+        path = tmp_path / "mine.h5"
+        with h5py.File(path, "w") as f:
+            for k, v in columns.items():
+                f[k] = v
+            f.attrs.update(attrs)
+        return path
+    c, n = slices(), 6
+    edges, mask, view = D.edges(c["image"][:n]), c["mask"][:n], c["view"][:n]
+    main(*short, "--draw", mine(edges=edges, mask=mask, view=view))
+    assert "drawn.png" in capsys.readouterr().out and not (out / "results.json").exists()
+    made = D.load(out / "drawn.h5")
+    assert np.array_equal(made.mask, mask) and (out / "drawn.png").stat().st_size > 1000
+    cfg = replace(TINY, out=str(out), w=2.0)
+    model, vq = m.Model(cfg), m.VQVAE(cfg)
+    model.load_state_dict(torch.load(out / "ckpt_ldm.pt", weights_only=True)["ema"])
+    vq.load_state_dict(torch.load(out / "ckpt_vq.pt", weights_only=True)["ema"])
+    told = np.stack([2 * view - 1, 0 * view], 1).astype(np.float32)
+    everything = D.Loader({"edges": m.edge_bits(c["image"][:n], mask, 0), "mask": mask, "kind": told}, "cpu")
+    want = m.generate(model, vq, everything, np.arange(n), "full", 2.0, 0)
+    assert abs(made.image / 255 - want).max() < 0.01 and want.std() > 0.01
+    swapped = dict(mask_names=["background", "RV cavity", "myocardium", "LV cavity"])
+    main(*short, "--draw", mine(swapped, mask=np.uint8([0, 3, 2, 1])[mask]), "--eval")         # the ids that it names
+    assert np.array_equal(D.load(out / "drawn.h5").mask, mask)
+    bad = [(dict(view=view), "mask missing"), (dict(edges=edges), "mask missing"), (dict(mask=0 * mask[:, ::2]), "(6, 16, 16)"),
+           (dict(attrs={}, mask=mask), "mask_names"), (dict(mask=mask + 1), "mask[0]"), (dict(mask=mask, edges=edges[1:]), "edges")]
+    for columns, word in bad:
+        assert word in error_of(capsys, *short, "--draw", mine(**columns)), word
+    assert "no such file" in error_of(capsys, *short, "--draw", tmp_path / "no.h5")
+    arrays = m.load_drawings(mine(edges=7 * edges, phase=np.ones(n)), replace(cfg, edges="full"), False)
+    assert np.array_equal(arrays["edges"], edges) and "mask" not in arrays and (arrays["kind"] == [0, 1]).all()
+
+
+def test_one_view_alone(tiny, tmp_path, capsys):
+    """--view SA, with the VQ-VAE of all views: only such slices are learnt, tested and beside the results."""
+    out, flags = tmp_path / "out", ["--data", tiny, *FLAGS, "--rivals=false", "--steps=3"]
+    main(*flags, "--out", out, "--view=SA")
+    results = json.loads((out / "results.json").read_text())
+    assert results["metrics"]["fd_vq"]["n"] == 2 and "ssim.view_SA" not in results["metrics"]
+    assert torch.load(out / "ckpt_vq.pt", weights_only=True)["run"]["view"] == ""
+    assert "LA, SA" in error_of(capsys, *flags, "--out", tmp_path / "no", "--view=4CH")
+
+
 def test_image_only_file_is_drawn_from_edges(tmp_path, capsys):
     columns = slices()
     del columns["mask"], columns["view"]
@@ -399,7 +447,7 @@ def test_bad_files(tmp_path, capsys):
     five = {**good, "mask": np.where(good["mask"] == 3, 4, good["mask"]).astype(np.uint8)}
     assert "mask[0]" in error_of(capsys, "--data", written(tmp_path / "five.h5", five), "--out", out, *FLAGS)
     small = {**good, "mask": good["mask"][:, ::2, ::2]}
-    assert "mask" in error_of(capsys, "--data", written(tmp_path / "small.h5", small), "--out", out, *FLAGS)
+    assert "as image" in error_of(capsys, "--data", written(tmp_path / "small.h5", small), "--out", out, *FLAGS)
     unnamed = written(tmp_path / "unnamed.h5", good, mask_names=["a", "b", "c", "d"])
     assert "mask_names" in error_of(capsys, "--data", unnamed, "--out", out, *FLAGS)
     swapped = written(tmp_path / "swapped.h5", {**slices(4, seed=1), "subject": np.repeat(list("abcd"), 2)},
