@@ -25,7 +25,8 @@ Differs from the study (`--recipe paper`) in:
 - the view and the phase of the beat are told. The VQ-VAE differs in its codebook, where idle codes are moved.
 Differs from diffae.py: two stages, and no code z_sem: what is drawn is given, not learnt.
 """
-import copy, dataclasses, difflib, functools, hashlib, inspect, json, math, os, shutil, signal, sys, time
+import copy, dataclasses, datetime, difflib, functools, hashlib, inspect, json, math, os, platform, shutil
+import signal, sys, time, zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -97,6 +98,7 @@ class Config:
     steps: int = 10000        # and of the diffusion model; raise it and run again to train longer
     seg_steps: int = 1000     # and of each segmenter, which judges the pictures
     batch: int = 36           # images per step, over all processes
+    accum: int = 1            # passes per step, each on a part of the batch: for a batch that does not fit
     vq_lr: float = 8e-5       # Adam; constant after 100 steps of warm-up
     lr: float = 1e-4
     ema: float = 0.999        # decay of the averaged weights, which are what is evaluated; paper: 0
@@ -133,8 +135,8 @@ RECIPES = {
 }
 # What may differ when a run goes on in the same folder: nothing here alters what is learnt, only how far.
 FREE = {"data", "test", "out", "preset", "device", "eval", "draw", "rivals", "vq", "vq_steps", "steps",
-        "seg_steps", "bf16", "compile", "save_every", "log_every", "sampler", "S", "w", "eval_images", "few",
-        "aug_images", "inception"}
+        "seg_steps", "accum", "bf16", "compile", "save_every", "log_every", "sampler", "S", "w",
+        "eval_images", "few", "aug_images", "inception"}
 # What the VQ-VAE does not see: with these changed it is the same network still, and --vq can lend it.
 LATER = {"recipe", "variety", "unet", "dropout", "cond", "cond_ch", "edges", "view", "drop", "predict",
          "scale", "T", "lr", "seg"}
@@ -182,17 +184,22 @@ def ranks():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+class Source(torch.Generator):
+    """What the networks draw from in training. It is for part k of the n into which processes and --accum cut
+    the batch of a step; first, last: whether this is the first, the last part that its process works on."""
+    part, first, last = (0, 1), True, True
+
+
 def randn_like(x, g):
-    """N(0,1) shaped as x, drawn for the global batch and cut by rank: N processes see the noise of one."""
-    rank, world = ranks()
-    n = len(x)
-    return torch.randn(world * n, *x.shape[1:], generator=g, device=x.device)[rank * n:(rank + 1) * n]
+    """N(0,1) shaped as x, drawn for the whole batch and cut by part: N processes see the noise of one."""
+    (k, n), b = getattr(g, "part", (0, 1)), len(x)
+    return torch.randn(n * b, *x.shape[1:], generator=g, device=x.device)[k * b:(k + 1) * b]
 
 
-def rand(n, k, g):
-    """U(0,1) of shape (n,k), global batch sliced by rank as in randn_like."""
-    rank, world = ranks()
-    return torch.rand(world * n, k, generator=g, device=g.device)[rank * n:(rank + 1) * n]
+def rand(b, width, g):
+    """U(0,1) of shape (b,width), cut by part as in randn_like."""
+    k, n = getattr(g, "part", (0, 1))
+    return torch.rand(n * b, width, generator=g, device=g.device)[k * b:(k + 1) * b]
 
 
 def random_t(n, T, power, g):
@@ -509,13 +516,13 @@ class VQVAE(nn.Module):
     def forward(self, batch, g):
         x0 = augment(batch["image"], self.cfg.augment, False, g)
         z = self.latent(x0)
-        if self.training:
+        if self.training and getattr(g, "first", True):    # with --accum: once a step, from its first part
             self.revive(z.detach(), g)
+            self.idle += 1
         index, _, autoencoder, discriminator = self.losses(x0, z)
         if self.training:
-            self.idle += 1
             self.idle[gathered(index)] = 0
-            self.trained += 1
+            self.trained += getattr(g, "last", True)
         return autoencoder + discriminator
 
 
@@ -719,17 +726,15 @@ def batch_rows(n, batch, seed, step):
 def save(path, state):
     """Atomic: written beside, fsynced, renamed. When that fails, the checkpoint that was there is kept."""
     part = path.with_suffix(".part")
-    try:
-        with open(part, "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as e:
-        part.unlink(missing_ok=True)
-        free = shutil.disk_usage(path.parent).free / 1e6
-        why = str(e).splitlines()[0]
-        D.fail(f"{path}: could not be saved ({why}; {free:.0f} MB free); the old one is kept")
+    with D.writing(path):
+        try:
+            with open(part, "wb") as f:
+                torch.save(state, f)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def restore(path, run):
@@ -737,12 +742,15 @@ def restore(path, run):
     if not path.exists():
         return None
     try:
+        with zipfile.ZipFile(path) as f:
+            if wrong := f.testzip():     # torch.load does not compare the checksums that torch.save wrote
+                raise ValueError(f"checksum of {wrong}")
         state = torch.load(path, map_location="cpu", weights_only=True)  # never unpickles code
         was = state["run"]
-    except OSError as e:
-        D.fail(f"{path}: cannot be read ({e.strerror or e})")
     except Exception as e:    # what a damaged file raises is of any kind
-        D.fail(f"{path}: not a checkpoint of this program ({type(e).__name__}); delete it or change --out")
+        why = e if isinstance(e, (OSError, ValueError)) else type(e).__name__
+        D.fail(f"{path}: damaged, or not a checkpoint of this program ({why}); put a copy back, delete it to "
+               "start over, or change --out")
     differ = [f"{k} {was.get(k)!r} -> {run.get(k)!r}" for k in {**was, **run} if was.get(k) != run.get(k)]
     if differ:
         D.fail(f"{path}: made by another run ({', '.join(differ)}); choose another --out, or delete it")
@@ -809,6 +817,12 @@ def trim_log(path, step):
     M.write_atomically(path, "".join(line + "\n" for line in kept).encode())
 
 
+def log_line(path, row):
+    """Append a dict to a log as one line of JSON."""
+    with D.writing(path), open(path, "a") as f:
+        f.write(json.dumps(row) + "\n")
+
+
 def fast_layout(model):
     """Convolution weights, and with them all feature maps, in the memory layout that is fastest. -> model
 
@@ -819,6 +833,25 @@ def fast_layout(model):
         elif isinstance(layer, nn.Conv3d) and layer.weight.is_cuda:
             layer.to(memory_format=torch.channels_last_3d)
     return model
+
+
+def backward(net, batch, cfg, g, step):
+    """The gradients of a step, in cfg.accum passes over parts of what this process has of the batch. -> loss
+
+    The parts give what the whole would, up to rounding: only dropout is drawn for each by itself."""
+    (rank, world), share, total = ranks(), len(next(iter(batch.values()))), 0.0
+    accum = math.gcd(cfg.accum, share)       # a stage whose batch is smaller may need fewer
+    for i in range(accum):
+        g.manual_seed(mix(cfg.seed, 1, step))
+        torch.manual_seed(mix(cfg.seed, 2, step, rank * accum + i))      # dropout
+        g.part, g.first, g.last = (rank * accum + i, world * accum), i == 0, i == accum - 1
+        net.require_backward_grad_sync = g.last                          # processes exchange sums, not parts
+        rows = slice(i * share // accum, (i + 1) * share // accum)
+        with amp(cfg, g.device):
+            loss = net({k: v[rows] for k, v in batch.items()}, g) / accum
+        loss.backward()
+        total = total + loss.detach()
+    return total
 
 
 def fit(model, loader, cfg, name, run, steps, watch=None):
@@ -842,27 +875,29 @@ def fit(model, loader, cfg, name, run, steps, watch=None):
             model.load_state_dict(state["model"])
             ema.load_state_dict(state["ema"])
             opt.load_state_dict(state["optimizer"])
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, ValueError, KeyError):
             D.fail(f"{path}: its weights do not fit this network (edited source?); choose another --out")
         for p in params:   # the fused kernel walks raw memory: the state must lie in it as its parameter does
             opt.state[p] = {k: torch.empty_like(p).copy_(v) if v.shape == p.shape else v
                             for k, v in opt.state[p].items()}
         step, seen, state, fresh = state["step"], list(state["seen"].to(device)), None, False
+    if rank == 0:
+        trim_log(log_path, -1 if fresh else step)
     if step >= steps:
         return ema, step
 
-    g = torch.Generator(device)
+    g = Source(device)
     mine = slice(rank * cfg.batch // world, (rank + 1) * cfg.batch // world)
     rows_of = lambda k: batch_rows(len(loader), cfg.batch, cfg.seed, k)[mine]
     row = dict(step=0)
     if cfg.compile and device.type == "cuda":
         row["note"] = compile_checked(model, loader.batch(rows_of(0)), cfg, g)
         tqdm.write(f"{name}: {row['note']}")
-    if rank == 0:
-        trim_log(log_path, -1 if fresh else step)
-        if fresh:          # a fault in watch shows now, and not after hours
-            row |= watch(ema, 0) if watch else {}
-            log_path.write_text(json.dumps(row) + "\n")
+    if rank == 0 and fresh:    # a fault in watch shows now, and not after hours
+        row |= watch(ema, 0) if watch else {}
+        log_line(log_path, row)
     net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
 
     caught = []
@@ -874,24 +909,20 @@ def fit(model, loader, cfg, name, run, steps, watch=None):
     signals = [getattr(signal, s) for s in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, s)]
     handlers = [signal.signal(s, on_signal) for s in signals]
 
-    bar = tqdm(total=steps, initial=step, desc=name, unit="step", mininterval=1, disable=rank > 0)
-    began, since = time.time(), step
+    bar = tqdm(total=steps, initial=step, desc=name, unit="step", mininterval=1, disable=rank > 0 or None)
+    began, since = time.perf_counter(), step     # no jump of the clock can make a rate negative
     for batch in loader.stream(rows_of(k) for k in range(step, steps)):
-        g.manual_seed(mix(cfg.seed, 1, step))
-        torch.manual_seed(mix(cfg.seed, 2, step, rank))      # dropout
         lr = cfg.lr * min(1, (step + 1) / 100)
         for group in opt.param_groups:
             group["lr"] = lr
-        with amp(cfg, device):
-            loss = net(batch, g)
         opt.zero_grad()
-        loss.backward()
+        loss = backward(net, batch, cfg, g, step)
         norm = nn.utils.clip_grad_norm_(params, 1.0)
         opt.found_inf = (~torch.isfinite(norm)).float()      # if so, the fused step skips itself: no sync
         opt.step()
         with torch.no_grad():      # else the average would remember all of its past, for a gradient
             torch._foreach_lerp_(averaged, params, 1 - min(cfg.ema, (1 + step) / (10 + step)))
-        seen.append(torch.stack([loss.detach(), norm]))
+        seen.append(torch.stack([loss, norm]))
         step += 1
         bar.update()
 
@@ -911,17 +942,18 @@ def fit(model, loader, cfg, name, run, steps, watch=None):
         bad = (~torch.isfinite(values)).any(1).nonzero()
         if len(bad):
             D.fail(f"loss or gradient not finite at step {step - len(seen) + int(bad[0])}, lr {lr:.2g}: "
-                   f"stopped before the weights changed; {path} is the last save; try a smaller --lr")
+                   f"stopped before the weights changed; {path} is the last save; try a smaller --lr", 1)
         seen = [] if line else list(values)
         if line and rank == 0:
             loss, norm = values.cpu().double().mean(0).tolist()
             row = dict(step=step, loss=loss, grad_norm=norm, lr=lr, peak_gb=round(peak_gb(device), 3),
-                       img_s=round((step - since) * cfg.batch / (time.time() - began), 1))
+                       img_s=round((step - since) * cfg.batch / (time.perf_counter() - began), 1))
             row |= watch(ema, step) if due and watch else {}
-            with open(log_path, "a") as f:
-                f.write(json.dumps(row) + "\n")
+            log_line(log_path, row)
             bar.set_postfix(loss=f"{loss:.4f}", img_s=row["img_s"])
-            began, since = time.time(), step
+            if due and bar.disable:                          # no terminal: a line per save
+                print(f"{name}: step {step} of {steps}, loss {loss:.4f}, {row['img_s']} images/s", flush=True)
+            began, since = time.perf_counter(), step
         if (due or stop) and rank == 0:
             save(path, dict(run=run, step=step, seen=torch.stack(seen) if seen else torch.zeros(0, 2),
                             model=model.state_dict(), ema=ema.state_dict(), optimizer=opt.state_dict()))
@@ -945,7 +977,14 @@ def fit(model, loader, cfg, name, run, steps, watch=None):
 @torch.inference_mode()
 def in_batches(fn, *tensors, batch=64):
     """fn over slices of the tensors' first axis, concatenated: any number of images in bounded memory."""
-    return torch.cat([fn(*(t[i:i + batch] for t in tensors)) for i in range(0, len(tensors[0]), batch)])
+    while True:
+        try:
+            starts = range(0, len(tensors[0]), batch)
+            return torch.cat([fn(*(t[i:i + batch] for t in tensors)) for i in starts])
+        except torch.OutOfMemoryError:      # what was trained with --accum must be evaluated, too
+            if batch == 1:
+                raise
+            batch //= 2
 
 
 def shown(x):
@@ -1156,9 +1195,9 @@ def evaluate(cfg, data, part, arrays, loader, vq, models, judges):
         put("edge_f1" + dot, who, hits(images, rows, "full"), statistic=M.edge_f1)
 
     # One set of images per way of making them, in the order of the test rows.
-    began = time.time()
+    began = time.perf_counter()
     made = {"": generate(models[""], vq, loader, test, mode, cfg.w, cfg.seed)}
-    metrics["gen_img_s"] = M.row(len(test) / (time.time() - began), unit="1/s")
+    metrics["gen_img_s"] = M.row(len(test) / (time.perf_counter() - began), unit="1/s")
     ways = {f"edges_{m}": (models[""], m) for m in D.EDGES[1:] if cfg.edges == "mixed"}
     ways |= {"cond_seed": (models["cond_seed"], mode)} if "cond_seed" in models else {}
     for name, (model, m) in tqdm(ways.items(), "evaluate: generate", unit="way"):
@@ -1301,10 +1340,11 @@ def check_config(c):
     if c.S > c.T or not c.lr or c.ema >= 1 or c.dropout >= 1:
         D.fail(f"--S {c.S} --lr {c.lr} --ema {c.ema} --dropout {c.dropout}: needed are S <= T = {c.T}, "
                "lr > 0, ema and dropout < 1")
-    if c.batch % ranks()[1]:
-        D.fail(f"--batch {c.batch}: not divisible by {ranks()[1]} processes")
+    if c.batch % (ranks()[1] * c.accum):
+        D.fail(f"--batch {c.batch}: not divisible by {ranks()[1]} processes x --accum {c.accum}")
     try:
-        torch.empty(1, device=c.device)
+        local = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if c.device == "cuda" else c.device
+        torch.empty(1, device=local)
     except (RuntimeError, AssertionError) as e:
         D.fail(f"--device {c.device}: {str(e).splitlines()[0][:120]}")
 
@@ -1344,18 +1384,24 @@ def lock(out):
         handle.seek(0)
         D.fail(f"--out {out}: in use by process {handle.read() or '?'}; wait for it, or choose another --out")
     handle.truncate(0)
-    handle.write(str(os.getpid()))
+    handle.write(f"{os.getpid()} on {platform.node()}")
     handle.flush()
+    for stray in [*out.glob("*.tmp"), *out.glob("*.part")]:     # a run was killed while it wrote them
+        stray.unlink()
     return handle
 
 
 def start(argv):
     """The flags, checked, and the device, made ready. -> (Config, the keys that were given, torch.device)"""
-    if "RANK" in os.environ:           # started by torchrun
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    if "RANK" in os.environ:           # started by torchrun; hours, as all wait for one that draws or reads
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=6))
     cfg, given = parse(argv)
     check_config(cfg)
     device = torch.device(cfg.device)
+    if device.type == "cpu" and "device" not in given and ranks()[0] == 0:
+        print("no GPU is used:", "torch sees none; is the driver too old, or CUDA_VISIBLE_DEVICES set?"
+              if torch.version.cuda or torch.version.hip else "this torch is built for the CPU alone")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
@@ -1375,7 +1421,12 @@ def stage(name, make, cfg, steps, loader, facts, watch=None):
     if cfg.eval and not path.exists():
         D.fail(f"{path}: not there; the same command without --eval trains it")
     torch.manual_seed(mix(cfg.seed, 3))
-    return fit(make(cfg).to(loader.device), loader, cfg, name, run, 0 if cfg.eval else steps, watch)
+    try:
+        return fit(make(cfg).to(loader.device), loader, cfg, name, run, 0 if cfg.eval else steps, watch)
+    except torch.OutOfMemoryError:
+        D.fail(f"{name}: out of GPU memory with --batch {cfg.batch} --accum {cfg.accum} (peak "
+               f"{peak_gb(loader.device):.1f} GB); the same command with --accum {2 * cfg.accum} goes on "
+               "from the last save, to the same result; a smaller --batch needs another --out")
 
 
 def leave():
@@ -1393,7 +1444,7 @@ TAKES = {"demo": "about 8 minutes on 2 CPU cores", "demo256": "about 10 minutes 
 
 
 def main(argv):
-    began = time.time()
+    began = time.perf_counter()
     cfg, given, device = start(argv)
     if cfg.preset == "demo" and cfg.data and not {"preset", "size"} & set(given):
         cfg, _ = parse([*argv, "--preset=demo256"])
@@ -1495,22 +1546,15 @@ def main(argv):
     log = [json.loads(line) for line in Path(out, "log_ldm.jsonl").read_text().splitlines()]
     metrics["train_img_s"] = M.row(np.median([r["img_s"] for r in log if "img_s" in r]), unit="1/s")
     metrics["peak_gb"] = M.row(peak_gb(device), unit="GB", better="lower")
-    M.save_results(out / "results.json", "cond_ldm", cfg.data or "phantom views", count, time.time() - began,
-                   dataclasses.asdict(cfg) | dict(steps=reached), metrics, device)
+    M.save_results(out / "results.json", "cond_ldm", cfg.data or "phantom views", count,
+                   time.perf_counter() - began, dataclasses.asdict(cfg) | {"steps": reached}, metrics, device)
     distances = [k for k in ("fid", "fd_vq", "kid_vq") if k in metrics]
     keys = ["ssim", "nmse", *distances, *[k for k in ("dice_gen", "edge_f1") if k in metrics]]
     print(M.row_table(metrics, keys, PAPER))
     print(f"{', '.join(distances)}: of {metrics['fd_vq']['n']} images and as many real ones")
     print(M.table(metrics, [k for k in metrics if "." not in k and k not in keys], PAPER))
-    print(f"{time.time() - began:.0f} s. Numbers: {out}/results.json. Pictures: {out}/*.png")
+    print(f"{time.perf_counter() - began:.0f} s. Numbers: {out}/results.json. Pictures: {out}/*.png")
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except torch.OutOfMemoryError:
-        D.fail("out of GPU memory; a smaller --batch or --size needs less. The last save is kept")
-    except OSError as e:
-        D.fail(f"{e.filename or 'output'}: {e.strerror or e}. The last save is kept")
+    D.program(main)

@@ -21,9 +21,10 @@
     view phase slice  (N,) ints    cine: 0 SA, 1 LA;  0 ED, 1 ES;  from base or apex, as scanned
     anything else (N,) numeric is a probe target; factor_* are the known causes of a phantom
 """
-import argparse, csv, difflib, glob, hashlib, io, json, os, re, sys
+import argparse, csv, difflib, glob, hashlib, io, json, os, re, shutil, sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import h5py
@@ -39,10 +40,46 @@ except ImportError:     # Windows: no lock on a conversion
     fcntl = None
 
 
-def fail(message):
-    """Print `error: message` as one line on stderr and exit with status 2."""
+def fail(message, status=2):
+    """Print `error: message` as one line on stderr and exit: 2 is for the user to mend, 1 for the machine."""
     print("error: " + " ".join(str(message).split()), file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(status)
+
+
+@contextmanager
+def writing(path):
+    """Around whatever writes `path`: a full or broken disk is one line, which tells the room there is."""
+    try:
+        yield
+    except (OSError, RuntimeError) as e:        # torch.save raises the latter
+        why, free = str(e).splitlines()[0], shutil.disk_usage(os.path.dirname(path) or ".").free / 1e6
+        fail(f"{path}: could not be written ({why}; {free:.0f} MB free); what was saved before is kept, the "
+             "same command goes on from it", 1)
+
+
+class Pipe(io.FileIO):
+    """Standard output or error, whose reader may leave (`| head`): the run goes on, unread."""
+    def write(self, data):
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            return len(data)
+
+
+def program(main):
+    """main(flags) as the program that was called: what its user or the machine can mend is one line."""
+    for name in ("stdout", "stderr"):
+        if stream := getattr(sys, name):        # None if the shell closed it
+            raw = io.BufferedWriter(Pipe(stream.fileno(), "w", closefd=False))
+            setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, "replace", line_buffering=True))
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except torch.OutOfMemoryError:
+        fail("out of GPU memory; a smaller --size or --preset demo needs less. The last save is kept")
+    except OSError as e:
+        fail(f"{e.filename or 'output'}: {e.strerror or e}; what was saved before is kept", 1)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -116,7 +153,9 @@ class Rows:
             path, here = self.paths[k], np.flatnonzero(owner == k)
             with open_h5(path) as file:
                 dataset = plain(file, path, self.name)
-                for run in np.split(here, np.flatnonzero(np.diff(wanted[here]) > 1) + 1):
+                most = max(1, int(64e6 // (dataset.dtype.itemsize * np.prod(dataset.shape[1:]))))
+                cut = (np.diff(wanted[here]) > 1) | (np.arange(1, len(here)) % most == 0)
+                for run in np.split(here, np.flatnonzero(cut) + 1):    # neighbours together, up to 64 MB
                     first = int(wanted[run[0]] - self.starts[k])
                     try:
                         block = dataset[first:first + len(run)]
@@ -490,10 +529,20 @@ class Loader:
         if self.resident:
             yield from map(self.batch, batches)
             return
+        broken = []
+
+        def read(rows):
+            if not broken:       # else the next batch would fail, too: a second line of error
+                try:
+                    return self.read(rows)
+                except BaseException:
+                    broken.append(True)
+                    raise
+
         with ThreadPoolExecutor(1) as thread:
             ahead = deque()
             for rows in batches:
-                ahead.append(thread.submit(self.read, rows))
+                ahead.append(thread.submit(read, rows))
                 if len(ahead) > 2:
                     yield self.finish(ahead.popleft().result())
             while ahead:

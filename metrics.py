@@ -810,6 +810,9 @@ def write_atomically(path, data):
             f.flush()
             os.fsync(f.fileno())  # else the rename can reach the disk before the bytes do
         os.replace(temporary, path)
+    except OSError as e:
+        e.filename = str(path)  # a full disk has no name of its own
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

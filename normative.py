@@ -26,7 +26,8 @@ Differs from diffae.py in:
   in, and hardly what only the ill have: the cosine is blind to it. So the score is what z_sem leaves unsaid,
   the image minus what is drawn from z_sem, pixel by pixel in units of what is usual in healthy people.
 """
-import copy, dataclasses, difflib, hashlib, inspect, json, math, os, shutil, signal, sys, time
+import copy, dataclasses, datetime, difflib, hashlib, inspect, json, math, os, platform, signal, sys, time
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,6 +90,7 @@ class Config:
     # training
     steps: int = 5000         # optimizer steps; raise it and run again to train longer
     batch: int = 64           # images per step, over all processes
+    accum: int = 1            # passes per step, each on a part of the batch: for a batch that does not fit
     lr: float = 1e-4          # Adam; constant after 100 steps of warm-up
     ema: float = 0.9999       # decay of the averaged weights, which are what is evaluated
     bf16: bool = True         # bfloat16 autocast where the machine is fast at it
@@ -113,8 +115,8 @@ RECIPES = {
                   stride="leading", score="cosine"),
 }
 # What may differ when a run goes on in the same folder: nothing here alters what is learnt, only how far.
-FREE = {"data", "test", "out", "preset", "device", "target", "eval", "rivals", "steps", "bf16", "compile",
-        "save_every", "log_every", "S", "stride", "eval_images", "score"}
+FREE = {"data", "test", "out", "preset", "device", "target", "eval", "rivals", "steps", "accum", "bf16",
+        "compile", "save_every", "log_every", "S", "stride", "eval_images", "score"}
 # The words that a field may hold.
 CHOICES = dict(predict=("v", "eps"), head=("position", "pool"), z_map=("image", "middle", "none"),
                stride=("trailing", "leading"),
@@ -158,17 +160,22 @@ def ranks():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+class Source(torch.Generator):
+    """What the networks draw from in training. It is for part k of the n into which processes and --accum cut
+    the batch of a step; first, last: whether this is the first, the last part that its process works on."""
+    part, first, last = (0, 1), True, True
+
+
 def randn_like(x, g):
-    """N(0,1) shaped as x, drawn for the global batch and cut by rank: N processes see the noise of one."""
-    rank, world = ranks()
-    n = len(x)
-    return torch.randn(world * n, *x.shape[1:], generator=g, device=x.device)[rank * n:(rank + 1) * n]
+    """N(0,1) shaped as x, drawn for the whole batch and cut by part: N processes see the noise of one."""
+    (k, n), b = getattr(g, "part", (0, 1)), len(x)
+    return torch.randn(n * b, *x.shape[1:], generator=g, device=x.device)[k * b:(k + 1) * b]
 
 
-def rand(n, k, g):
-    """U(0,1) of shape (n,k), global batch sliced by rank as in randn_like."""
-    rank, world = ranks()
-    return torch.rand(world * n, k, generator=g, device=g.device)[rank * n:(rank + 1) * n]
+def rand(b, width, g):
+    """U(0,1) of shape (b,width), cut by part as in randn_like."""
+    k, n = getattr(g, "part", (0, 1))
+    return torch.rand(n * b, width, generator=g, device=g.device)[k * b:(k + 1) * b]
 
 
 def random_t(n, T, power, g):
@@ -528,17 +535,15 @@ def batch_rows(n, batch, seed, step):
 def save(path, state):
     """Atomic: written beside, fsynced, renamed. When that fails, the checkpoint that was there is kept."""
     part = path.with_suffix(".part")
-    try:
-        with open(part, "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as e:
-        part.unlink(missing_ok=True)
-        free = shutil.disk_usage(path.parent).free / 1e6
-        why = str(e).splitlines()[0]
-        D.fail(f"{path}: could not be saved ({why}; {free:.0f} MB free); the old one is kept")
+    with D.writing(path):
+        try:
+            with open(part, "wb") as f:
+                torch.save(state, f)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def restore(path, run):
@@ -546,12 +551,15 @@ def restore(path, run):
     if not path.exists():
         return None
     try:
+        with zipfile.ZipFile(path) as f:
+            if wrong := f.testzip():     # torch.load does not compare the checksums that torch.save wrote
+                raise ValueError(f"checksum of {wrong}")
         state = torch.load(path, map_location="cpu", weights_only=True)  # never unpickles code
         was = state["run"]
-    except OSError as e:
-        D.fail(f"{path}: cannot be read ({e.strerror or e})")
     except Exception as e:    # what a damaged file raises is of any kind
-        D.fail(f"{path}: not a checkpoint of this program ({type(e).__name__}); delete it or change --out")
+        why = e if isinstance(e, (OSError, ValueError)) else type(e).__name__
+        D.fail(f"{path}: damaged, or not a checkpoint of this program ({why}); put a copy back, delete it to "
+               "start over, or change --out")
     differ = [f"{k} {was.get(k)!r} -> {run.get(k)!r}" for k in {**was, **run} if was.get(k) != run.get(k)]
     if differ:
         D.fail(f"{path}: made by another run ({', '.join(differ)}); choose another --out, or delete it")
@@ -618,6 +626,12 @@ def trim_log(path, step):
     M.write_atomically(path, "".join(line + "\n" for line in kept).encode())
 
 
+def log_line(path, row):
+    """Append a dict to a log as one line of JSON."""
+    with D.writing(path), open(path, "a") as f:
+        f.write(json.dumps(row) + "\n")
+
+
 def fast_layout(model):
     """Convolution weights, and with them all feature maps, in the memory layout that is fastest. -> model
 
@@ -628,6 +642,25 @@ def fast_layout(model):
         elif isinstance(layer, nn.Conv3d) and layer.weight.is_cuda:
             layer.to(memory_format=torch.channels_last_3d)
     return model
+
+
+def backward(net, batch, cfg, g, step):
+    """The gradients of a step, in cfg.accum passes over parts of what this process has of the batch. -> loss
+
+    The parts give what the whole would, up to rounding: only dropout is drawn for each by itself."""
+    (rank, world), share, total = ranks(), len(next(iter(batch.values()))), 0.0
+    accum = math.gcd(cfg.accum, share)       # a stage whose batch is smaller may need fewer
+    for i in range(accum):
+        g.manual_seed(mix(cfg.seed, 1, step))
+        torch.manual_seed(mix(cfg.seed, 2, step, rank * accum + i))      # dropout
+        g.part, g.first, g.last = (rank * accum + i, world * accum), i == 0, i == accum - 1
+        net.require_backward_grad_sync = g.last                          # processes exchange sums, not parts
+        rows = slice(i * share // accum, (i + 1) * share // accum)
+        with amp(cfg, g.device):
+            loss = net({k: v[rows] for k, v in batch.items()}, g) / accum
+        loss.backward()
+        total = total + loss.detach()
+    return total
 
 
 def fit(model, loader, cfg, name, run, steps, watch=None):
@@ -651,27 +684,29 @@ def fit(model, loader, cfg, name, run, steps, watch=None):
             model.load_state_dict(state["model"])
             ema.load_state_dict(state["ema"])
             opt.load_state_dict(state["optimizer"])
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, ValueError, KeyError):
             D.fail(f"{path}: its weights do not fit this network (edited source?); choose another --out")
         for p in params:   # the fused kernel walks raw memory: the state must lie in it as its parameter does
             opt.state[p] = {k: torch.empty_like(p).copy_(v) if v.shape == p.shape else v
                             for k, v in opt.state[p].items()}
         step, seen, state, fresh = state["step"], list(state["seen"].to(device)), None, False
+    if rank == 0:
+        trim_log(log_path, -1 if fresh else step)
     if step >= steps:
         return ema, step
 
-    g = torch.Generator(device)
+    g = Source(device)
     mine = slice(rank * cfg.batch // world, (rank + 1) * cfg.batch // world)
     rows_of = lambda k: batch_rows(len(loader), cfg.batch, cfg.seed, k)[mine]
     row = dict(step=0)
     if cfg.compile and device.type == "cuda":
         row["note"] = compile_checked(model, loader.batch(rows_of(0)), cfg, g)
         tqdm.write(f"{name}: {row['note']}")
-    if rank == 0:
-        trim_log(log_path, -1 if fresh else step)
-        if fresh:          # a fault in watch shows now, and not after hours
-            row |= watch(ema, 0) if watch else {}
-            log_path.write_text(json.dumps(row) + "\n")
+    if rank == 0 and fresh:    # a fault in watch shows now, and not after hours
+        row |= watch(ema, 0) if watch else {}
+        log_line(log_path, row)
     net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
 
     caught = []
@@ -683,24 +718,20 @@ def fit(model, loader, cfg, name, run, steps, watch=None):
     signals = [getattr(signal, s) for s in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, s)]
     handlers = [signal.signal(s, on_signal) for s in signals]
 
-    bar = tqdm(total=steps, initial=step, desc=name, unit="step", mininterval=1, disable=rank > 0)
-    began, since = time.time(), step
+    bar = tqdm(total=steps, initial=step, desc=name, unit="step", mininterval=1, disable=rank > 0 or None)
+    began, since = time.perf_counter(), step     # no jump of the clock can make a rate negative
     for batch in loader.stream(rows_of(k) for k in range(step, steps)):
-        g.manual_seed(mix(cfg.seed, 1, step))
-        torch.manual_seed(mix(cfg.seed, 2, step, rank))      # dropout
         lr = cfg.lr * min(1, (step + 1) / 100)
         for group in opt.param_groups:
             group["lr"] = lr
-        with amp(cfg, device):
-            loss = net(batch, g)
         opt.zero_grad()
-        loss.backward()
+        loss = backward(net, batch, cfg, g, step)
         norm = nn.utils.clip_grad_norm_(params, 1.0)
         opt.found_inf = (~torch.isfinite(norm)).float()      # if so, the fused step skips itself: no sync
         opt.step()
         with torch.no_grad():      # else the average would remember all of its past, for a gradient
             torch._foreach_lerp_(averaged, params, 1 - min(cfg.ema, (1 + step) / (10 + step)))
-        seen.append(torch.stack([loss.detach(), norm]))
+        seen.append(torch.stack([loss, norm]))
         step += 1
         bar.update()
 
@@ -720,17 +751,18 @@ def fit(model, loader, cfg, name, run, steps, watch=None):
         bad = (~torch.isfinite(values)).any(1).nonzero()
         if len(bad):
             D.fail(f"loss or gradient not finite at step {step - len(seen) + int(bad[0])}, lr {lr:.2g}: "
-                   f"stopped before the weights changed; {path} is the last save; try a smaller --lr")
+                   f"stopped before the weights changed; {path} is the last save; try a smaller --lr", 1)
         seen = [] if line else list(values)
         if line and rank == 0:
             loss, norm = values.cpu().double().mean(0).tolist()
             row = dict(step=step, loss=loss, grad_norm=norm, lr=lr, peak_gb=round(peak_gb(device), 3),
-                       img_s=round((step - since) * cfg.batch / (time.time() - began), 1))
+                       img_s=round((step - since) * cfg.batch / (time.perf_counter() - began), 1))
             row |= watch(ema, step) if due and watch else {}
-            with open(log_path, "a") as f:
-                f.write(json.dumps(row) + "\n")
+            log_line(log_path, row)
             bar.set_postfix(loss=f"{loss:.4f}", img_s=row["img_s"])
-            began, since = time.time(), step
+            if due and bar.disable:                          # no terminal: a line per save
+                print(f"{name}: step {step} of {steps}, loss {loss:.4f}, {row['img_s']} images/s", flush=True)
+            began, since = time.perf_counter(), step
         if (due or stop) and rank == 0:
             save(path, dict(run=run, step=step, seen=torch.stack(seen) if seen else torch.zeros(0, 2),
                             model=model.state_dict(), ema=ema.state_dict(), optimizer=opt.state_dict()))
@@ -753,7 +785,14 @@ def fit(model, loader, cfg, name, run, steps, watch=None):
 @torch.inference_mode()
 def in_batches(fn, *tensors, batch=64):
     """fn over slices of the tensors' first axis, concatenated: any number of images in bounded memory."""
-    return torch.cat([fn(*(t[i:i + batch] for t in tensors)) for i in range(0, len(tensors[0]), batch)])
+    while True:
+        try:
+            starts = range(0, len(tensors[0]), batch)
+            return torch.cat([fn(*(t[i:i + batch] for t in tensors)) for i in starts])
+        except torch.OutOfMemoryError:      # what was trained with --accum must be evaluated, too
+            if batch == 1:
+                raise
+            batch //= 2
 
 
 def semantic_codes(model, loader):
@@ -1115,10 +1154,11 @@ def check_config(c):
     if c.S > c.T or not c.lr or c.ema >= 1 or c.dropout >= 1:
         D.fail(f"--S {c.S} --lr {c.lr} --ema {c.ema} --dropout {c.dropout}: needed are S <= T = {c.T}, "
                "lr > 0, ema and dropout < 1")
-    if c.batch % ranks()[1]:
-        D.fail(f"--batch {c.batch}: not divisible by {ranks()[1]} processes")
+    if c.batch % (ranks()[1] * c.accum):
+        D.fail(f"--batch {c.batch}: not divisible by {ranks()[1]} processes x --accum {c.accum}")
     try:
-        torch.empty(1, device=c.device)
+        local = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if c.device == "cuda" else c.device
+        torch.empty(1, device=local)
     except (RuntimeError, AssertionError) as e:
         D.fail(f"--device {c.device}: {str(e).splitlines()[0][:120]}")
 
@@ -1150,18 +1190,24 @@ def lock(out):
         handle.seek(0)
         D.fail(f"--out {out}: in use by process {handle.read() or '?'}; wait for it, or choose another --out")
     handle.truncate(0)
-    handle.write(str(os.getpid()))
+    handle.write(f"{os.getpid()} on {platform.node()}")
     handle.flush()
+    for stray in [*out.glob("*.tmp"), *out.glob("*.part")]:     # a run was killed while it wrote them
+        stray.unlink()
     return handle
 
 
 def start(argv):
     """The flags, checked, and the device, made ready. -> (Config, the keys that were given, torch.device)"""
-    if "RANK" in os.environ:           # started by torchrun
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    if "RANK" in os.environ:           # started by torchrun; hours, as all wait for one that draws or reads
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=6))
     cfg, given = parse(argv)
     check_config(cfg)
     device = torch.device(cfg.device)
+    if device.type == "cpu" and "device" not in given and ranks()[0] == 0:
+        print("no GPU is used:", "torch sees none; is the driver too old, or CUDA_VISIBLE_DEVICES set?"
+              if torch.version.cuda or torch.version.hip else "this torch is built for the CPU alone")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
@@ -1181,7 +1227,12 @@ def stage(name, make, cfg, steps, loader, facts, watch=None):
     if cfg.eval and not path.exists():
         D.fail(f"{path}: not there; the same command without --eval trains it")
     torch.manual_seed(mix(cfg.seed, 3))
-    return fit(make(cfg).to(loader.device), loader, cfg, name, run, 0 if cfg.eval else steps, watch)
+    try:
+        return fit(make(cfg).to(loader.device), loader, cfg, name, run, 0 if cfg.eval else steps, watch)
+    except torch.OutOfMemoryError:
+        D.fail(f"{name}: out of GPU memory with --batch {cfg.batch} --accum {cfg.accum} (peak "
+               f"{peak_gb(loader.device):.1f} GB); the same command with --accum {2 * cfg.accum} goes on "
+               "from the last save, to the same result; a smaller --batch needs another --out")
 
 
 def leave():
@@ -1239,7 +1290,7 @@ PAPER = {"hr_per_sd": 0.73}     # published "per unit of similarity"; the scale 
 
 
 def main(argv):
-    began = time.time()
+    began = time.perf_counter()
     cfg, given, device = start(argv)
     check_network(cfg)
     out, (rank, world) = Path(cfg.out), ranks()
@@ -1290,7 +1341,7 @@ def main(argv):
     metrics["train_img_s"] = M.row(np.median([r["img_s"] for r in log if "img_s" in r]), unit="1/s")
     metrics["peak_gb"] = M.row(peak_gb(device), unit="GB", better="lower")
     M.save_results(out / "results.json", "normative", cfg.data or "phantom cohort", count,
-                   time.time() - began, dataclasses.asdict(cfg) | dict(steps=reached), metrics, device)
+                   time.perf_counter() - began, dataclasses.asdict(cfg) | {"steps": reached}, metrics, device)
     scores = [k for k in ("hr_per_sd", "hr_p", "c_index", "logrank_p", "ks_p", "auroc", "severity_r")
               if k in metrics]     # results.json has more of each score: alone, gains, proportional hazards
     print(M.table(metrics, [k for k in metrics if "." not in k and f"{k}.pca_cosine" not in metrics], {}))
@@ -1298,15 +1349,8 @@ def main(argv):
     print(M.row_table(metrics, scores, PAPER))
     print("hr_per_sd, c_index: Cox of score, age and sex (c_index out of fold). ks_p ignores censoring.\n"
           "auroc: patients against controls, beyond age. Intervals: of hr_per_sd Wald, else bootstrap.")
-    print(f"{time.time() - began:.0f} s. Numbers: {out}/results.json. Pictures: {out}/*.png")
+    print(f"{time.perf_counter() - began:.0f} s. Numbers: {out}/results.json. Pictures: {out}/*.png")
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except torch.OutOfMemoryError:
-        D.fail("out of GPU memory; a smaller --batch or --size needs less. The last save is kept")
-    except OSError as e:
-        D.fail(f"{e.filename or 'output'}: {e.strerror or e}. The last save is kept")
+    D.program(main)

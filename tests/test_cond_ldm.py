@@ -1,13 +1,8 @@
 """cond_ldm.py: the codebook against brute force, one backward pass against two, samplers and guidance against
-closed forms, drawings that reach the picture, runs that are killed or fed with rubbish."""
-import gc
+closed forms, drawings that reach the picture, whole runs and what they refuse."""
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,13 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import cond_ldm as m  # noqa: E402
-import data as D  # noqa: E402
-import metrics as M  # noqa: E402
+import cond_ldm as m
+from conftest import ROOT, runs_of
+import data as D
+import metrics as M
 
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+main, error_of = runs_of(m)
 SMALL = dict(size=16, patch=1, channels=(8, 16), depth=1, codebook=32, gan_channels=(8, 16), gan_start=2,
              unet=(16, 32), heads=2, attention=8, groups=0, cond_ch=8, vq_steps=6, steps=6, seg_steps=3, batch=4,
              vq_lr=1e-3, lr=1e-3, save_every=3, log_every=2, bf16=False, S=3, eval_images=10, few=3, aug_images=8,
@@ -58,23 +52,6 @@ def few_resamples(monkeypatch):
 @pytest.fixture
 def tiny(tmp_path):
     return written(tmp_path / "tiny.h5", slices())
-
-
-def main(*flags):
-    m.main([str(f) for f in flags])
-    gc.collect()     # lets go of the lock on --out, as the end of a process does
-
-
-def error_of(capsys, *flags):
-    """The one line that a run with these flags ends in, exit code 2."""
-    with pytest.raises(SystemExit) as e:
-        main(*flags)
-    code, lines = e.value.code, capsys.readouterr().err.strip().splitlines()
-    del e
-    gc.collect()     # the traceback keeps main's frame alive, and with it the lock on --out
-    lines = [line for line in lines if line.startswith("error: ") or "Traceback" in line]
-    assert code == 2 and len(lines) == 1, lines
-    return lines[0]
 
 
 def a_batch(n=4, size=16, seed=0):
@@ -331,52 +308,6 @@ def test_segmenter_learns_and_moves_image_and_mask_together(tmp_path):
 
 # --------------------------------------------------------------------------------- runs
 
-CRASH = """
-import dataclasses, os, random, signal, sys, time, torch
-sys.path.insert(0, sys.argv[4])
-import cond_ldm as m, data as D, tests.test_cond_ldm as t
-out, tries, steps = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-cfg = dataclasses.replace(t.TINY, out=out, idle=2, save_every=5)
-rng = random.Random(0)
-for k in range(tries + 1):
-    pid = os.fork()                       # torch has not run yet: its threads are not forked
-    if pid == 0:
-        torch.set_num_threads(1)
-        torch.manual_seed(0)
-        m.fit(m.VQVAE(cfg), D.Loader({"image": t.slices()["image"]}, "cpu"), cfg, "ckpt_vq", {"a": 1}, steps)
-        os._exit(0)
-    if k < tries:
-        time.sleep(rng.uniform(0.1, 0.8))
-        os.kill(pid, signal.SIGKILL)
-    print(os.waitpid(pid, 0)[1], flush=True)
-"""
-
-
-def same(u, v):
-    if torch.is_tensor(u):
-        return torch.equal(u, v)
-    if isinstance(u, dict):
-        return u.keys() == v.keys() and all(same(u[k], v[k]) for k in u)
-    return len(u) == len(v) and all(map(same, u, v)) if isinstance(u, (list, tuple)) else u == v
-
-
-def test_vqvae_killed_and_resumed_is_bitwise_the_unbroken_run(tmp_path):
-    """Codes that move, counters and the discriminator's start are all in the checkpoint."""
-    (tmp_path / "killed").mkdir()
-    done = subprocess.run([sys.executable, "-c", CRASH, tmp_path / "killed", "5", "40", str(ROOT)], env=ENV,
-                          capture_output=True, text=True)
-    codes, threads = done.stdout.split(), torch.get_num_threads()
-    assert codes[-1] == "0", done.stderr[-2000:]
-    assert codes.count("9") >= 2, codes      # it was killed while it ran
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    cfg = replace(TINY, out=str(tmp_path), idle=2, save_every=5)
-    m.fit(m.VQVAE(cfg), D.Loader({"image": slices()["image"]}, "cpu"), cfg, "ckpt_vq", {"a": 1}, 40)
-    torch.set_num_threads(threads)
-    a, b = (torch.load(d / "ckpt_vq.pt", weights_only=True) for d in (tmp_path, tmp_path / "killed"))
-    assert same(a, b) and a["model"]["trained"] == 40 and a["step"] == 40
-
-
 def test_whole_run_leaves_results_and_pictures(tiny, tmp_path, capsys):
     out = tmp_path / "out"
     main("--data", tiny, "--out", out, *FLAGS)
@@ -497,17 +428,6 @@ def test_paper_recipe_on_a_test_file(tiny, tmp_path):
     assert {k: results["config"][k] for k in ("cond", "edges", "predict", "sampler", "scale", "ema")} == dict(
         cond="seed", edges="full", predict="eps", sampler="ddpm", scale=False, ema=0.0)
     assert "dice_aug.real" in results["metrics"] and not [k for k in results["metrics"] if "edges_" in k or "cond_seed" in k]
-
-
-def test_two_processes_give_the_run_of_one(tiny, tmp_path):
-    flags = ["--data", tiny, *FLAGS, "--rivals=false", "--idle=2"]
-    main(*flags, "--out", tmp_path / "one")
-    two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29527",
-                          ROOT / "cond_ldm.py", *flags, "--out", tmp_path / "two"], env=ENV, capture_output=True, text=True)
-    assert two.returncode == 0, two.stderr[-2000:]
-    for name in ("ckpt_vq", "ckpt_seg"):
-        a, b = (torch.load(tmp_path / d / f"{name}.pt", weights_only=True)["model"] for d in ("one", "two"))
-        assert max((a[k].double() - b[k].double()).abs().max() for k in a) < 2e-5, name
 
 
 # --------------------------------------------------------------------------------- bad input, one line each

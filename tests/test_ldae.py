@@ -1,26 +1,20 @@
 """ldae.py: PDAE's coefficients against closed forms, samplers against an oracle, each network's own gradients, a frozen
-network that stays frozen, stages that are killed and resumed, and what a run refuses."""
+network that stays frozen, whole runs, and what they refuse."""
 import functools
-import gc
 import json
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from sklearn.decomposition import PCA
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import data as D  # noqa: E402
-import ldae as m  # noqa: E402
+import data as D
+import ldae as m
+from conftest import ROOT, runs_of
 
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+main, error_of = runs_of(m)
 AB = m.linear_alpha_bar(1000)
 SIZE = (16, 24, 16)
 TINY = m.Config(size=SIZE, patch=2, ae_mult=(1, 2), ae_base=8, ae_blocks=1, z_ch=2, disc_base=4, disc_layers=1, base=16,
@@ -72,22 +66,6 @@ def finished(tiny, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "out"
     main("--data", tiny, "--out", out, *FLAGS)
     return out
-
-
-def main(*flags):
-    m.main([str(f) for f in flags])
-    gc.collect()     # lets go of the lock on --out, as the end of a process does
-
-
-def error_of(capsys, *flags):
-    """The one line that a run with these flags ends in, exit code 2."""
-    with pytest.raises(SystemExit) as e:
-        main(*flags)
-    code, lines = e.value.code, [t for t in capsys.readouterr().err.strip().splitlines() if "step/s" not in t and "%|" not in t]
-    del e
-    gc.collect()
-    assert code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
-    return lines[0]
 
 
 torch.manual_seed(0)
@@ -305,56 +283,6 @@ def test_average_of_the_weights_keeps_no_history(tmp_path):
     ema, _ = m.fit(b, D.Loader({k: v.numpy() for k, v in batch(8).items() if k != "image"}, "cpu"),
                    replace(TINY, out=str(tmp_path)), "ckpt_B", {}, 3)
     assert all(p.is_leaf and not p.requires_grad for p in ema.parameters())
-
-
-CRASH = """
-import os, random, signal, sys, time, torch
-sys.path.insert(0, sys.argv[3])
-from dataclasses import replace
-import ldae as m, data as D, tests.test_ldae as t
-out, tries = sys.argv[1], int(sys.argv[2])
-cfg = replace(t.TINY, out=out, log_every=3, save_every=5, batch=2)
-rng = random.Random(0)
-for stage, k in ((s, k) for s in "ABC" for k in range(tries + 1)):
-    pid = os.fork()                       # torch has not run yet: its threads are not forked
-    if pid == 0:
-        torch.set_num_threads(1)
-        arrays = {k: v.numpy() for k, v in t.batch(8).items() if k != "image"} | {"image": t.heads(8)[0]}
-        b = t.frozen_b(cfg)
-        torch.manual_seed(0)
-        model = {"A": lambda: m.Autoencoder(cfg), "B": lambda: b, "C": lambda: m.Model(cfg, b, t.AE)}[stage]()
-        if stage == "B": arrays.pop("image")
-        m.fit(model, D.Loader(arrays, "cpu"), cfg, "ckpt_" + stage, {"a": 1}, 16)
-        os._exit(0)
-    if k < tries:
-        time.sleep(rng.uniform(0.1, 0.8))
-        os.kill(pid, signal.SIGKILL)
-    print(os.waitpid(pid, 0)[1], flush=True)
-"""
-
-
-def test_killed_stages_resume_bitwise(tmp_path):
-    """kill -9 at random moments: weights, buffers, average, optimizer and log are those of a run left alone."""
-    for name, tries in (("whole", 0), ("killed", 4)):
-        (tmp_path / name).mkdir()
-        done = subprocess.run([sys.executable, "-c", CRASH, tmp_path / name, str(tries), str(ROOT)], env=ENV,
-                              capture_output=True, text=True)
-        codes = done.stdout.split()
-        assert codes and codes[tries::tries + 1] == ["0"] * 3, done.stderr[-2000:]
-    assert codes.count("9") >= 3, codes
-
-    def equal(u, v):
-        if torch.is_tensor(u):
-            return torch.equal(u, v)
-        if isinstance(u, dict):
-            return u.keys() == v.keys() and all(equal(u[k], v[k]) for k in u)
-        return len(u) == len(v) and all(map(equal, u, v)) if isinstance(u, (list, tuple)) else u == v
-    for stage in "ABC":
-        x, y = (torch.load(tmp_path / d / f"ckpt_{stage}.pt", weights_only=True) for d in ("whole", "killed"))
-        assert x["step"] == 16 and all(equal(x[k], y[k]) for k in x), stage
-        logs = [[{k: v for k, v in json.loads(t).items() if k not in ("img_s", "peak_gb")} for t in
-                 (tmp_path / d / f"log_{stage}.jsonl").read_text().splitlines()] for d in ("whole", "killed")]
-        assert logs[0] == logs[1], stage
 
 
 # --------------------------------------------------------------------------------- whole runs

@@ -1,21 +1,18 @@
 """normative.py: what the score is, who may be in it, that the age enters by one door, and what is refused."""
-import gc
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import data as D  # noqa: E402
-import metrics as M  # noqa: E402
-import normative as m  # noqa: E402
+import data as D
+import metrics as M
+import normative as m
+from conftest import ROOT, runs_of
 
+main, error_of = runs_of(m)
 TINY = m.Config(size=16, base=16, mult=(1, 2), enc_mult=(1, 2, 2), blocks=1, attention=8, groups=0, dropout=0.0,
                 z_dim=8, steps=6, batch=4, lr=1e-3, bf16=False, device="cpu", S=4, eval_images=6)
 FLAGS = ["--size=16", "--base=16", "--patch=1", "--mult=1,2", "--enc_mult=1,2,2", "--blocks=1", "--attention=8",
@@ -41,22 +38,6 @@ def file_of(tmp_path, name="cohort.h5", **change):
     path = str(tmp_path / name)
     D.write(path, [people(**change)], {})
     return path
-
-
-def main(*flags):
-    m.main([str(f) for f in flags])
-    gc.collect()     # lets go of the lock on --out, as the end of a process does
-
-
-def error_of(capsys, *flags):
-    """The last line that a run with these flags ends in, exit code 2."""
-    with pytest.raises(SystemExit) as e:
-        main(*flags)
-    code, lines = e.value.code, capsys.readouterr().err.strip().splitlines()
-    del e
-    gc.collect()
-    assert code == 2 and lines[-1].startswith("error: ") and sum(x.startswith("error") for x in lines) == 1, lines
-    return lines[-1]
 
 
 # ------------------------------------------------------------------------------------ the score

@@ -1,0 +1,36 @@
+"""What every test file needs: one thread per process, the repository on the path, and a run in this process."""
+import gc
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ["OMP_NUM_THREADS"] = "1"
+ENV = {**os.environ, "PYTHONPATH": str(ROOT)}     # of the programs that tests start
+
+
+def run_main(m, *flags):
+    """Script m with these flags, in this process."""
+    m.main([str(f) for f in flags])
+    gc.collect()     # lets go of the lock on --out, as the end of a process does
+
+
+def run_error(m, capsys, *flags):
+    """The one line that a run with these flags ends in, exit code 2. Warnings and bars may come before."""
+    with pytest.raises(SystemExit) as e:
+        run_main(m, *flags)
+    code, text = e.value.code, capsys.readouterr().err
+    lines = [t for t in text.strip().splitlines() if not t.startswith("warning: ") and "%|" not in t and t]
+    del e
+    gc.collect()     # the traceback keeps main's frame alive, and with it the lock on --out
+    assert code == 2 and len(lines) == 1 and lines[0].startswith("error: "), text
+    return lines[0]
+
+
+def runs_of(m):
+    """-> main(*flags), error_of(capsys, *flags) for a script."""
+    return partial(run_main, m), partial(run_error, m)
