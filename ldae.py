@@ -1579,8 +1579,8 @@ def report_manipulation(s):
     who, device = s.data.subject, s.device
     first = np.array([s.test[who[s.test] == name][0] for name in np.unique(who[s.test])])
     rows = evenly(first, 3 * s.cfg.eval_images)
-    # A probe's weights tell how to read an attribute, and hold what cancels other causes too; how codes
-    # change with it is their covariance with it (Haufe et al. 2014).
+    # A probe's weights tell how to read an attribute, and hold what cancels other causes too; how
+    # codes change with it is their covariance with it (Haufe et al. 2014).
     y = s.data.columns[s.cfg.target or "label"][s.train].astype(np.float32)
     known = ~np.isnan(y)
     seen = s.z[torch.as_tensor(s.train[known], device=device)]

@@ -423,9 +423,9 @@ class Study:
     def start(self, run):
         """Run one to its end, in one line on the terminal. -> why it failed, or None"""
         run.out.mkdir(parents=True, exist_ok=True)
-        first, tty, began, shown = node(self.args) == 0, sys.stdout.isatty(), time.time(), 0
+        first, tty, began, shown = node(self.args) == 0, sys.stdout.isatty(), time.monotonic(), 0
         log, code, why = run.out / ("train.log" if first else f"train.node{node(self.args)}.log"), None, None
-        line = lambda text: f"{run.out.name:12} {time.time() - began:6.0f} s  {text}"
+        line = lambda text: f"{run.out.name:12} {time.monotonic() - began:6.0f} s  {text}"
         with open(log, "wb") as f:     # in a session of its own: Ctrl-C comes to it once, through us
             self.child = subprocess.Popen(command(run, self.args), stdin=subprocess.DEVNULL, stdout=f,
                                           stderr=f, start_new_session=True,
@@ -433,8 +433,8 @@ class Study:
         if self.caught:     # in the moment before
             self.child.terminate()
         while code is None:
-            if time.time() - shown > (1 if tty else 600):
-                shown, text = time.time(), line(progress(run, log))
+            if time.monotonic() - shown > (1 if tty else 600):
+                shown, text = time.monotonic(), line(progress(run, log))
                 wide = shutil.get_terminal_size().columns - 1
                 say(f"\r\033[K{text[:wide]}" if tty else text, "" if tty else "\n")
             with contextlib.suppress(subprocess.TimeoutExpired):
