@@ -39,7 +39,7 @@ SYSTEMS = {
              "Does the code of a latent diffusion autoencoder in 3D tell age, disease and progression, and "
              "what does the latent space gain over voxels?", ["brains.h5"],
              "ae_ssim recon_ssim_T10 recon_ssim_T100 semantic_ssim_T10 probe_auroc probe_acc age_mae "
-             "interp_ssim_12m interp_ssim_24m interp_mse_24m"),
+             "interp_ssim_6m interp_mse_12m interp_ssim_24m interp_mse_24m"),
 }
 # With --more: further runs, which some claims are judged by. Their script, and their flags beside the others;
 # x5: five times as many as the plain run's
@@ -173,9 +173,9 @@ CLAIMS = [
      "hippocampi shrink: manip_ventricle_slope above 0, manip_hippocampus_slope below",
      lambda m: [m["manip_ventricle_slope"] > 0, m["manip_hippocampus_slope"] < 0]),
     ("ldae", "A missing scan, 6 months: SSIM 0.969, MSE 0.0019",
-     "from scans 12 months apart, 6 to each: interp_ssim_12m above 0.969, interp_mse_12m below 0.0019",
-     lambda m: [m["interp_ssim_12m"] > 0.969, m["interp_mse_12m"] < 0.0019]),
-    ("ldae", "It stays good at 24 months: SSIM > 0.93, MSE < 0.004", "from scans 24 months apart",
+     "6 months from the nearer scan: interp_ssim_6m above 0.969, interp_mse_6m below 0.0019",
+     lambda m: [m["interp_ssim_6m"] > 0.969, m["interp_mse_6m"] < 0.0019]),
+    ("ldae", "It stays good at 24 months: SSIM > 0.93, MSE < 0.004", "24 months from the nearer scan",
      lambda m: [m["interp_ssim_24m"] > 0.93, m["interp_mse_24m"] < 0.004]),
     ("ldae", ".. and so captures progression", "interp_mse_24m below that of copying the nearest scan",
      lambda m: m["interp_mse_24m"] < m["interp_mse_24m.copy_nearest"]),
