@@ -123,6 +123,10 @@ class Numbers:
             return Interval(m["value"], -math.inf, math.inf)
         return Interval(m["value"], *(m["value"] if end is None else end for end in m["ci"]))
 
+    def at_full_size(self, answer):
+        """None, undecided, if this is a demo."""
+        return None if self.results["config"].get("preset") == "demo" else answer
+
 
 BENCHMARKS = ("pca_cosine", "pca_mahalanobis", "vae_recon", "vae_latent", "brain_age_gap")
 # script; what its source claims; the rule in words; the rule: true, false, None, or a list of which all must
@@ -181,8 +185,9 @@ CLAIMS = [
      lambda m: m["interp_mse_24m"] < m["interp_mse_24m.copy_nearest"]),
     ("ldae", "Better reconstruction than a diffusion autoencoder of voxels", "recon_ssim_T10 above .dae's",
      lambda m: m["recon_ssim_T10"] > m["recon_ssim_T10.dae"]),
-    ("ldae", "Inference is 20 times faster than in voxels", "throughput_ratio above 20",
-     lambda m: m["throughput_ratio"] > 20),
+    ("ldae", "Inference is 20 times faster than in voxels",
+     "throughput_ratio above 20; the demo's small volumes and networks decide nothing (README: 30 times)",
+     lambda m: m.at_full_size(m["throughput_ratio"] > 20)),
     ("cond_ldm", "The VQ-VAE reconstructs well", "vq_ssim above that of another slice of the same heart",
      lambda m: m["vq_ssim"] > m["vq_ssim.other_slice"]),
     ("cond_ldm", "What is generated is poor (SSIM 0.40, NMSE 1.22)", "the study's condition path: NMSE above "

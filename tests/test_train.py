@@ -158,6 +158,14 @@ def test_every_rule_can_come_out_either_way(claim):
     assert used and all(t.Numbers(yes).find(name) for name in used)
 
 
+def test_a_demo_decides_nothing_on_speed():
+    rule = next(rule for _, claim, _, rule in t.CLAIMS if "20 times faster" in claim)
+    demo = world("ldae", TRUE["ldae"])
+    assert t.judge(rule, [demo])[0] == "holds"
+    demo["config"]["preset"] = "demo"
+    assert t.judge(rule, [demo])[:2] == ("undecided", ["throughput_ratio"])
+
+
 def test_claims_without_a_rule_say_what_it_would_take():
     for script, claim, words, rule in t.CLAIMS:
         if not callable(rule):
