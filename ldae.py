@@ -1075,9 +1075,12 @@ def fit(model, loader, cfg, name, run, steps, watch=None):
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     averaged = [e for e, p in zip(ema.parameters(), model.parameters()) if p.requires_grad]
     step, seen = 0, []     # seen: (loss, gradient norm) of each step since the last line of the log
+    where = f"{device.type}, {torch.get_num_threads()} threads, {world} processes, --accum {cfg.accum}"
 
     state, fresh = restore(path, run), True
     if state:
+        if rank == 0 and state["step"] < steps and state.get("where", where) != where:
+            tqdm.write(f"{name}: from {state['where']} to {where}: equal up to rounding only")
         try:
             model.load_state_dict(state["model"])
             ema.load_state_dict(state["ema"])
@@ -1162,8 +1165,9 @@ def fit(model, loader, cfg, name, run, steps, watch=None):
                 print(f"{name}: step {step} of {steps}, loss {loss:.4f}, {row['img_s']} images/s", flush=True)
             began, since = time.perf_counter(), step
         if (due or stop) and rank == 0:
-            save(path, dict(run=run, step=step, seen=torch.stack(seen) if seen else torch.zeros(0, 2),
-                            model=model.state_dict(), ema=ema.state_dict(), optimizer=opt.state_dict()))
+            seen_yet = torch.stack(seen) if seen else torch.zeros(0, 2)
+            save(path, dict(run=run, where=where, step=step, seen=seen_yet, model=model.state_dict(),
+                            ema=ema.state_dict(), optimizer=opt.state_dict()))
         if stop:
             break
     bar.close()

@@ -336,6 +336,14 @@ def test_longer_training_on_top_of_a_finished_run(tmp_path):
     assert all(torch.equal(a["ema"][k], b["ema"][k]) for k in a["ema"])
 
 
+def test_going_on_elsewhere_is_said_once(tmp_path, capsys):
+    def said(steps, accum):
+        m.fit(m.Model(TINY), loader(), replace(TINY, out=str(tmp_path), accum=accum), "ckpt", {}, steps)
+        return "--accum 1 to cpu" in (text := "".join(capsys.readouterr())) and "up to rounding" in text
+
+    assert [said(*run) for run in ((4, 1), (8, 1), (8, 2), (10, 2), (12, 2))] == [False, False, False, True, False]
+
+
 def test_nonfinite_loss_stops_before_the_step(tmp_path, capsys):
     cfg = replace(TINY, out=str(tmp_path), log_every=1, save_every=2)
     model = m.Model(cfg)
