@@ -21,6 +21,7 @@ def run_main(m, *flags):
 
 def run_error(m, capsys, *flags):
     """The one line that a run with these flags ends in, exit code 2. Warnings and bars may come before."""
+    capsys.readouterr()     # what was said before
     with pytest.raises(SystemExit) as e:
         run_main(m, *flags)
     code, text = e.value.code, capsys.readouterr().err
