@@ -30,7 +30,7 @@ from dataclasses import dataclass
 import h5py
 import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageDraw
+from PIL import Image, ImageDraw
 from scipy import ndimage
 from tqdm import tqdm
 
