@@ -1251,13 +1251,14 @@ def leave():
 def cohort(data, part, cfg):
     """Check that the data can answer. -> part; patients are only ever in "test" (with --test: or left out)"""
     for need in ("age", cfg.target):
-        if data.columns.get(need, np.array("")).dtype.kind not in "biuf":
+        values = data.columns.get(need, np.array(""))
+        if values.dtype.kind not in "biuf":
             D.fail(f"{data.path}: {need}: no such numbers; it has {', '.join(data.columns) or 'no columns'}")
+        missing = np.flatnonzero(np.isnan(values))     # whose label is unknown must not pass for healthy
+        if len(missing):
+            D.fail(f"{data.path}: {need}: missing in {len(missing)} rows: {', '.join(map(str, missing[:10]))}"
+                   f"{' ...' if len(missing) > 10 else ''}; everybody's is needed: fill in or drop the rows")
     age, ill = data.columns["age"], data.columns[cfg.target] > 0
-    missing = np.flatnonzero(np.isnan(age))
-    if len(missing):
-        D.fail(f"{data.path}: age: missing in {len(missing)} rows: {', '.join(map(str, missing[:10]))}"
-               f"{' ...' if len(missing) > 10 else ''}; the encoder needs the age: fill in or drop them")
     part = np.where(ill & (part != "test"), "" if cfg.test else "test", part)
     for name, rows, least in (("healthy people to train on", part == "train", 1),
                               ("held-out healthy people for the reference mean", part == "val", 3),

@@ -284,6 +284,14 @@ def test_bad_cohorts(columns, word, tmp_path, capsys):
     assert not (tmp_path / "out" / "ckpt.pt").exists()
 
 
+def test_an_unknown_diagnosis_is_not_healthy(tmp_path, capsys):
+    columns = people()
+    columns["ill"] = np.where(np.isin(np.arange(56), (2, 50)), np.nan, columns["label"])
+    D.write(str(tmp_path / "bad.h5"), [columns], {})
+    error = error_of(capsys, "--data", tmp_path / "bad.h5", "--target=ill", "--out", tmp_path / "out", *FLAGS)
+    assert "ill: missing in 2 rows: 2, 50" in error
+
+
 @pytest.mark.parametrize("gone, word", [("age", "age: no such"), ("label", "label: no such")])
 def test_missing_columns(gone, word, tmp_path, capsys):
     columns = people()
