@@ -1249,7 +1249,9 @@ def leave():
 
 
 def cohort(data, part, cfg):
-    """Check that the data can answer. -> part; patients are only ever in "test" (with --test: or left out)"""
+    """Check that the data can answer. -> part; patients are only ever in "test" (with --test: or left out).
+
+    Images of a patient from before the diagnosis are left out (""): they would be on both sides."""
     for need in ("age", cfg.target):
         values = data.columns.get(need, np.array(""))
         if values.dtype.kind not in "biuf":
@@ -1260,6 +1262,11 @@ def cohort(data, part, cfg):
                    f"{' ...' if len(missing) > 10 else ''}; everybody's is needed: fill in or drop the rows")
     age, ill = data.columns["age"], data.columns[cfg.target] > 0
     part = np.where(ill & (part != "test"), "" if cfg.test else "test", part)
+    before = np.isin(data.subject, data.subject[ill]) & ~ill
+    part[before] = ""
+    if before.any():
+        print(f"warning: {before.sum()} healthy images of people who are also patients are left out",
+              file=sys.stderr)
     for name, rows, least in (("healthy people to train on", part == "train", 1),
                               ("held-out healthy people for the reference mean", part == "val", 3),
                               ("patients to test", ill & (part == "test"), 1)):

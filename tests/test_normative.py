@@ -196,6 +196,18 @@ def test_patients_are_only_ever_tested(tmp_path):
     assert set(part[data.columns["label"] > 0]) == {"test"} and "test" not in part[data.columns["label"] == 0]
 
 
+def test_a_healthy_scan_of_a_later_patient_is_nobodys(tmp_path, capsys):
+    """Trained on, it would put the patient on both sides; as a control, it may be ill already."""
+    columns = people()
+    columns["subject"][40:48] = columns["subject"][:8]
+    D.write(str(tmp_path / "converts.h5"), [columns], {})
+    data, part = roles(str(tmp_path / "converts.h5"))
+    ill = data.columns["label"] > 0
+    assert set(part[ill]) == {"test"} and set(part[:8]) == {""} and "" not in part[8:]
+    assert not set(data.subject[part == "test"]) & set(data.subject[np.isin(part, ("train", "val"))])
+    assert "8 healthy images of people who are also patients" in capsys.readouterr().err
+
+
 def test_with_a_test_file_the_patients_beside_the_training_data_are_left_out(tmp_path):
     data, part = roles(file_of(tmp_path), file_of(tmp_path, "other.h5", seed=1))
     first = np.char.startswith(data.subject, "s0")
