@@ -52,7 +52,7 @@ except ImportError:     # Windows: no lock on the output folder, no figure for p
 
 @dataclass
 class Config:
-    data: str = ""            # HDF5 file, or a folder of one file per subject; empty: phantom hearts
+    data: str = ""            # HDF5 file, or a folder of one file per subject; empty: phantom cohort
     test: str = ""            # second file: train on all of --data, test on all of this one
     out: str = "out/normative"  # everything the run leaves; the same command again goes on from there
     preset: str = ""          # demo (laptop) or paper (one GPU); empty: paper on CUDA, demo elsewhere
@@ -84,7 +84,7 @@ class Config:
     predict: str = "v"        # what the UNet outputs: v, or eps (paper)
     t_power: float = 0.5      # times are drawn as T u^t_power: 0.5 favours high noise; paper: 1, uniform
     augment: float = 0.1      # strength of random rotation, zoom and shift: little, as brains come registered
-    flip: bool = False        # random left-right flips (paper: true; but a heart has its left and its right)
+    flip: bool = False        # random left-right flips (paper: true; but a lesion has its side)
     T: int = 1000             # diffusion steps, linear beta
     vae_beta: float = 1e-3    # weight of the VAE's KL
     # training
@@ -1033,6 +1033,7 @@ def interpret(cfg, data, part, loader, models, codes, left, scores, brain_age, p
     # The healthy twin: z_sem moved to the healthy mean at this age, x_T kept. The map: patient minus twin.
     real, recon, twin, rows = {}, {}, {}, {}
     groups = {"reference": reference, "controls": test & ~ill, "patients": test & ill}
+    groups = {name: group for name, group in groups.items() if group.any()}     # --test: maybe no controls
     for name, group in tqdm(groups.items(), "evaluate: healthy twins", unit="group"):
         rows[name] = np.flatnonzero(group)
         rows[name] = i = rows[name][np.linspace(0, len(rows[name]) - 1, min(len(rows[name]), cfg.eval_images))
@@ -1055,9 +1056,11 @@ def interpret(cfg, data, part, loader, models, codes, left, scores, brain_age, p
                 metrics |= M.image_numbers("semantic", row, real[name], images, who)
     change = {name: real[name] - twin[name] for name in groups}
     deviation = left / usual(left, np.flatnonzero(reference))
-    patients, names = rows["patients"], list(data.attrs.get("mask_names", []))
-    lesion = data.mask[patients] == names.index("lesion") if "lesion" in names else None
-    if lesion is not None:
+    patients, lesion = rows["patients"], None
+    names = list(data.attrs.get("mask_names", []))
+    if data.mask is not None and "lesion" in names:
+        lesion = data.mask[patients] == names.index("lesion")
+    if lesion is not None and lesion.any() and "controls" in groups:
         # Where is the change? AUROC of the pixels of the brain, lesion or not: chance is what the change in a
         # control of the same age gives for the same lesion (edges change in everybody). by_z: the part of it
         # that moving z_sem makes, reconstruction minus twin; the rest is what the reconstruction lacks.
@@ -1087,13 +1090,14 @@ def interpret(cfg, data, part, loader, models, codes, left, scores, brain_age, p
                                               for k in worst],
            "The patients least similar to healthy: age and similarity, reconstruction, healthy twin, change.")
     asked = np.linspace(20, 90, 8)
-    one = rows["controls"][[np.argmin(abs(age[rows["controls"]] - 55))]]       # whose x_T it is
+    known = rows.get("controls", rows["reference"])
+    one = known[[np.argmin(abs(age[known] - 55))]]                             # whose x_T it is
     x_T = encode_noise(model, loader.batch(one)["image"], tensor(codes[one])).expand(8, -1, -1, -1)
     path = shown(decode(model, x_T, tensor(typical(asked))))
     healthy = np.flatnonzero(~ill)
     near = data.image[healthy[[np.argmin(abs(age[healthy] - a)) for a in asked]]] / 255
     M.grid(out / "trajectory.png", [path, near], ["healthy mean z_sem, one x_T", "a healthy person so old"],
-           [f"{a:.0f} years" for a in asked], "The healthy brain from 20 to 90, from one control's x_T.")
+           [f"{a:.0f} years" for a in asked], "The healthy brain from 20 to 90, from one person's x_T.")
     metrics["trajectory_age_mae"] = M.row(abs(brain_age(M.pca_codes(pca, path)) - asked).mean(), unit="years",
                                           better="lower")
     M.scatter(out / "age.png", age, scores[""], {"training": part == "train", "reference": reference,

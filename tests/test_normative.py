@@ -265,6 +265,21 @@ def test_without_survival_data_the_rest_is_there(tmp_path, capsys):
     assert "auroc" in metrics and "hr_per_sd" not in metrics and "twin_overlap" not in metrics
 
 
+def test_a_test_file_of_patients_alone_and_a_mask_without_a_lesion(tmp_path):
+    """No controls: no AUROC, but survival. Nobody with a lesion: no overlap with one."""
+    mask = {"mask": np.ones((56, 16, 16), np.uint8)}
+    D.write(str(tmp_path / "all.h5"), [people() | mask], {"mask_names": ["air", "brain", "lesion"]})
+    only = {k: v[40:] for k, v in people(seed=1).items()}
+    D.write(str(tmp_path / "patients.h5"), [only], {})
+    for test in ([], ["--test", tmp_path / "patients.h5"]):
+        out = tmp_path / f"out{len(test)}"
+        main("--data", tmp_path / "all.h5", *test, "--out", out, *FLAGS, "--steps=1", "--rivals=false")
+        results = json.loads((out / "results.json").read_text())
+        assert (results["metrics"]["auroc"]["value"] is None) == bool(test) == (results["n"]["controls"] == 0)
+        assert results["metrics"]["hr_per_sd"]["n"] == 16 and "twin_overlap" not in results["metrics"]
+        assert (out / "trajectory.png").exists()
+
+
 def test_several_images_of_a_subject_are_one_patient(tmp_path):
     columns = people()
     D.write(str(tmp_path / "two.h5"), [columns, columns], {})
