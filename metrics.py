@@ -388,40 +388,30 @@ def direction(model):
 # score is a similarity, higher = healthier = lives longer, so its hazard ratio is < 1; a risk is the reverse.
 # lifelines and matplotlib are imported where they are used: a second or more, for one script of four.
 
-def c_index(risk, time, event):
+def c_index(risk, time, event, counts=None):
     """Harrell's C: of all pairs in which one is known to have died first, the share in which that one had the
     higher risk, ties in risk half. (N,) each -> float, 0.5 is chance; nan: no such pair, or a nan in risk.
+
+    counts (n,N): how often each patient is in each of n resamples -> (n,), as bootstrap(c_index, ..) draws
+    them, some 50 times as fast: who is drawn w times counts w times in each pair, and copies of one patient
+    are never comparable; with the N x N pairs known once, a resample is a product.
 
     The trap: this takes a RISK, lifelines' concordance_index what promises a long life: the same number is
     concordance_index(time, -risk, event), and a similarity goes in here as c_index(-similarity, ..). The
     wrong sign gives 1 - C, which looks like a weak result, not like a mistake."""
     risk, time, event = to_numpy(risk), to_numpy(time), to_numpy(event) > 0
-    right = pairs = 0
-    for i in np.flatnonzero(event):
-        later = (time > time[i]) | (time == time[i]) & ~event  # censored on that day: outlived i
-        right += (risk[later] < risk[i]).sum() + (risk[later] == risk[i]).sum() / 2
-        pairs += later.sum()
-    return float(right / pairs) if pairs and not np.isnan(risk).any() else np.nan
-
-
-def c_index_draws(risk, time, event, n=1000, seed=0):
-    """c_index of n resamples of the patients, (n,): those of bootstrap(c_index, ..), some 50 times as fast.
-
-    Who is drawn w times counts w times in each pair, and copies of one patient are never comparable: with the
-    N x N pairs known once, a resample is a product. Same seed, same resamples: differences are paired."""
-    risk, time, event = to_numpy(risk), to_numpy(time), to_numpy(event) > 0
-    size, rng = len(time), np.random.default_rng(seed)
-    weight = np.stack([np.bincount(rng.integers(size, size=size), minlength=size) for _ in range(n)]) * 1.0
-    right, pairs = np.zeros(n), np.zeros(n)
+    weight = np.ones((1, len(time))) if counts is None else counts * 1.0
+    right, pairs = np.zeros(len(weight)), np.zeros(len(weight))
     died = np.flatnonzero(event)[:, None]
-    for i in np.array_split(died, -(-len(died) // 256)) if len(died) else ():  # 256 rows of pairs at a time
-        later = (time > time[i]) | (time == time[i]) & ~event
+    for i in np.array_split(died, len(died) // 256 + 1):  # 256 rows of pairs at a time
+        later = (time > time[i]) | (time == time[i]) & ~event  # censored on that day: outlived i
         order = (risk < risk[i]) + (risk == risk[i]) / 2
         w = weight[:, i[:, 0]]
         right += (w * (weight @ (later * order).T)).sum(1)
         pairs += (w * (weight @ later.T)).sum(1)
     right[np.isnan(risk).any() | (pairs == 0)] = np.nan
-    return right / np.maximum(pairs, 1)
+    c = right / np.maximum(pairs, 1)
+    return float(c[0]) if counts is None else c
 
 
 def cox_fit(time, event, covariates):
@@ -559,6 +549,8 @@ def survival_numbers(scores, time, event, age, sex, seed=0):
     scores = {name: to_numpy(x).astype(np.float64) for name, x in scores.items()}
     base = {"age": to_numpy(age).astype(np.float64), "sex": sex_code(sex)}
     n, out, draws = len(time), {}, {}
+    rng = np.random.default_rng(0)  # the same resamples for all: differences are paired
+    counts = np.stack([np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(1000)])
     lengths = {k: len(x) for k, x in {"time": time, "event": event, **base, **scores}.items()}
     if set(lengths.values()) != {n}:
         raise ValueError(f"survival: unequal lengths: {lengths}")
@@ -586,7 +578,7 @@ def survival_numbers(scores, time, event, age, sex, seed=0):
         covariates = base if score is None else {"score": score, **base}
         fitted = attempt(cox_risk, covariates, np.full(n, np.nan), seed=seed)
         for key, risk in {"c_index": fitted, "c_index_alone": fitted if score is None else -score}.items():
-            draws[key + dot] = c_index_draws(risk, time, event)
+            draws[key + dot] = c_index(risk, time, event, counts)
             out[key + dot] = interval(c_index(risk, time, event), draws[key + dot])
         if score is None:
             continue
