@@ -850,57 +850,54 @@ def number(v):
     return f"{v:.2g}" if abs(v) < 0.01 else f"{v:.1f}" if abs(v) < 1000 else f"{v:.0f}"
 
 
+def cell(m):
+    """A row(...), or {} -> its number and its interval, if it has one, as text."""
+    low, high = (number(c) for c in m.get("ci", (None, None)))
+    return number(m.get("value")) + ("" if low == high == "-" else f" [{low}, {high}]")
+
+
+def headings(metrics, keys):
+    """-> the keys, each with its unit and which way is better; the ROWs that any of them has, as KEY.ROW"""
+    said = [metrics.get(k, {}) for k in keys]
+    units = [f" ({m['unit']})" if m.get("unit") else "" for m in said]
+    arrows = [{"higher": " ↑", "lower": " ↓"}.get(m.get("better"), "") for m in said]
+    names = dict.fromkeys(m[len(k) + 1:] for k in keys for m in metrics if m.startswith(k + "."))
+    return [k + unit + arrow for k, unit, arrow in zip(keys, units, arrows)], list(names)
+
+
+def aligned(lines, width=110):
+    """Lists of texts -> text with columns; those beyond `width` in a block below, after the first again."""
+    columns = [[t.ljust(max(map(len, column))) for t in column] for column in zip(*lines)]
+    blocks = [columns[:1]]
+    for column in columns[1:]:
+        if sum(len(c[0]) + 2 for c in blocks[-1]) + len(column[0]) > width:
+            blocks.append(columns[:1])
+        blocks[-1].append(column)
+    return "\n\n".join("\n".join("  ".join(line).rstrip() for line in zip(*block)) for block in blocks)
+
+
 def table(metrics, keys, paper, width=110):
     """The table that ends a run: per key the paper's number, ours with its interval, and every KEY.ROW.
 
-    metrics: key -> row(...); paper: key -> number, text or None. Columns beyond `width` continue in a second
-    block under the first. What is missing is "-"."""
-    names = list(dict.fromkeys(m[len(k) + 1:] for k in keys for m in metrics if m.startswith(k + ".")))
-    columns = [[""], ["n"], ["paper"], ["ours"], ["95 % interval"]] + [name.split("_") for name in names]
-    depth = max(map(len, columns))  # long names are stacked: all_positive takes two lines, 8 columns
-    columns = [[""] * (depth - len(c)) + c for c in columns]
-    for k in keys:
-        m = metrics.get(k, {})
-        unit = f" ({m['unit']})" if m.get("unit") else ""
-        arrow = {"higher": " ↑", "lower": " ↓"}.get(m.get("better"), "")
-        low, high = (number(c) for c in m.get("ci", (None, None)))
-        cells = [k + unit + arrow, str(m.get("n") or "-"), number(paper.get(k)), number(m.get("value")),
-                 "-" if low == high == "-" else f"[{low}, {high}]"]
-        cells += [number(metrics.get(f"{k}.{name}", {}).get("value")) for name in names]
-        for column, cell in zip(columns, cells):
-            column.append(cell)
-    size = [max(map(len, c)) for c in columns]
-    columns = [[t.ljust(n) if c is columns[0] else t.rjust(n) for t in c] for c, n in zip(columns, size)]
-    lines, block = [], columns[:1]  # every block starts with the keys
-    for i, column in enumerate(columns[1:], 1):
-        block.append(column)
-        used = sum(len(c[0]) + 1 for c in block)
-        if i + 1 == len(columns) or used + size[i + 1] > width:  # the last column, or the next does not fit
-            lines += [" ".join(r).rstrip() for r in zip(*block)] + [""]
-            block = columns[:1]
-    legend = "↑ higher is better, ↓ lower. Intervals: bootstrap over n subjects. -: no such number."
-    if names:
-        legend += " After the interval: " + ", ".join(names) + "."
-    return "\n".join(lines + textwrap.wrap(legend, width))
+    metrics: key -> row(...); paper: key -> number, text or None. What is missing is "-"."""
+    titles, names = headings(metrics, keys)
+    lines = [["", "n", "paper", "ours [95 % interval]", *names]]
+    for title, k in zip(titles, keys):
+        m, others = metrics.get(k, {}), [metrics.get(f"{k}.{name}", {}).get("value") for name in names]
+        lines.append([title, str(m.get("n") or "-"), number(paper.get(k)), cell(m), *map(number, others)])
+    return aligned(lines, width) + "\n\n↑ higher is better, ↓ lower. Intervals: bootstrap over n subjects."
 
 
 def row_table(metrics, keys, paper):
     """The same numbers turned: one line per ROW (ours first, as "ours"), one column per key, intervals in it.
 
     For when many rows are compared by few keys. paper: key -> number, the last line."""
-    names = ["", *dict.fromkeys(k[len(key) + 1:] for key in keys for k in metrics if k.startswith(key + "."))]
-
-    def cell(m):
-        low, high = m.get("ci", (np.nan, np.nan))
-        return number(m.get("value")) + ("" if low != low else f" [{number(low)}, {number(high)}]")
-
-    lines = [["", *(k + {"higher": " ↑", "lower": " ↓"}.get(metrics.get(k, {}).get("better"), "")
-                   for k in keys)]]
-    lines += [[name or "ours", *(cell(metrics.get(f"{k}.{name}" if name else k, {})) for k in keys)]
-              for name in names]
+    titles, names = headings(metrics, keys)
+    lines = [["", *titles]]
+    for name in ["", *names]:
+        lines.append([name or "ours", *(cell(metrics.get(f"{k}.{name}" if name else k, {})) for k in keys)])
     lines += [["paper", *(number(paper.get(k)) for k in keys)]] if paper else []
-    size = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(c.ljust(n) for c, n in zip(line, size)).rstrip() for line in lines)
+    return aligned(lines)
 
 
 # ------------------------------------------------------------------------------------------------------------
