@@ -903,54 +903,38 @@ def row_table(metrics, keys, paper):
 # ------------------------------------------------------------------------------------------------------------
 # Figures.
 
-def wrap(text, font, width):
-    """Breaks text at spaces so that no line is wider than `width` pixels (a single long word may be)."""
-    lines = []
-    for paragraph in str(text).split("\n"):
-        line = ""
-        for word in paragraph.split():
-            longer = f"{line} {word}".strip()
-            if line and font.getlength(longer) > width:
-                lines.append(line)
-                longer = word
-            line = longer
-        lines.append(line)
-    return "\n".join(lines)
-
-
-def grid(path, rows, row_labels, col_labels, caption, scale=None):
+def grid(path, rows, row_labels, col_labels, caption):
     """Writes a labelled PNG. rows: lists of (H,W) or (H,W,3) images in [0,1] of one size; None leaves a gap.
 
-    Each pixel becomes scale x scale equal ones (smoothing would flatter the model); default: as many as make
-    a cell 96 pixels or more. Labels (or None) and caption: Latin letters, wrapped. -> (width, height)."""
+    Each pixel becomes so many equal ones that a cell is 96 wide or more (smoothing would flatter the model).
+    Labels (or None) and caption: Latin letters, wrapped. -> (width, height)."""
     cells = [[None if x is None else to_numpy(x) for x in r] for r in rows]
     h, w = next(x.shape[:2] for r in cells for x in r if x is not None)
-    scale = scale or -(-96 // min(h, w))  # rounded up
+    scale = -(-96 // min(h, w))  # rounded up
     h, w, gap, line = h * scale, w * scale, 4, 17
     font = ImageFont.load_default(size=13)
-    row_labels = [wrap(t, font, 150) for t in row_labels or ()]
-    col_labels = [wrap(t, font, w) for t in col_labels or ()]
+    wrap = lambda text, pixels: textwrap.fill(str(text), max(pixels // 7, 1), break_long_words=False)
+    row_labels, col_labels = [wrap(t, 150) for t in row_labels or ()], [wrap(t, w) for t in col_labels or ()]
     left = gap + max((int(font.getlength(t)) + 8 for t in "\n".join(row_labels).split("\n") if t), default=0)
     width = max(left + max(map(len, cells)) * (w + gap), 420)  # a caption needs some room
     note = PngInfo()  # for programs: train.py's report
     note.add_itxt("Description", caption)
-    caption = wrap(caption, font, width - 2 * gap)
+    caption = wrap(caption, width - 2 * gap)
     top = 2 * gap + line * (caption.count("\n") + 1)
     first = top + gap + line * max((t.count("\n") + 1 for t in col_labels), default=0)
     picture = Image.new("RGB", (width, first + len(cells) * (h + gap)), "white")
-    draw = ImageDraw.Draw(picture)
-    draw.multiline_text((gap, gap), caption, "black", font)
+    write = ImageDraw.Draw(picture).multiline_text
+    write((gap, gap), caption, "black", font)
     for j, text in enumerate(col_labels):
-        draw.multiline_text((left + j * (w + gap), top), text, "black", font)
+        write((left + j * (w + gap), top), text, "black", font)
+    for i, text in enumerate(row_labels):
+        write((gap, first + i * (h + gap)), text, "black", font)
     for i, images in enumerate(cells):
-        y = first + i * (h + gap)
-        if i < len(row_labels):
-            draw.multiline_text((gap, y), row_labels[i], "black", font)
         for j, x in enumerate(images):
-            if x is None:
-                continue
-            x = np.rint(np.nan_to_num(x).clip(0, 1) * 255).astype(np.uint8).repeat(scale, 0).repeat(scale, 1)
-            picture.paste(Image.fromarray(x).convert("RGB"), (left + j * (w + gap), y))
+            if x is not None:
+                x = np.rint(np.nan_to_num(x).clip(0, 1) * 255).astype(np.uint8)
+                x = Image.fromarray(x.repeat(scale, 0).repeat(scale, 1)).convert("RGB")
+                picture.paste(x, (left + j * (w + gap), first + i * (h + gap)))
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", pnginfo=note)
     write_atomically(path, buffer.getvalue())
