@@ -809,19 +809,6 @@ def write_atomically(path, data):
         temporary.unlink(missing_ok=True)
 
 
-def plain(x):
-    """Numpy, torch, Path values in dicts and lists -> what strict JSON knows; nan and inf become None."""
-    if isinstance(x, dict):
-        return {str(k): plain(v) for k, v in x.items()}
-    if torch.is_tensor(x) or isinstance(x, (np.ndarray, np.generic)):
-        x = to_numpy(x).tolist()
-    if isinstance(x, (list, tuple)):
-        return [plain(v) for v in x]
-    if isinstance(x, float) and not np.isfinite(x):
-        return None
-    return x if x is None or isinstance(x, (bool, int, float, str)) else str(x)
-
-
 def save_results(path, script, data, n, seconds, config, metrics, device="cpu"):
     """Writes results.json: what was measured, on what, by which commit. n, config, metrics: dicts.
 
@@ -836,7 +823,10 @@ def save_results(path, script, data, n, seconds, config, metrics, device="cpu"):
         device += f" ({torch.cuda.get_device_name(device)})"
     results = {"script": script, "data": data, "n": n, "seconds": seconds, "device": device,
                "torch": torch.__version__, "git": git, "config": config, "metrics": metrics}
-    write_atomically(path, (json.dumps(plain(results), indent=1, allow_nan=False) + "\n").encode())
+    # Numbers of numpy become Python's, paths text; then nan and inf, which strict JSON does not know, null.
+    text = json.dumps(results, default=lambda v: v.item() if isinstance(v, np.generic) else str(v))
+    results = json.loads(text, parse_constant=lambda constant: None)
+    write_atomically(path, (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
 
 
 def number(v):
