@@ -1512,7 +1512,7 @@ def report_images(s):
     """1. The ceiling (stage A), with the inverted z_T, and from z_sem alone; z_T; is z_sem used? -> PCA"""
     rows, model, device = s.few, s.model, s.device
     real, z0, z, x0 = s.volumes(rows), s.latent(rows), s.z[rows], s.loader.batch(rows)["image"]
-    mean = np.broadcast_to(M.constant_image(s.volumes(s.some)), real.shape)
+    mean = np.broadcast_to(s.volumes(s.some).mean(0), real.shape)
     pictures = {"scan": real, "autoencoder": s.images(z0)}
     s.put_images("ae", "", real, pictures["autoencoder"], rows)
     s.put_images("ae", "constant", real, mean, rows)

@@ -661,32 +661,18 @@ def save_figure(path, figure, caption):
 # ------------------------------------------------------------------------------------------------------------
 # Rows that need no training, or little.
 
-def constant_image(x_train):
-    """The mean of x_train (N,*S), (*S): the best squared error possible without looking at the image."""
-    return to_numpy(x_train).astype(np.float64).mean(0)
-
-
-def copy_other_slice(subject):
-    """Per row the nearest other row of the same subject, (N,) int; ties: the earlier; -1 if there is none."""
-    subject = to_numpy(subject)
-    other = np.full(len(subject), -1)
-    for name in np.unique(subject):
-        rows = np.flatnonzero(subject == name)
-        for i in rows:
-            rest = rows[rows != i]
-            if len(rest):
-                other[i] = rest[np.argmin(abs(rest - i))]
-    return other
-
-
 def trivial_images(data, train, test):
-    """Stand-ins for the images data.image[test] that need no model: the mean training image and a nearby
-    slice of the same subject (black if it has no other). -> {"constant", "copy": (len(test),H,W) in [0,1]}"""
-    mean = constant_image(data.image[train]) / 255
-    near = copy_other_slice(data.subject)[test]
+    """Stand-ins for the images data.image[test] that need no model. -> {"constant", "copy": (len(test),H,W)}
+
+    In [0,1]. constant: the mean training image, the best squared error without looking at the image. copy: the
+    nearest other row of the same subject, the earlier of two; black if it has no other."""
+    near = []
+    for i in test:
+        rest = np.setdiff1d(np.flatnonzero(data.subject == data.subject[i]), i)
+        near.append(rest[np.argmin(abs(rest - i))] if len(rest) else -1)
     copy = data.image[np.maximum(near, 0)] / 255
-    copy[near < 0] = 0
-    return {"constant": np.broadcast_to(mean, copy.shape), "copy": copy}
+    copy[np.less(near, 0)] = 0
+    return {"constant": np.broadcast_to(data.image[train].mean(0) / 255, copy.shape), "copy": copy}
 
 
 def pca(z_dim, x_train):

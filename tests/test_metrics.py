@@ -360,25 +360,6 @@ def test_pca_equals_eigendecomposition():
     assert np.abs(M.pca_reconstruct(full, x) - x).max() < 1e-4
 
 
-def test_constant_image_is_the_best_constant():
-    x = smooth((10, 12, 12), 0)
-    error = M.mse(x, np.broadcast_to(M.constant_image(x), x.shape)).mean()
-    assert error == pytest.approx(x.var(0).mean())
-    assert error < M.mse(x, np.broadcast_to(x[0], x.shape)).mean()
-
-
-def test_copy_other_slice():
-    assert M.copy_other_slice(np.array(["a", "a", "a", "b", "c", "b"])).tolist() == [1, 0, 1, 5, -1, 3]
-    subject = np.random.default_rng(0).integers(0, 30, 200)
-    other = M.copy_other_slice(subject)
-    for i, j in enumerate(other):
-        rest = [r for r in np.flatnonzero(subject == subject[i]) if r != i]
-        if j == -1:
-            assert not rest
-        else:
-            assert j != i and subject[j] == subject[i] and abs(j - i) == min(abs(r - i) for r in rest)
-
-
 # results.json, table, figures
 
 def example():
@@ -499,9 +480,25 @@ class Few:
 
 
 def test_trivial_images_copy_within_the_subject_and_average_over_training():
-    got = M.trivial_images(Few, train=np.array([3, 4, 5]), test=np.array([0, 1, 2]))
+    got = M.trivial_images(Few, train=np.array([3, 4, 5]), test=np.array([0, 1, 2, 4]))
     assert np.allclose(got["constant"], 40 / 255)
-    assert np.allclose(got["copy"][:, 0, 0] * 255, [10, 0, 0])          # the other of a, the other of a, nothing
+    assert np.allclose(got["copy"][:, 0, 0] * 255, [10, 0, 0, 30])      # the other of a, of a, nothing, the earlier
+
+    class Many:
+        subject = np.random.default_rng(0).integers(0, 90, 200)
+        image = np.arange(200, dtype=np.uint8)[:, None, None] + np.zeros((200, 1, 1), np.uint8)
+    copy = np.rint(M.trivial_images(Many, np.arange(9), np.arange(200))["copy"][:, 0, 0] * 255)
+    for i, j in enumerate(copy):
+        rest = [r for r in np.flatnonzero(Many.subject == Many.subject[i]) if r != i]
+        assert j == (min(rest, key=lambda r: (abs(r - i), r)) if rest else 0)
+
+
+def test_the_mean_image_is_the_best_constant():
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 255, (10, 12, 12), dtype=np.uint8)
+    few = type("", (), dict(subject=np.arange(10), image=x))
+    error = M.mse(x / 255, M.trivial_images(few, np.arange(10), np.arange(10))["constant"]).mean()
+    assert error == pytest.approx((x / 255).var(0).mean())
 
 
 def test_image_numbers_are_ssim_and_mse_with_intervals():
