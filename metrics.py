@@ -254,15 +254,14 @@ def threshold_f1(score_val, y_val):
         return 0.0
     values = np.unique(score).astype(np.float64)
     cuts = np.concatenate([[-np.inf], (values[1:] + values[:-1]) / 2])
-    called = np.array([(score >= c).sum() for c in cuts])
-    hits = np.array([y[score >= c].sum() for c in cuts])
-    f1 = 2 * hits / (called + y.sum())
+    called = score >= cuts[:, None]
+    f1 = 2 * (called & y).sum(1) / (called.sum(1) + y.sum())
     best = np.flatnonzero(f1 >= f1.max() - 1e-12)
-    return float(cuts[best[np.argmin(abs(called[best] - y.sum()))]])
+    return float(cuts[best[np.argmin(abs(called[best].sum(1) - y.sum()))]])
 
 
 def classify(score, y, threshold):
-    """-> dict of auroc, f1, precision, recall, accuracy, prevalence for `score >= threshold`; 0/0 is nan.
+    """-> dict of f1, precision, recall, accuracy for `score >= threshold`; 0/0 is nan.
 
     The row to beat is all-positive, classify(zeros, y, 0): at prevalence p its F1 is 2p / (1 + p)."""
     called, true = to_numpy(score) >= threshold, to_numpy(y) > 0
@@ -271,9 +270,8 @@ def classify(score, y, threshold):
     def ratio(a, b):
         return float(a / b) if b else np.nan
 
-    return {"auroc": auroc(score, y), "f1": ratio(2 * tp, 2 * tp + fp + fn), "precision": ratio(tp, tp + fp),
-            "recall": ratio(tp, tp + fn), "accuracy": ratio((called == true).sum(), len(true)),
-            "prevalence": ratio(true.sum(), len(true))}
+    return {"f1": ratio(2 * tp, 2 * tp + fp + fn), "precision": ratio(tp, tp + fp),
+            "recall": ratio(tp, tp + fn), "accuracy": ratio((called == true).sum(), len(true))}
 
 
 def patient_level(logit, subject, y):
@@ -312,13 +310,12 @@ def mahalanobis(z, rows):
 def subject_folds(task, y, subject, seed=0):
     """Up to 4 (train, held-out) index pairs, no subject on both sides. [] if there are too few subjects."""
     y, subject = to_numpy(y), to_numpy(subject)
-    if task == "class":
-        k = min(4, *(len(np.unique(subject[y == c])) for c in np.unique(y)))
-        splitter = StratifiedGroupKFold(max(k, 2), shuffle=True, random_state=seed)
-    else:
-        k = min(4, len(np.unique(subject)))
-        splitter = GroupKFold(max(k, 2), shuffle=True, random_state=seed)
-    folds = list(splitter.split(y, y, subject)) if k >= 2 else []
+    groups = [subject[y == c] for c in np.unique(y)] if task == "class" else [subject]
+    k = min(4, *(len(np.unique(group)) for group in groups))
+    if k < 2:
+        return []
+    splitter = (StratifiedGroupKFold if task == "class" else GroupKFold)(k, shuffle=True, random_state=seed)
+    folds = list(splitter.split(y, y, subject))
     one_class = task == "class" and any(len(np.unique(y[train])) < 2 for train, _ in folds)
     return [] if one_class else folds
 
@@ -328,10 +325,8 @@ def probe(kind, task, z, y, subject, seed=0):
 
     task "class": y in {0,1}, read it with logits(); "regression": read it with model.predict(z). The L2
     penalty is the one with the lowest log loss (or squared error) on held-out training subjects.
-    ValueError on an unknown kind or task, or if y does not have two classes."""
+    ValueError if task is "class" and y does not have the two."""
     z, y = to_numpy(z).astype(np.float64), to_numpy(y)
-    if kind not in ("linear", "mlp") or task not in ("class", "regression"):
-        raise ValueError(f'probe: "linear" or "mlp" and "class" or "regression", not {kind!r} and {task!r}')
     if task == "class" and not np.array_equal(np.unique(y), [0, 1]):
         raise ValueError(f"probe: needs the classes 0 and 1 in training, got {np.unique(y).tolist()[:5]}")
 
@@ -488,11 +483,11 @@ def cox_risk(time, event, covariates, seed=0, folds=10):
     return risk
 
 
-def power(hr_per_sd, events, alpha=0.05):
-    """Power of the two-sided test of a hazard ratio per SD (Schoenfeld 1983): 0.80 at 0.73 and 79 events.
+def power(hr_per_sd, events):
+    """Power of the two-sided 5 % test of a hazard ratio per SD (Schoenfeld 1983): 0.80 at 0.73, 79 events.
 
     Events count, not patients; a correlation r of the score with age and sex leaves (1 - r^2) of them."""
-    return float(norm.cdf(abs(np.log(hr_per_sd)) * np.sqrt(events) - norm.isf(alpha / 2)))
+    return float(norm.cdf(abs(np.log(hr_per_sd)) * np.sqrt(events) - norm.isf(0.025)))
 
 
 def median_split(score):
@@ -632,8 +627,8 @@ def survival_curves(path, time, event, score, caption):
     save_figure(path, figure, caption)
 
 
-def scatter(path, x, y, groups, xlabel, ylabel, caption, line=None):
-    """Writes a PNG: y over x (N,) each, coloured by groups {label: (N,) bool}; line: a curve (xs, ys)."""
+def scatter(path, x, y, groups, xlabel, ylabel, caption):
+    """Writes a PNG: y over x (N,) each, coloured by groups {label: (N,) bool}."""
     from matplotlib.figure import Figure
     x, y = to_numpy(x), to_numpy(y)
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -642,8 +637,6 @@ def scatter(path, x, y, groups, xlabel, ylabel, caption, line=None):
     for i, (label, rows) in enumerate(groups.items()):
         axis.scatter(x[rows], y[rows], s=16, color=colors[i % 5], marker="osD^v"[i % 5], alpha=0.6,
                      linewidth=0, label=f"{label} ({np.sum(rows)})")
-    if line is not None:
-        axis.plot(*line, color="black")
     axis.set(xlabel=xlabel, ylabel=ylabel)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=9)

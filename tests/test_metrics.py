@@ -175,13 +175,12 @@ def test_classify_equals_sklearn_and_all_positive_f1():
     ours, called = M.classify(score, y, 0.3), score >= 0.3
     for name, theirs in [("f1", f1_score), ("precision", precision_score), ("recall", recall_score)]:
         assert abs(ours[name] - theirs(y, called)) < 1e-12
-    assert ours["accuracy"] == np.mean(called == y) and ours["prevalence"] == y.mean()
+    assert ours["accuracy"] == np.mean(called == y)
     y = np.r_[np.ones(67), np.zeros(33)]  # EMIDEC's 67 / 33
     p = 0.67
     assert abs(M.classify(np.zeros(100), y, 0)["f1"] - 2 * p / (1 + p)) < 1e-12
-    assert M.classify(np.zeros(100), y, 0)["auroc"] == 0.5
     nobody = M.classify(np.zeros(4), np.zeros(4), 1)
-    assert np.isnan(nobody["auroc"]) and np.isnan(nobody["f1"]) and nobody["accuracy"] == 1
+    assert np.isnan(nobody["f1"]) and nobody["accuracy"] == 1
 
 
 def test_threshold_f1_is_the_best_of_all():
@@ -313,10 +312,9 @@ def test_scaler_is_fit_on_train_only():
 
 def test_probe_refuses():
     z, subject, _ = cohort(subjects=4, d=3)
-    for kind, task, y in [("linear", "class", subject * 0), ("linear", "class", subject),
-                          ("svm", "class", subject % 2), ("mlp", "age", subject)]:
+    for y in (subject * 0, subject):
         with pytest.raises(ValueError):
-            M.probe(kind, task, z, y, subject)
+            M.probe("linear", "class", z, y, subject)
     with pytest.raises(ValueError):
         M.direction(M.probe("mlp", "class", z, subject % 2, subject))
 

@@ -225,7 +225,7 @@ def test_ks_ignores_censoring_and_the_log_rank_test_does_not():
 
 def test_power_counts_events():
     assert M.power(0.73, 79) == pytest.approx(0.80, abs=0.005)
-    assert M.power(1 / 0.73, 79) == pytest.approx(M.power(0.73, 79)) and M.power(0.73, 79, alpha=0.01) < 0.65
+    assert M.power(1 / 0.73, 79) == pytest.approx(M.power(0.73, 79))
     assert M.power(1, 500) == pytest.approx(0.025) and M.power(0.73, 0) == pytest.approx(0.025)
 
 
@@ -328,6 +328,6 @@ def test_scatter(tmp_path):
     x = np.arange(40.0)
     groups = {"healthy": x < 20, "patients": x >= 20}
     M.scatter(tmp_path / "a.png", x, -x, groups, "age (years)", "similarity", "Caption")
-    M.scatter(tmp_path / "b.png", x, -x, groups, "age (years)", "similarity", "Caption", line=(x, -x))
-    a, b = (np.asarray(Image.open(tmp_path / f"{k}.png").convert("L")) for k in "ab")
-    assert a.shape == b.shape and (b < 30).sum() > (a < 30).sum() + 300   # the black line
+    r, _, b = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).astype(int)[100:-60].transpose(2, 0, 1)
+    blue, red = np.nonzero(b - r > 60)[1], np.nonzero(r - b > 60)[1]      # the healthy are left of the patients
+    assert len(blue) > 200 and len(red) > 200 and np.median(blue) < np.median(red) - 100
