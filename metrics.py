@@ -538,24 +538,14 @@ def survival_numbers(scores, time, event, age, sex, seed=0):
     Cox without a score. c_index_gain: ours minus age_sex, c_index_gain.NAME: ours minus NAME, both on the
     same resamples. events; power (that these give at the paper's HR of 0.73 per SD).
     Intervals: Wald for HRs, else bootstrap over patients, whose risks stay as they are (nothing is refitted).
-    A fit that fails, or a nan in a score: nan and a warning. ValueError: time not > 0, event not 0/1, no
-    event, age missing, unequal lengths."""
+    A fit that fails, or a nan in a score: nan and a warning. What time, event and age hold is data.py's to
+    check, and the script's that there are events."""
     time, event = to_numpy(time).astype(np.float64), to_numpy(event)
     scores = {name: to_numpy(x).astype(np.float64) for name, x in scores.items()}
     base = {"age": to_numpy(age).astype(np.float64), "sex": sex_code(sex)}
     n, out, draws = len(time), {}, {}
     rng = np.random.default_rng(0)  # the same resamples for all: differences are paired
     counts = np.stack([np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(1000)])
-    lengths = {k: len(x) for k, x in {"time": time, "event": event, **base, **scores}.items()}
-    if set(lengths.values()) != {n}:
-        raise ValueError(f"survival: unequal lengths: {lengths}")
-    for what, bad in (("time is not > 0", ~(time > 0)), ("event is not 0 or 1", ~np.isin(event, [0, 1])),
-                      ("age is missing", ~np.isfinite(base["age"]))):
-        if bad.any():
-            raise ValueError(f"survival: {what} in {bad.sum()} of {n} rows, the first is row {bad.argmax()}")
-    if not event.any():
-        raise ValueError(f"survival: none of {n} patients has an event: there is nothing to foretell")
-
     def attempt(function, covariates, otherwise, **options):
         try:
             return function(time, event, covariates, **options)
@@ -605,13 +595,9 @@ def survival_curves(path, time, event, score, caption):
     halves = [("more similar to healthy", high, "#0072B2", "-"), ("less similar", ~high, "#D55E00", "--")]
     halves = [h for h in halves if h[1].any()]  # a constant score has one
     for label, half, color, style in halves:
-        km = KaplanMeierFitter().fit(time[half], event[half])
-        share, band = km.survival_function_.iloc[:, 0], km.confidence_interval_
-        axis.step(share.index, share, where="post", color=color, linestyle=style,
-                  label=f"{label}: {half.sum()} patients, {event[half].sum()} events")
-        axis.fill_between(band.index, *band.to_numpy().T, step="post", color=color, alpha=0.15, linewidth=0)
-        censored = np.sort(time[half & ~event])
-        axis.plot(censored, share.asof(censored), "|", color=color, markersize=6)
+        label = f"{label}: {half.sum()} patients, {event[half].sum()} events"
+        KaplanMeierFitter(label=label).fit(time[half], event[half]).plot_survival_function(
+            ax=axis, color=color, linestyle=style, show_censors=True, censor_styles={"marker": "|", "ms": 6})
     p = number(logrank_p(time, event, high))
     axis.set(ylim=(0, 1.02), xlim=(0, None), xlabel="days", ylabel="event-free share (Kaplan-Meier)")
     axis.grid(alpha=0.3)
@@ -945,7 +931,4 @@ def curves(path, logs, keys=("loss", "z_gap")):
         axis.grid(alpha=0.3)
         if any(read) and axis.lines:
             axis.legend(fontsize=8)
-    buffer = io.BytesIO()
-    caption = "Training: " + ", ".join(keys) + " over steps, raw and as a running mean."
-    figure.savefig(buffer, format="png", dpi=100, metadata={"Description": caption})
-    write_atomically(path, buffer.getvalue())
+    save_figure(path, figure, "Training: " + ", ".join(keys) + " over steps, raw and as a running mean.")
