@@ -899,17 +899,12 @@ def grid(path, rows, row_labels, col_labels, caption):
 def curves(path, logs, keys=("loss", "z_gap")):
     """Writes a PNG, one panel per key: every log's value over step (log axis), raw and as a running mean.
 
-    logs: a log.jsonl, a list of its records {"step", "loss", ...}, or {label: one of these}. Records without
-    a key are passed over, keys in no record left out. Nothing to draw: no file."""
+    logs: {label: path of a log.jsonl}. Keys in no record are left out. Nothing to draw: no file."""
     from matplotlib.ticker import LogLocator, NullFormatter
     from matplotlib.figure import Figure  # slow to import, used only here; without pyplot: no display needed
 
-    logs = logs if isinstance(logs, dict) else {"": logs}
-    read = {}
-    for label, log in logs.items():
-        if isinstance(log, (str, Path)):  # a run in progress may have written half of its last line
-            log = [json.loads(t) for t in Path(log).read_text().splitlines() if t.endswith("}")]
-        read[label] = log
+    read = {label: [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
+            for label, log in logs.items()}  # a run in progress may have written half of its last line
     keys = [k for k in keys if any(k in r for log in read.values() for r in log)]
     if not keys:
         return
@@ -923,12 +918,12 @@ def curves(path, logs, keys=("loss", "z_gap")):
             k = max(1, len(value) // 25)  # the diffusion loss of a batch is mostly the luck of its t
             mean = np.convolve(value, np.ones(k) / k, "valid")
             axis.plot(step, value, color=f"C{color}", alpha=0.25, linewidth=0.8)
-            axis.plot(step[k - 1:], mean, color=f"C{color}", label=label or None)
+            axis.plot(step[k - 1:], mean, color=f"C{color}", label=label)
         axis.set(xscale="log", xlabel="step", title=key)
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter("{x:.0f}")
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3)
-        if any(read) and axis.lines:
+        if axis.lines:
             axis.legend(fontsize=8)
     save_figure(path, figure, "Training: " + ", ".join(keys) + " over steps, raw and as a running mean.")

@@ -458,14 +458,15 @@ def test_labels_of_a_grid_are_wrapped_and_stay_in_their_column(tmp_path):
 
 
 def test_curves(tmp_path):
-    log, path = tmp_path / "log.jsonl", tmp_path / "c.png"
+    log, other, path = tmp_path / "log.jsonl", tmp_path / "log_other.jsonl", tmp_path / "c.png"
     records = [{"step": i, "loss": 1 / (1 + i), **({"z_gap": 0.1} if i % 5 == 0 else {})} for i in range(40)]
     log.write_text("".join(json.dumps(r) + "\n" for r in records) + '{"step": 40, "lo')  # cut in the middle
-    M.curves(path, {"ours": log, "paper_recipe": records})
+    other.write_text('{"step": 0}\n')
+    M.curves(path, {"ours": log, "other": other})
     two_panels = Image.open(path).size
-    M.curves(path, log, keys=("loss",))
+    M.curves(path, {"ours": log}, keys=("loss",))
     assert Image.open(path).size[0] < two_panels[0]
-    M.curves(tmp_path / "none.png", [{"step": 0}])
+    M.curves(tmp_path / "none.png", {"other": other})
     assert not (tmp_path / "none.png").exists()
 
 
