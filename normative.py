@@ -970,8 +970,9 @@ def evaluate(cfg, data, part, loader, models):
         else:     # an untrained decoder leaves everything unsaid: its best other score
             scores[row] = kinds["mahalanobis" if row == "untrained" else cfg.score]
     if "vae" in models:
-        mean, logvar, residual = vae_reads(models["vae"], loader)
-        scores |= {"vae_recon": -(residual ** 2).mean((1, 2)), "vae_residual": residual_score(residual, rows),
+        mean, logvar, left["vae"] = vae_reads(models["vae"], loader)
+        scores |= {"vae_recon": -(left["vae"] ** 2).mean((1, 2)),
+                   "vae_residual": residual_score(left["vae"], rows),
                    "vae_latent": latent_deviation(mean, logvar, rows)}
     some = train[np.linspace(0, len(train) - 1, min(len(train), 5000)).astype(int)]
     pca = M.pca(cfg.z_dim, data.image[some] / 255)
@@ -1018,13 +1019,15 @@ def evaluate(cfg, data, part, loader, models):
                           "Patients above and below the median similarity to the healthy mean.")
     else:
         print("no survival analysis: the data has no time and event columns")
-    interpret(cfg, data, part, loader, models, codes[""], left[""], scores, brain_age, pca, metrics)
+    interpret(cfg, data, part, loader, models[""], codes[""], left, scores, brain_age, pca, metrics)
     return metrics
 
 
-def interpret(cfg, data, part, loader, models, codes, left, scores, brain_age, pca, metrics):
-    """The pictures of a run and the numbers that go with them, which join `metrics`."""
-    out, device, model, age = Path(cfg.out), loader.device, models[""], data.columns["age"].astype(np.float64)
+def interpret(cfg, data, part, loader, model, codes, left, scores, brain_age, pca, metrics):
+    """The pictures of a run and the numbers that go with them, which join `metrics`.
+
+    left: {"": the semantic residual, "vae": the VAE's, if there is one}, (N,H,W) each."""
+    out, device, age = Path(cfg.out), loader.device, data.columns["age"].astype(np.float64)
     ill, reference, test = data.columns[cfg.target] > 0, part == "val", part == "test"
     tensor = lambda z: torch.as_tensor(z, dtype=torch.float32, device=device)
     typical = age_mean(codes, age, np.flatnonzero(reference))
@@ -1046,16 +1049,14 @@ def interpret(cfg, data, part, loader, models, codes, left, scores, brain_age, p
             noise = torch.randn(x0.shape, generator=g, device=device)
             drawn = {"": shown(decode(model, noise, z)), "pca": M.pca_reconstruct(pca, real[name])}
             drawn["constant"] = np.broadcast_to((data.image[part == "train"] / 255).mean(0), real[name].shape)
-            if "vae" in models:
-                with amp(cfg, device):
-                    drawn["vae"] = shown(in_batches(lambda x: models["vae"].decode(
-                        models["vae"].posterior(x)[0]), x0))
+            if "vae" in left:
+                drawn["vae"] = (real[name] - left["vae"][i]).clip(0, 1)
             who = data.subject[i]
             metrics |= M.image_numbers("recon", "", real[name], recon[name], who)
             for row, images in drawn.items():
                 metrics |= M.image_numbers("semantic", row, real[name], images, who)
     change = {name: real[name] - twin[name] for name in groups}
-    deviation = left / usual(left, np.flatnonzero(reference))
+    deviation = left[""] / usual(left[""], np.flatnonzero(reference))
     patients, lesion = rows["patients"], None
     names = list(data.attrs.get("mask_names", []))
     if data.mask is not None and "lesion" in names:
