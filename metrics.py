@@ -643,8 +643,8 @@ def save_figure(path, figure, caption):
 def trivial_images(data, train, test):
     """Stand-ins for the images data.image[test] that need no model. -> {"constant", "copy": (len(test),H,W)}
 
-    In [0,1]. constant: the mean training image, the best squared error without looking at the image. copy: the
-    nearest other row of the same subject, the earlier of two; black if it has no other."""
+    In [0,1]. constant: the mean training image, the best squared error without looking. copy: the nearest
+    other row of the same subject, the earlier of two; black if it has no other."""
     near = []
     for i in test:
         rest = np.setdiff1d(np.flatnonzero(data.subject == data.subject[i]), i)

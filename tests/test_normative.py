@@ -10,7 +10,7 @@ import torch
 import data as D
 import metrics as M
 import normative as m
-from conftest import ROOT, runs_of
+from conftest import runs_of
 
 main, error_of = runs_of(m)
 TINY = m.Config(size=16, base=16, mult=(1, 2), enc_mult=(1, 2, 2), blocks=1, attention=8, groups=0, dropout=0.0,
