@@ -1473,8 +1473,9 @@ def main(argv):
     part = np.where(views == cfg.view, part, "") if cfg.view else part
     train, val = np.flatnonzero(part == "train"), np.flatnonzero(part == "val")
     count = {p: len(np.unique(data.subject[part == p])) for p in ("train", "val", "test")}
-    if not count["train"] or not count["test"]:
-        D.fail(f"{path}: {count['train']} training and {count['test']} test subjects; one of each is needed")
+    slices = min((part == "test").sum(), cfg.eval_images)     # one has no distance of populations
+    if not count["train"] or slices < 2:
+        D.fail(f"{path}: {count['train']} training subjects, {slices} test slices; one and two are needed")
     if data.mask is None and cfg.edges not in ("full", "sparse"):
         D.fail(f"{path}: mask: missing; --edges full (or sparse) draws from edges alone")
     mask = None if data.mask is None else D.cine_ids(data)[D.in_memory(data.mask)]
