@@ -1477,7 +1477,7 @@ def main(argv):
     if not count["train"] or slices < 2:
         D.fail(f"{path}: {count['train']} training subjects, {slices} test slices; one and two are needed")
     if data.mask is None and cfg.edges not in ("full", "sparse"):
-        D.fail(f"{path}: mask: missing; --edges full (or sparse) draws from edges alone")
+        D.fail(f"{data.path}: mask: missing; --edges full (or sparse) draws from edges alone")
     mask = None if data.mask is None else D.cine_ids(data)[D.in_memory(data.mask)]
     if mask is not None and cfg.test and (D.cine_ids(D.load(cfg.test, cfg.size)) != D.cine_ids(data)).any():
         D.fail(f"{cfg.test}: mask: other ids than in {path}; convert both with the same program")

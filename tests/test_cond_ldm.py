@@ -455,4 +455,7 @@ def test_bad_files(tmp_path, capsys):
                       mask_names=["background", "RV cavity", "myocardium", "LV cavity"])
     tiny = written(tmp_path / "tiny.h5", good)
     assert "other ids" in error_of(capsys, "--data", tiny, "--test", swapped, "--out", out, *FLAGS)
+    plain = {k: v for k, v in slices(3, seed=1).items() if k != "mask"} | dict(subject=np.repeat(list("abc"), 2))
+    plain = written(tmp_path / "plain.h5", plain)
+    assert "plain.h5: mask: missing" in error_of(capsys, "--data", tiny, "--test", plain, "--out", out, *FLAGS)
     assert not list(out.glob("*.pt"))
