@@ -1118,13 +1118,14 @@ def load_drawings(path, cfg, maps):
 
     -> arrays for Loader. edges may be missing if the model knows drawings without, a mask if not read."""
     with D.open_h5(path) as file:
-        read = {k: D.plain(file, path, k)[...] for k in ("edges", "mask", "view", "phase") if k in file}
+        read = {k: x[...] for k in ("edges", "mask", "view", "phase")
+                if k in file and (x := D.plain(file, path, k)) is not None}
         attrs = {k: D.as_python(v) for x in (file, file.get("mask", file)) for k, v in x.attrs.items()}
     need = [k for k, v in (("edges", cfg.edges in ("full", "sparse")), ("mask", maps)) if v and k not in read]
     if need or not {"edges", "mask"} & set(read):
         D.fail(f"{path}: {' and '.join(need or ['edges', 'mask'])} missing; this model draws from "
                f"{'a mask and ' if maps else ''}edges ({cfg.edges})")
-    n = len(read.get("mask", read.get("edges")))
+    n = max(1, len(np.atleast_1d(read.get("mask", read.get("edges")))))
     for k, x in read.items():
         shape = (n, cfg.size, cfg.size) if k in ("edges", "mask") else (n,)
         if x.shape != shape or x.dtype.kind not in "biuf" or k == "mask" and x.dtype != np.uint8:

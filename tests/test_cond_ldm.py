@@ -392,6 +392,7 @@ def test_a_users_drawings(tiny, tmp_path, capsys):
     main(*short, "--draw", mine(swapped, mask=np.uint8([0, 3, 2, 1])[mask]), "--eval")         # the ids that it names
     assert np.array_equal(D.load(out / "drawn.h5").mask, mask)
     bad = [(dict(view=view), "mask missing"), (dict(edges=edges), "mask missing"), (dict(mask=0 * mask[:, ::2]), "(6, 16, 16)"),
+           (dict(mask=mask[:0]), "expected uint8 (1, 16, 16)"), (dict(mask=np.uint8(1)), "expected uint8 (1, 16, 16)"),
            (dict(attrs={}, mask=mask), "mask_names"), (dict(mask=mask + 1), "mask[0]"), (dict(mask=mask, edges=edges[1:]), "edges")]
     for columns, word in bad:
         assert word in error_of(capsys, *short, "--draw", mine(**columns)), word
