@@ -1116,7 +1116,8 @@ def load_drawings(path, cfg, maps):
     """A user's drawings, HDF5: edges (N,H,W), not 0 where there is a line; mask (N,H,W) with the attribute
     mask_names; view, phase (N,) as in data.py. H and W are cfg.size; maps: whether the model reads masks.
 
-    -> arrays for Loader. edges may be missing if the model knows drawings without, a mask if not read."""
+    -> arrays for Loader. edges may be missing if the model knows drawings without, a mask if not read. A model
+    trained with --edges mask, or none, gets these whatever was drawn: it has seen no others."""
     with D.open_h5(path) as file:
         read = {k: x[...] for k in ("edges", "mask", "view", "phase")
                 if k in file and (x := D.plain(file, path, k)) is not None}
@@ -1131,11 +1132,12 @@ def load_drawings(path, cfg, maps):
         if x.shape != shape or x.dtype.kind not in "biuf" or k == "mask" and x.dtype != np.uint8:
             what = "uint8" if k == "mask" else "numbers"
             D.fail(f"{path}: {k}: {x.dtype} {x.shape}, expected {what} {shape}")
-    arrays = {"edges": (read.get("edges", np.zeros((n, cfg.size, cfg.size))) != 0).astype(np.uint8),
-              "kind": told(read, n)}
+    edges, arrays = read.get("edges", np.zeros((n, cfg.size, cfg.size))) != 0, {"kind": told(read, n)}
     if maps:
         arrays["mask"] = D.cine_ids(SimpleNamespace(path=path, mask=read["mask"], attrs=attrs))[read["mask"]]
-    return arrays
+    if cfg.edges in ("mask", "none"):
+        edges = D.edge_map(edges, arrays.get("mask"), cfg.edges)
+    return arrays | {"edges": edges.astype(np.uint8)}
 
 
 def told(columns, n):

@@ -399,6 +399,9 @@ def test_a_users_drawings(tiny, tmp_path, capsys):
     assert "no such file" in error_of(capsys, *short, "--draw", tmp_path / "no.h5")
     arrays = m.load_drawings(mine(edges=7 * edges, phase=np.ones(n)), replace(cfg, edges="full"), False)
     assert np.array_equal(arrays["edges"], edges) and "mask" not in arrays and (arrays["kind"] == [0, 1]).all()
+    for mode in ("mask", "none"):      # such a model has never seen the edges of anything else
+        arrays = m.load_drawings(mine(edges=edges, mask=mask), replace(cfg, edges=mode), True)
+        assert np.array_equal(arrays["edges"], D.edge_map(edges, mask, mode)) and arrays["edges"].any() == (mode == "mask")
 
 
 def test_one_view_alone(tiny, tmp_path, capsys):
