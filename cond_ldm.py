@@ -1484,8 +1484,10 @@ def main(argv):
     mask = None if data.mask is None else D.cine_ids(data)[D.in_memory(data.mask)]
     if mask is not None and cfg.test and (D.cine_ids(D.load(cfg.test, cfg.size)) != D.cine_ids(data)).any():
         D.fail(f"{cfg.test}: mask: other ids than in {path}; convert both with the same program")
-    if cfg.draw:
-        load_drawings(cfg.draw, cfg, mask is not None)     # what is wrong with it shows now, not in the end
+    if cfg.draw:     # what is wrong with these files shows now, not in the end
+        load_drawings(cfg.draw, cfg, mask is not None)
+    if cfg.inception:
+        scripted(cfg.inception, str(device))
     if rank == 0:
         why = "as asked" if "preset" in given else f"the default on {device.type}"
         print(f"cond_ldm: preset {cfg.preset} ({why}), recipe {cfg.recipe}, {device}, "
