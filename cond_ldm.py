@@ -1365,6 +1365,9 @@ def check_stages(c):
         D.fail(f"--size {c.size}: these networks need a multiple of {unit}, such as {fits}")
     if c.size < 16:
         D.fail(f"--size {c.size}: at least 16, SSIM's window is 11 pixels wide")
+    if c.gan and 2 ** len(c.gan_channels) > c.size:
+        D.fail(f"--gan_channels {c.gan_channels}: each halves the image, {c.size} pixels can be halved "
+               f"{c.size.bit_length() - 1} times")
     if len(c.unet) < 2 or c.unet[0] % 4:
         D.fail(f"--unet {c.unet}: at least two levels, the first a multiple of 4 wide")
     wide = {*c.channels, *c.unet, c.unet[0] // 2, *c.seg, *c.gan_channels[1:]}

@@ -441,7 +441,8 @@ def test_paper_recipe_on_a_test_file(tiny, tmp_path):
     (["--size=18"], "such as"), (["--heads=5"], "must divide"), (["--groups=7"], "must divide"), (["--S=2000"], "S <= T"),
     (["--sampler=euler"], "ddim"), (["--drop=1.5"], "from 0 to 1"), (["--vq=/no/such.pt"], "no such file"),
     (["--unet=16"], "two levels"), (["--data=/no/such.h5"], "no such file"), (["--eval"], "without --eval trains it"),
-    (["--eval_images=1"], "1 test slices"), (["--inception=/no/such.pt"], "not a TorchScript file"),
+    (["--eval_images=1"], "1 test slices"), (["--gan_channels=8,8,8,8,8"], "halved 4 times"),
+    (["--inception=/no/such.pt"], "not a TorchScript file"),
 ])
 def test_bad_flags(flags, word, tiny, tmp_path, capsys):
     assert word in error_of(capsys, "--data", tiny, "--out", tmp_path / "out", *FLAGS, *flags)
