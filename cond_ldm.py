@@ -1278,7 +1278,7 @@ def evaluate(cfg, data, part, arrays, loader, vq, models, judges):
             lines |= {f"edges, {m}": seen_as[m][0], f"generated from {m}": images[at]}
         M.grid(out / "edges.png", list(lines.values()), list(lines), people,
                "One model, four drawings: edges that Canny finds, a few strokes, the map's contours, none.")
-    show = np.linspace(0, len(few) - 1, 8).astype(int)
+    show = spread(np.arange(len(few)), 8)
     M.grid(out / "guidance.png", [arrays["image"][few[show]] / 255, *(v[show] for v in sweep.values())],
            ["real", *sweep], [], "Guidance: eps_u + w (eps_c - eps_u).")
     M.grid(out / "memorisation.png", [real[at], made[""][at], near[at]],

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import cond_ldm as m
 from conftest import ROOT, runs_of
@@ -329,6 +330,7 @@ def test_whole_run_leaves_results_and_pictures(tiny, tmp_path, capsys):
     assert not [k for k in results["metrics"] if k.startswith(("fid", "kid.")) or k == "kid"]
     for name in ("samples", "edges", "guidance", "memorisation", "curves", "preview_vq", "preview_ldm", "preview_seed"):
         assert (out / f"{name}.png").stat().st_size > 1000, name
+    assert Image.open(out / "guidance.png").width < 5 * 96      # --few 3: three slices, each once
     assert (out / "cond_ldm.py").read_text() == (ROOT / "cond_ldm.py").read_text()
     first = json.loads((out / "log_vq.jsonl").read_text().splitlines()[0])
     assert {"val_psnr", "perplexity", "codes_used"} <= set(first)
