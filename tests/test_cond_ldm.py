@@ -314,6 +314,8 @@ def test_whole_run_leaves_results_and_pictures(tiny, tmp_path, capsys):
     main("--data", tiny, "--out", out, *FLAGS)
     printed = capsys.readouterr().out
     assert "16x16" in printed and "dice_gen" in printed and "fid" not in printed.lower()
+    head, paper = (next(t for t in printed.splitlines() if t.startswith(word)) for word in ("    ", "paper"))
+    assert paper[head.index("ssim_uniform7"):].startswith("0.400") and paper[head.index("nmse"):].startswith("1.220")
     results = json.loads((out / "results.json").read_text())
     assert results["script"] == "cond_ldm" and results["n"] == {"train": 7, "val": 1, "test": 2}
     for key in ("vq_ssim", "vq_psnr", "vq_perplexity", "vq_usage", "ssim", "ssim_uniform7", "nmse", "nmse_fastmri", "psnr",
