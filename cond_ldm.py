@@ -1553,7 +1553,7 @@ def main(argv):
         made = {"image": x, "mask": mask[rows]}
         both = {k: np.concatenate([v, arrays[k][train]]) for k, v in made.items()}
         for who, pairs in (("generated", made), ("", both)):      # named by what the images depend on
-            name = f"ckpt_seg_{who or 'both'}_{reached}_{cfg.sampler}{cfg.S}_w{cfg.w:g}"
+            name = f"ckpt_seg_{who or 'both'}_{reached}_{cfg.sampler}{cfg.S}_w{cfg.w:g}_{len(rows)}"
             judges[who], _ = stage(name, Segmenter, judge, cfg.seg_steps, D.Loader(pairs, device), facts)
     metrics = evaluate(cfg, data, part, arrays, everything, vq, models, judges)
     log = [json.loads(line) for line in Path(out, "log_ldm.jsonl").read_text().splitlines()]

@@ -1,6 +1,7 @@
 """cond_ldm.py: the codebook against brute force, one backward pass against two, samplers and guidance against
 closed forms, drawings that reach the picture, whole runs and what they refuse."""
 import json
+import shutil
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -342,6 +343,11 @@ def test_whole_run_leaves_results_and_pictures(tiny, tmp_path, capsys):
     assert (out / "ckpt_ldm.pt").read_bytes() == before
     assert all(again[k] == v for k, v in results["metrics"].items() if k not in ("gen_img_s", "peak_gb"))
 
+    # Segmenters are of so many generated images, and a rival that is half-trained is none.
+    again = ["--data", tiny, "--out", out, *FLAGS, "--eval"]
+    assert "generated_6_ddim3_w1_4.pt" in error_of(capsys, *again, "--aug_images=4")
+    assert "ckpt_seed.pt: 6 of 7 steps" in error_of(capsys, "--data", tiny, "--out", half_trained(out, 7), *FLAGS, "--eval")
+
     # With the file that users of FID have, and only then; another VQ-VAE is refused, this one can be lent.
     class Inception(torch.nn.Module):
         def forward(self, x, return_features: bool):
@@ -364,6 +370,15 @@ def test_whole_run_leaves_results_and_pictures(tiny, tmp_path, capsys):
     main("--data", tiny, "--out", tmp_path / "more", *short, "--vq_steps=7", "--edges=none", "--cond=conv")
     (tmp_path / "more" / "ckpt_vq.pt").replace(out / "ckpt_vq.pt")
     assert "vq '" in error_of(capsys, "--data", tiny, "--out", out, *FLAGS)
+
+
+def half_trained(out, step):
+    """A copy of a finished run in which the diffusion model is at that step: the rival still has to follow."""
+    copy = out.with_name("half")
+    shutil.copytree(out, copy)
+    state = torch.load(copy / "ckpt_ldm.pt", weights_only=True)
+    torch.save(state | {"step": step}, copy / "ckpt_ldm.pt")
+    return copy
 
 
 def test_a_users_drawings(tiny, tmp_path, capsys):
