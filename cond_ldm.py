@@ -1537,7 +1537,10 @@ def main(argv):
         return None if leave() else from_drawings(cfg, models[""], vq, device, mask is not None)
     if cfg.rivals and cfg.cond == "conv":     # for as many steps, also when the run was longer once
         rival = dataclasses.replace(cfg, cond="seed")
-        models["cond_seed"], _ = stage("ckpt_seed", make, rival, reached, codes, facts, watch("preview_seed"))
+        models["cond_seed"], step = stage("ckpt_seed", make, rival, reached, codes, facts, watch("preview_seed"))
+        if step < reached:     # --eval of a run that was stopped
+            D.fail(f"{out}/ckpt_seed.pt: {step} of {reached} steps, no fair rival; the same command without "
+                   "--eval trains it, --rivals false leaves it out")
     judge = dataclasses.replace(cfg, lr=1e-3)
     if mask is not None:
         seen = D.Loader({"image": data.image, "mask": mask}, device, whole)
