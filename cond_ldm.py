@@ -1017,13 +1017,10 @@ def latents(vq, loader, rows):
 
 def reconstruct(vq, loader, rows):
     """Through the codebook and back -> (images (n,H,W) in [0,1], how often each code was used (K,))."""
-    def one(r):
-        with amp(vq.cfg, loader.device):
-            index = vq.nearest(vq.latent(loader.batch(r)["image"]))
-            used.append(torch.bincount(index.flatten(), minlength=len(vq.codes)))
-            return vq.picture(vq.look_up(index))
-    used = []
-    return shown(in_batches(one, rows)), sum(used).double().cpu().numpy()
+    with amp(vq.cfg, loader.device):
+        index = in_batches(lambda r: vq.nearest(vq.latent(loader.batch(r)["image"])), rows)
+        images = in_batches(lambda i: vq.picture(vq.look_up(i)), index)
+    return shown(images), torch.bincount(index.flatten(), minlength=len(vq.codes)).double().cpu().numpy()
 
 
 def perplexity(used):

@@ -131,6 +131,23 @@ def test_codebook_comes_alive_and_counts():
     assert all(torch.equal(v, state[k]) for k, v in vq.state_dict().items())
 
 
+def test_codes_are_counted_once_when_memory_runs_out(monkeypatch):
+    """What does not fit on a GPU is done again in smaller batches."""
+    vq, tried, loader = a_vq().eval(), [], D.Loader({"image": slices()["image"]}, "cpu")
+    want, used = m.reconstruct(vq, loader, np.arange(20))
+    picture = vq.picture
+
+    def full(z):
+        tried.append(len(z))
+        if len(z) > 8:
+            raise torch.OutOfMemoryError
+        return picture(z)
+    monkeypatch.setattr(vq, "picture", full)
+    images, again = m.reconstruct(vq, loader, np.arange(20))
+    assert tried == [20, 20, 16, 8, 8, 4] and abs(images - want).max() < 1e-5 and np.array_equal(again, used)
+    assert used.sum() == 20 * 8 * 8
+
+
 def test_perplexity():
     assert m.perplexity(np.array([5.0, 5, 0, 0])) == pytest.approx(2)
     assert m.perplexity(np.array([7.0, 0])) == pytest.approx(1)
