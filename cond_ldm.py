@@ -1551,7 +1551,7 @@ def main(argv):
             x = generate(models[""], vq, everything, rows, cfg.edges, cfg.w, cfg.seed + 1)
             x = np.rint(255 * x).astype(np.uint8)
         made = {"image": x, "mask": mask[rows]}
-        both = {k: np.concatenate([v, arrays[k][train]]) for k, v in made.items()}
+        both = {k: np.concatenate([v, arrays[k][whole]]) for k, v in made.items()}     # and all real ones
         for who, pairs in (("generated", made), ("", both)):      # named by what the images depend on
             name = f"ckpt_seg_{who or 'both'}_{reached}_{cfg.sampler}{cfg.S}_w{cfg.w:g}_{len(rows)}"
             judges[who], _ = stage(name, Segmenter, judge, cfg.seg_steps, D.Loader(pairs, device), facts)

@@ -440,10 +440,13 @@ def test_a_users_drawings(tiny, tmp_path, capsys):
         assert np.array_equal(arrays["edges"], D.edge_map(edges, mask, mode)) and arrays["edges"].any() == (mode == "mask")
 
 
-def test_one_view_alone(tiny, tmp_path, capsys):
+def test_one_view_alone(tiny, tmp_path, capsys, monkeypatch):
     """--view SA, with the VQ-VAE of all views: only such slices are learnt, tested and beside the results."""
-    out, flags = tmp_path / "out", ["--data", tiny, *FLAGS, "--rivals=false", "--steps=3"]
+    out, flags, seen, stage = tmp_path / "out", ["--data", tiny, *FLAGS, "--steps=3"], {}, m.stage
+    monkeypatch.setattr(m, "stage", lambda name, make, cfg, steps, loader, *more: (
+        seen.update({name[:12]: len(loader)}) or stage(name, make, cfg, steps, loader, *more)))
     main(*flags, "--out", out, "--view=SA")
+    assert seen == {"ckpt_vq": 14, "ckpt_ldm": 21, "ckpt_seed": 21, "ckpt_seg": 14, "ckpt_seg_gen": 7, "ckpt_seg_bot": 21}
     results = json.loads((out / "results.json").read_text())
     assert results["metrics"]["fd_vq"]["n"] == 2 and "ssim.view_SA" not in results["metrics"]
     assert torch.load(out / "ckpt_vq.pt", weights_only=True)["run"]["view"] == ""
