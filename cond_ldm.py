@@ -138,8 +138,8 @@ FREE = {"data", "test", "out", "preset", "device", "eval", "draw", "rivals", "vq
         "seg_steps", "accum", "bf16", "compile", "save_every", "log_every", "sampler", "S", "w",
         "eval_images", "few", "aug_images", "inception"}
 # What the VQ-VAE does not see: with these changed it is the same network still, and --vq can lend it.
-LATER = {"recipe", "variety", "unet", "dropout", "cond", "cond_ch", "edges", "view", "drop", "predict",
-         "scale", "T", "lr", "seg"}
+LATER = {"recipe", "variety", "unet", "attention", "dropout", "cond", "cond_ch", "edges", "view", "drop",
+         "predict", "scale", "T", "lr", "seg"}
 # The words that a field may hold.
 CHOICES = dict(cond=("conv", "seed"), edges=("mixed", *D.EDGES), predict=("v", "eps"),
                sampler=("ddim", "ddpm"))

@@ -377,7 +377,8 @@ def test_whole_run_leaves_results_and_pictures(tiny, tmp_path, capsys):
     assert {"fid", "kid", "fid.real", "kid.cond_seed", "fd_vq"} <= set(metrics)
     capsys.readouterr()
     lent, short = tmp_path / "lent", [*FLAGS, "--rivals=false", "--steps=3"]
-    main("--data", tiny, "--out", lent, *short, "--vq", out / "ckpt_vq.pt", "--cond=seed", "--scale=false", "--predict=eps")
+    main("--data", tiny, "--out", lent, *short, "--vq", out / "ckpt_vq.pt", "--cond=seed", "--scale=false", "--predict=eps",
+         "--attention=4")
     assert (lent / "ckpt_vq.pt").read_bytes() == (out / "ckpt_vq.pt").read_bytes()
     assert torch.load(lent / "ckpt_ldm.pt", weights_only=True)["model"]["std"].tolist() == [1, 1, 1]    # not scaled
     assert "codebook 32 -> 16" in error_of(capsys, "--data", tiny, "--out", out, *FLAGS, "--codebook=16")
