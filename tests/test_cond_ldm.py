@@ -454,6 +454,18 @@ def test_one_view_alone(tiny, tmp_path, capsys, monkeypatch):
     assert "LA, SA" in error_of(capsys, *flags, "--out", tmp_path / "no", "--view=4CH")
 
 
+def test_the_other_slice_is_of_the_same_view(tmp_path):
+    c = slices(12)
+    c |= dict(subject=np.repeat(list("abcdef"), 4), view=np.tile([0, 0, 1, 1], 6))
+    c["split"] = np.where(c["subject"] < "d", "train", "test")
+    path = written(tmp_path / "four.h5", c)
+    main("--data", path, "--out", tmp_path / "out", *FLAGS, "--rivals=false", "--edges=full", "--steps=2", "--few=2")
+    x, metrics = c["image"][12:] / 255, json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]
+    shown = np.linspace(0, 11, 10).astype(int)      # --eval_images 10
+    want = M.psnr(x, x.reshape(6, 2, 16, 16)[:, ::-1].reshape(12, 16, 16))[shown].mean()
+    assert metrics["psnr.other_slice"]["value"] == pytest.approx(want)
+
+
 def test_image_only_file_is_drawn_from_edges(tmp_path, capsys):
     columns = slices()
     del columns["mask"], columns["view"]
