@@ -1207,7 +1207,7 @@ def evaluate(cfg, data, part, arrays, loader, vq, models, judges):
     for name, (model, m) in tqdm(ways.items(), "evaluate: generate", unit="way"):
         made[name] = generate(model, vq, loader, test, m, cfg.w, cfg.seed)
     made["vq"], used = reconstruct(vq, loader, test)
-    alike = np.char.add(data.subject, view_of(data))     # a short-axis slice does not stand for a long-axis one
+    alike = [f"{s} {v}" for s, v in zip(data.subject, view_of(data))]     # short axis is no guess of long axis
     trivial = M.trivial_images(SimpleNamespace(image=data.image, subject=alike), spread(train, 2000), test)
     made |= {"constant": trivial["constant"], "other_slice": trivial["copy"]}
     for name, images in tqdm(made.items(), "evaluate: score", unit="way"):
