@@ -1113,8 +1113,8 @@ def load_drawings(path, cfg, maps):
     """A user's drawings, HDF5: edges (N,H,W), not 0 where there is a line; mask (N,H,W) with the attribute
     mask_names; view, phase (N,) as in data.py. H and W are cfg.size; maps: whether the model reads masks.
 
-    -> arrays for Loader. edges may be missing if the model knows drawings without, a mask if not read. A model
-    trained with --edges mask, or none, gets these whatever was drawn: it has seen no others."""
+    -> arrays for Loader. edges may be missing if the model knows drawings without, a mask if not read. What
+    was trained with --edges mask, or none, gets these whatever was drawn: it has seen no others."""
     with D.open_h5(path) as file:
         read = {k: x[...] for k in ("edges", "mask", "view", "phase")
                 if k in file and (x := D.plain(file, path, k)) is not None}
@@ -1535,7 +1535,8 @@ def main(argv):
         return None if leave() else from_drawings(cfg, models[""], vq, device, mask is not None)
     if cfg.rivals and cfg.cond == "conv":     # for as many steps, also when the run was longer once
         rival = dataclasses.replace(cfg, cond="seed")
-        models["cond_seed"], step = stage("ckpt_seed", make, rival, reached, codes, facts, watch("preview_seed"))
+        show = watch("preview_seed")
+        models["cond_seed"], step = stage("ckpt_seed", make, rival, reached, codes, facts, show)
         if step < reached:     # --eval of a run that was stopped
             D.fail(f"{out}/ckpt_seed.pt: {step} of {reached} steps, no fair rival; the same command without "
                    "--eval trains it, --rivals false leaves it out")
@@ -1563,7 +1564,7 @@ def main(argv):
     M.save_results(out / "results.json", "cond_ldm", cfg.data or "phantom views", count,
                    time.perf_counter() - began, dataclasses.asdict(cfg) | {"steps": reached}, metrics, device)
     distances = [k for k in ("fid", "fd_vq", "kid_vq") if k in metrics]
-    keys = ["ssim", "ssim_uniform7", "nmse", *distances, *[k for k in ("dice_gen", "edge_f1") if k in metrics]]
+    keys = [k for k in ("ssim", "ssim_uniform7", "nmse", *distances, "dice_gen", "edge_f1") if k in metrics]
     print(M.row_table(metrics, keys, PAPER))
     print(f"{', '.join(distances)}: of {metrics['fd_vq']['n']} images and as many real ones")
     print(M.table(metrics, [k for k in metrics if "." not in k and k not in keys], PAPER))
