@@ -527,6 +527,7 @@ class VQVAE(nn.Module):
 
 
 STROKES = 6    # drawings of an image by a few strokes, made once: which of them is drawn per step
+EDGE_BIT = dict(full=0, sparse=2, mask=1, none=8)      # of each of D.EDGES the first in edge_bits
 
 
 def edge_bits(image, mask, seed):
@@ -546,10 +547,11 @@ def which_edges(mode, u):
     """Which bit of edge_bits each sample sees; 8: no edges. mixed: each of D.EDGES for a quarter of them.
 
     u (B,2) in [0,1): 0 is the choice at test -> (B,) int64"""
-    strokes = 2 + (STROKES * u[:, 1]).long()
-    bits = torch.stack([0 * strokes, strokes, 0 * strokes + 1, 0 * strokes + 8], 1)        # as in D.EDGES
-    kind = (4 * u[:, 0]).long() if mode == "mixed" else torch.full_like(strokes, D.EDGES.index(mode))
-    return bits.gather(1, kind[:, None])[:, 0]
+    strokes = (STROKES * u[:, 1]).long()
+    bits = {m: bit + (strokes if m == "sparse" else 0 * strokes) for m, bit in EDGE_BIT.items()}
+    if mode != "mixed":
+        return bits[mode]
+    return torch.stack(list(bits.values()), 1).gather(1, (4 * u[:, :1]).long())[:, 0]
 
 
 def one_hot(mask):
@@ -1173,13 +1175,13 @@ def evaluate(cfg, data, part, arrays, loader, vq, models, judges):
     test, seen, few = spread(test, cfg.eval_images), spread(train, 5000), spread(test, cfg.few)
     subject, real = data.subject[test], arrays["image"][test] / 255
     mode = "full" if cfg.edges == "mixed" else cfg.edges
-    metrics, ids, edge_bit = {}, {"lv": 1, "myo": 2, "rv": 3}, dict(zip(D.EDGES, (0, 2, 1, 8)))
+    metrics, ids = {}, {"lv": 1, "myo": 2, "rv": 3}
 
     def put(key, who, *values, statistic=np.mean, **kw):
         metrics[key] = M.row_of(statistic, who, *values, **kw)
 
     def hits(images, rows, m):
-        wanted = arrays["edges"][rows] >> edge_bit[m] & 1
+        wanted = arrays["edges"][rows] >> EDGE_BIT[m] & 1
         found = D.edges(np.rint(255 * images).astype(np.uint8))
         return M.edge_hits(found, wanted, 2 if cfg.size > 128 else 1)      # pixels of tolerance
 
