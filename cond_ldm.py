@@ -351,29 +351,32 @@ class Condition(nn.Module):
 
 
 class LatentUNet(nn.Module):
-    """Denoiser. z_t (B,ch,h,w), t (B,), drawing (B,cond,h,w) -> (B,ch,h,w), zero at initialisation.
+    """Denoiser. z_t (B,z_dim,h,w), t (B,), drawing (B,cond,h,w) -> like z_t, zero at initialisation.
 
-    channels (a,b,c,d): blocks a-b, b-c, c-d, each then halved; the middle d-d-c; back with the skips."""
-    def __init__(self, ch, cond, width, channels, depth, heads, attention, groups, dropout):
+    cfg.unet (a,b,c,d): blocks a-b, b-c, c-d, each then halved; the middle d-d-c; back with the skips."""
+    def __init__(self, cfg, cond, width):
         super().__init__()
+        channels = cfg.unet
         self.base, emb = channels[0], 2 * channels[0]
         self.time = nn.Sequential(nn.Linear(self.base, emb), nn.SiLU(), nn.Linear(emb, emb))
-        self.conv_in = nn.Conv2d(ch + cond, channels[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(cfg.z_dim + cond, channels[0], 3, padding=1)
         self.down, self.shrink, self.grow, self.up = (nn.ModuleList() for _ in range(4))
 
+        block = functools.partial(Block, groups=cfg.groups, emb=emb, dropout=cfg.dropout)
+
         def blocks(a, b, heads):
-            return nn.ModuleList(Block(b if i else a, b, groups, heads, emb, dropout) for i in range(depth))
+            return nn.ModuleList(block(b if i else a, b, heads=heads) for i in range(cfg.depth))
         for i, (a, b) in enumerate(zip(channels, channels[1:])):
-            here = heads if width >> i <= attention else 0
+            here = cfg.heads if width >> i <= cfg.attention else 0
             out = channels[i - 1] if i else channels[0] // 2
             self.down.append(blocks(a, b, here))
             self.shrink.append(halve(b))
             self.grow.insert(0, double(a))         # what the level below gives is a wide
             self.up.insert(0, blocks(a + b, out, here))
         c, d = channels[-2:]
-        self.middle = nn.ModuleList([Block(d, d, groups, heads, emb, dropout), *blocks(d, c, heads)])
-        self.norm_out = norm(out := channels[0] // 2, groups)
-        self.conv_out = zero(nn.Conv2d(out, ch, 3, padding=1))
+        self.middle = nn.ModuleList([block(d, d, heads=cfg.heads), *blocks(d, c, cfg.heads)])
+        self.norm_out = norm(out := channels[0] // 2, cfg.groups)
+        self.conv_out = zero(nn.Conv2d(out, cfg.z_dim, 3, padding=1))
 
     def forward(self, z_t, t, drawing):
         emb = self.time(time_embedding(t, self.base))
@@ -581,8 +584,7 @@ class Model(nn.Module):
         self.cfg = cfg
         self.width = cfg.size // (cfg.patch * 2 ** (len(cfg.channels) - 1))
         self.condition = Condition(cfg)
-        self.unet = LatentUNet(cfg.z_dim, self.condition.ch, self.width, cfg.unet, cfg.depth, cfg.heads,
-                               cfg.attention, cfg.groups, cfg.dropout)
+        self.unet = LatentUNet(cfg, self.condition.ch, self.width)
         # Of the training latents, per channel; in the checkpoint, so that sampling undoes what training did.
         self.register_buffer("mean", torch.zeros(cfg.z_dim) + mean)
         self.register_buffer("std", torch.zeros(cfg.z_dim) + std)
