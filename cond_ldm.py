@@ -301,17 +301,6 @@ def double(ch):
     return nn.ConvTranspose2d(ch, ch, 4, 2, 1)
 
 
-def pyramid(ch_in, channels, depth, heads, groups):
-    """VQ-VAE encoder without its last layer: blocks per level, halved in between, attention in the middle."""
-    layers, c = [nn.Conv2d(ch_in, channels[0], 3, padding=1)], channels[0]
-    for wide in channels[1:]:
-        for _ in range(depth):
-            layers.append(Block(c, wide, groups))
-            c = wide
-        layers.append(halve(c))
-    return nn.Sequential(*layers, *(Block(c, c, groups, heads) for _ in range(depth)), Block(c, c, groups))
-
-
 class Discriminator(nn.Module):
     """Real or made, patch by patch (Isola et al. 2017). image (B,1,H,W) -> (B,1,h,w), wanted 1 and 0."""
     def __init__(self, channels, groups):
@@ -431,18 +420,23 @@ class VQVAE(nn.Module):
     """Images as a small grid of codebook vectors (van den Oord et al. 2017), with a patch discriminator."""
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, c, wide = cfg, cfg.z_dim, cfg.channels[-1]
-        self.encoder = pyramid(cfg.patch ** 2, cfg.channels, cfg.depth, cfg.heads, cfg.groups)
-        self.to_z = nn.Sequential(norm(wide, cfg.groups), nn.SiLU(), nn.Conv2d(wide, c, 3, padding=1),
-                                  nn.Conv2d(c, c, 1))
-        layers = [nn.Conv2d(c, c, 1), nn.Conv2d(c, wide, 3, padding=1),
-                  *(Block(wide, wide, cfg.groups, cfg.heads) for _ in range(cfg.depth)),
-                  Block(wide, wide, cfg.groups)]
-        for c in reversed(cfg.channels[:-1]):
-            layers += [double(wide), *(Block(wide if i == 0 else c, c, cfg.groups) for i in range(cfg.depth))]
-            wide = c
-        self.decoder = nn.Sequential(*layers, norm(wide, cfg.groups), nn.SiLU(),
-                                     nn.Conv2d(wide, cfg.patch ** 2, 3, padding=1))
+        self.cfg, z, groups = cfg, cfg.z_dim, cfg.groups
+        c, *rest = cfg.channels
+        layers = [nn.Conv2d(cfg.patch ** 2, c, 3, padding=1)]
+        for wide in rest:
+            layers += [*(Block(wide if i else c, wide, groups) for i in range(cfg.depth)), halve(wide)]
+            c = wide
+
+        def middle():      # of both: attention, at the size of the latent
+            return [*(Block(c, c, groups, cfg.heads) for _ in range(cfg.depth)), Block(c, c, groups)]
+        self.encoder = nn.Sequential(*layers, *middle())
+        self.to_z = nn.Sequential(norm(c, groups), nn.SiLU(), nn.Conv2d(c, z, 3, padding=1), nn.Conv2d(z, z, 1))
+        layers = [nn.Conv2d(z, z, 1), nn.Conv2d(z, c, 3, padding=1), *middle()]
+        for wide in reversed(cfg.channels[:-1]):
+            layers += [double(c), *(Block(wide if i else c, wide, groups) for i in range(cfg.depth))]
+            c = wide
+        self.decoder = nn.Sequential(*layers, norm(c, groups), nn.SiLU(),
+                                     nn.Conv2d(c, cfg.patch ** 2, 3, padding=1))
         self.codes = nn.Parameter(torch.zeros(cfg.codebook, cfg.z_dim))
         self.discriminator = Discriminator(cfg.gan_channels, cfg.groups) if cfg.gan else None
         # State, and so in the checkpoint. At first every code is idle: step 0 puts all on latents. fit
