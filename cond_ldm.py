@@ -430,7 +430,8 @@ class VQVAE(nn.Module):
         def middle():      # of both: attention, at the size of the latent
             return [*(Block(c, c, groups, cfg.heads) for _ in range(cfg.depth)), Block(c, c, groups)]
         self.encoder = nn.Sequential(*layers, *middle())
-        self.to_z = nn.Sequential(norm(c, groups), nn.SiLU(), nn.Conv2d(c, z, 3, padding=1), nn.Conv2d(z, z, 1))
+        self.to_z = nn.Sequential(norm(c, groups), nn.SiLU(), nn.Conv2d(c, z, 3, padding=1),
+                                  nn.Conv2d(z, z, 1))
         layers = [nn.Conv2d(z, z, 1), nn.Conv2d(z, c, 3, padding=1), *middle()]
         for wide in reversed(cfg.channels[:-1]):
             layers += [double(c), *(Block(wide if i else c, wide, groups) for i in range(cfg.depth))]
@@ -1205,8 +1206,8 @@ def evaluate(cfg, data, part, arrays, loader, vq, models, judges):
     for name, (model, m) in tqdm(ways.items(), "evaluate: generate", unit="way"):
         made[name] = generate(model, vq, loader, test, m, cfg.w, cfg.seed)
     made["vq"], used = reconstruct(vq, loader, test)
-    alike = [f"{s} {v}" for s, v in zip(data.subject, view_of(data))]     # short axis is no guess of long axis
-    trivial = M.trivial_images(SimpleNamespace(image=data.image, subject=alike), spread(train, 2000), test)
+    alike = [f"{s} {v}" for s, v in zip(data.subject, view_of(data))]     # short is no guess of long axis
+    trivial = M.trivial_images(dataclasses.replace(data, subject=alike), spread(train, 2000), test)
     made |= {"constant": trivial["constant"], "other_slice": trivial["copy"]}
     for name, images in tqdm(made.items(), "evaluate: score", unit="way"):
         score(name, images)
