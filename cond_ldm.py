@@ -1042,38 +1042,32 @@ def generate(model, vq, loader, rows, mode, w, seed):
     return shown(in_batches(some, rows, noise))
 
 
-def vq_watcher(cfg, loader):
-    """-> watch(ema, step) for fit: is the codebook alive? And preview_vq.png. On validation images."""
+def watch_vq(cfg, loader, ema, step):
+    """For fit's log: is the codebook alive? And preview_vq.png. loader: validation images."""
     rows = spread(np.arange(len(loader)), 32)
-
-    def watch(ema, step):
-        real, (fake, used) = shown(loader.batch(rows)["image"]), reconstruct(ema, loader, rows)
-        M.grid(Path(cfg.out, "preview_vq.png"), [real[::4], fake[::4]], ["image", "VQ-VAE"], [],
-               f"validation patients at step {step}")
-        return dict(val_psnr=float(M.psnr(real, fake).mean()), perplexity=perplexity(used),
-                    codes_used=int((used > 0).sum()))
-    return watch
+    real, (fake, used) = shown(loader.batch(rows)["image"]), reconstruct(ema, loader, rows)
+    M.grid(Path(cfg.out, "preview_vq.png"), [real[::4], fake[::4]], ["image", "VQ-VAE"], [],
+           f"validation patients at step {step}")
+    return dict(val_psnr=float(M.psnr(real, fake).mean()), perplexity=perplexity(used),
+                codes_used=int((used > 0).sum()))
 
 
-def watcher_of(vq, cfg, loader, name):
-    """-> watch(ema, step) for fit: loss with the drawing, and with another image's; NAME.png to look at."""
+def watch_ldm(vq, cfg, loader, name, ema, step):
+    """For fit's log: loss with the drawing, and with another validation image's; NAME.png to look at."""
     rows = spread(np.arange(len(loader)), 16)
-
-    def watch(ema, step):
-        g, batch = torch.Generator(loader.device).manual_seed(0), loader.batch(rows)
-        z0 = torch.as_tensor(latents(vq, loader, rows), device=loader.device)
-        z0 = (z0 - ema.mean.view(-1, 1, 1)) / ema.std.view(-1, 1, 1)
-        cond = drawn(batch, cfg.edges)
-        t = ((torch.arange(len(rows), device=z0.device) + 0.5) / len(rows) * cfg.T).long()
-        eps = torch.randn(z0.shape, generator=g, device=z0.device)
-        with torch.inference_mode(), amp(cfg, loader.device):
-            right, wrong = (ema.loss(z0, x, t, eps).mean().item() for x in (cond, cond.roll(len(t) // 2, 0)))
-        lines = [*(v[::4] for v in drawing(cond)), shown(batch["image"][::4]),
-                 generate(ema, vq, loader, rows[::4], cfg.edges, 1.0, 0)]
-        M.grid(Path(cfg.out, f"{name}.png"), lines, ["edges", "map", "real", "generated"], [],
-               f"validation patients at step {step}")
-        return dict(val_loss=right, val_loss_other_drawing=wrong)
-    return watch
+    g, batch = torch.Generator(loader.device).manual_seed(0), loader.batch(rows)
+    z0 = torch.as_tensor(latents(vq, loader, rows), device=loader.device)
+    z0 = (z0 - ema.mean.view(-1, 1, 1)) / ema.std.view(-1, 1, 1)
+    cond = drawn(batch, cfg.edges)
+    t = ((torch.arange(len(rows), device=z0.device) + 0.5) / len(rows) * cfg.T).long()
+    eps = torch.randn(z0.shape, generator=g, device=z0.device)
+    with torch.inference_mode(), amp(cfg, loader.device):
+        right, wrong = (ema.loss(z0, x, t, eps).mean().item() for x in (cond, cond.roll(len(t) // 2, 0)))
+    lines = [*(v[::4] for v in drawing(cond)), shown(batch["image"][::4]),
+             generate(ema, vq, loader, rows[::4], cfg.edges, 1.0, 0)]
+    M.grid(Path(cfg.out, f"{name}.png"), lines, ["edges", "map", "real", "generated"], [],
+           f"validation patients at step {step}")
+    return dict(val_loss=right, val_loss_other_drawing=wrong)
 
 
 COLOURS = np.array([[0, 0, 0], [0.84, 0.37, 0], [0, 0.62, 0.45], [0.34, 0.71, 0.91]])    # cavity, wall, RV
@@ -1509,7 +1503,7 @@ def main(argv):
     facts = dict(data=data.fingerprint, training_subjects=who)
     images = D.Loader({"image": data.image}, device, whole)
     first = dataclasses.replace(cfg, **{k: getattr(Config, k) for k in LATER} | {"lr": cfg.vq_lr})
-    watch = vq_watcher(cfg, unseen) if len(val) else None
+    watch = functools.partial(watch_vq, cfg, unseen) if len(val) else None
     vq, _ = stage("ckpt_vq", VQVAE, first, cfg.vq_steps, images, facts, watch)
 
     # And a diffusion model on the VQ-VAE whose latents it was trained on: with another it would draw noise.
@@ -1527,7 +1521,7 @@ def main(argv):
     mean, std = (z.mean((0, 2, 3)), z.std((0, 2, 3)) + 1e-6) if cfg.scale else (0.0, 1.0)
     make = lambda c: Model(c, *map(torch.as_tensor, (mean, std)))
     facts |= dict(vq=fingerprint(vq), drawings=hashlib.sha256(arrays["edges"]).hexdigest()[:16])
-    watch = lambda name: watcher_of(vq, cfg, unseen, name) if len(val) else None
+    watch = lambda name: functools.partial(watch_ldm, vq, cfg, unseen, name) if len(val) else None
     models, judges = {}, {}
     models[""], reached = stage("ckpt_ldm", make, cfg, cfg.steps, codes, facts, watch("preview_ldm"))
     if cfg.draw:
