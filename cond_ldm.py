@@ -1091,14 +1091,15 @@ def segment(judge, images):
 
 
 def feature_sets(cfg, vq, device):
-    """{name: images (n,H,W) in [0,1] -> features (n,d)}: vq, our own; inception, only with --inception."""
+    """{two keys of metrics: images (n,H,W) in [0,1] -> features (n,d)}: our own; --inception's, if given."""
     batch = lambda x: torch.tensor(x, dtype=torch.float32, device=device)[:, None]
-    out = {"vq": lambda x: in_batches(lambda v: vq.features(2 * batch(v) - 1), x).cpu().numpy()}
+    own = lambda v: vq.features(2 * batch(v) - 1)
+    out = {("fd_vq", "kid_vq"): lambda x: in_batches(own, x).cpu().numpy()}
     if cfg.inception:     # it resizes to 299 x 299 by itself, and wants 0..255 in three channels
         net = scripted(cfg.inception, str(device))
         eight = lambda v: (255 * batch(v)).round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
         read = lambda v: net(eight(v), return_features=True).float()
-        out["inception"] = lambda x: in_batches(read, x).cpu().numpy()
+        out["fid", "kid"] = lambda x: in_batches(read, x).cpu().numpy()
     return out
 
 
@@ -1192,13 +1193,11 @@ def evaluate(cfg, data, part, arrays, loader, vq, models, judges):
         put("edge_f1" + dot, who, hits(images, rows, "full"), statistic=M.edge_f1)
 
     # One set of images per way of making them, in the order of the test rows.
-    began = time.perf_counter()
-    made = {"": generate(models[""], vq, loader, test, mode, cfg.w, cfg.seed)}
-    metrics["gen_img_s"] = M.row(len(test) / (time.perf_counter() - began), unit="1/s")
-    ways = {f"edges_{m}": (models[""], m) for m in D.EDGES[1:] if cfg.edges == "mixed"}
-    ways |= {"cond_seed": (models["cond_seed"], mode)} if "cond_seed" in models else {}
+    ways, made, began = {name: (model, mode) for name, model in models.items()}, {}, time.perf_counter()
+    ways |= {f"edges_{m}": (models[""], m) for m in D.EDGES[1:] if cfg.edges == "mixed"}
     for name, (model, m) in tqdm(ways.items(), "evaluate: generate", unit="way"):
         made[name] = generate(model, vq, loader, test, m, cfg.w, cfg.seed)
+    metrics["gen_img_s"] = M.row(len(ways) * len(test) / (time.perf_counter() - began), unit="1/s")
     made["vq"], used = reconstruct(vq, loader, test)
     alike = [f"{s} {v}" for s, v in zip(data.subject, view_of(data))]     # short is no guess of long axis
     trivial = M.trivial_images(dataclasses.replace(data, subject=alike), spread(train, 2000), test)
@@ -1206,7 +1205,7 @@ def evaluate(cfg, data, part, arrays, loader, vq, models, judges):
     for name, images in tqdm(made.items(), "evaluate: score", unit="way"):
         score(name, images)
         if name in ("", "edges_sparse", "edges_mask"):      # how many of the edges that were drawn are there?
-            there = hits(images, test, name[6:] or mode)
+            there = hits(images, test, ways[name][1])
             put("edge_recall" + (name and "." + name), subject, there, statistic=M.edge_recall)
     for name, judge in judges.items():
         counts = M.overlap(segment(judge, real), arrays["mask"][test], ids.values())
@@ -1234,11 +1233,10 @@ def evaluate(cfg, data, part, arrays, loader, vq, models, judges):
 
     # Populations: n of each beside n training images that are real, at the same n as it biases the distance.
     other = arrays["image"][spread(train, len(test))] / 255
-    for space, features in feature_sets(cfg, vq, loader.device).items():
-        names = ("fid", "kid") if space == "inception" else (f"fd_{space}", f"kid_{space}")
+    for keys, features in feature_sets(cfg, vq, loader.device).items():
         target = features(real)
         for name, images in {**made, "real": other}.items():
-            for key, distance in zip(names, (M.frechet, M.kid)):
+            for key, distance in zip(keys, (M.frechet, M.kid)):
                 value = distance(features(images), target)
                 metrics[key + (name and "." + name)] = M.row(value, n=len(images), better="lower")
     # Memorisation: how far to the nearest training slice. A copy is nearer than a real new patient is.
