@@ -1348,9 +1348,8 @@ def check_stages(c):
     """Refuse sizes that these networks cannot have, and name some that they can."""
     unit = c.patch * 2 ** max(len(c.channels) + len(c.unet) - 2, len(c.seg) - 1)
     if c.size % unit:
-        near = c.size // unit * unit
-        fits = " or ".join(str(v) for v in (near, near + unit) if v)
-        D.fail(f"--size {c.size}: these networks need a multiple of {unit}, such as {fits}")
+        near = c.size + -c.size % unit
+        D.fail(f"--size {c.size}: these networks need a multiple of {unit}, such as {near}")
     if c.size < 16:
         D.fail(f"--size {c.size}: at least 16, SSIM's window is 11 pixels wide")
     if c.gan and 2 ** len(c.gan_channels) > c.size:
