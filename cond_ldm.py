@@ -1109,20 +1109,20 @@ def load_drawings(path, cfg, maps):
 
     -> arrays for Loader. edges may be missing if the model knows drawings without, a mask if not read. What
     was trained with --edges mask, or none, gets these whatever was drawn: it has seen no others."""
+    names = ("edges", "view", "phase", *(["mask"] if maps else []))
     with D.open_h5(path) as file:
-        read = {k: x[...] for k in ("edges", "mask", "view", "phase")
-                if k in file and (x := D.plain(file, path, k)) is not None}
+        read = {k: x[...] for k in names if k in file and (x := D.plain(file, path, k)) is not None}
         attrs = {k: D.as_python(v) for x in (file, file.get("mask", file)) for k, v in x.attrs.items()}
     need = [k for k, v in (("edges", cfg.edges in ("full", "sparse")), ("mask", maps)) if v and k not in read]
-    if need or not {"edges", "mask"} & set(read):
-        D.fail(f"{path}: {' and '.join(need or ['edges', 'mask'])} missing; this model draws from "
+    if need:
+        D.fail(f"{path}: {' and '.join(need)} missing; this model draws from "
                f"{'a mask and ' if maps else ''}edges ({cfg.edges})")
-    n = max(1, len(np.atleast_1d(read.get("mask", read.get("edges")))))
+    n = max(1, len(np.atleast_1d(read["mask" if maps else "edges"])))
     for k, x in read.items():
         shape = (n, cfg.size, cfg.size) if k in ("edges", "mask") else (n,)
+        kind = "uint8" if k == "mask" else "numbers"
         if x.shape != shape or x.dtype.kind not in "biuf" or k == "mask" and x.dtype != np.uint8:
-            what = "uint8" if k == "mask" else "numbers"
-            D.fail(f"{path}: {k}: {x.dtype} {x.shape}, expected {what} {shape}")
+            D.fail(f"{path}: {k}: {x.dtype} {x.shape}, expected {kind} {shape}")
     edges, arrays = read.get("edges", np.zeros((n, cfg.size, cfg.size))) != 0, {"kind": told(read, n)}
     if maps:
         arrays["mask"] = D.cine_ids(SimpleNamespace(path=path, mask=read["mask"], attrs=attrs))[read["mask"]]
