@@ -1014,6 +1014,22 @@ def latents(vq, loader, rows):
         return in_batches(lambda r: vq.encode(loader.batch(r)["image"]), rows).cpu().numpy()
 
 
+def training_pairs(cfg, vq, arrays, device):
+    """What the diffusion model learns from: the drawings of these images and their latents z0, then of moved
+    copies of them until there are cfg.variety. -> arrays, image replaced by z0 (n,z_dim,h,w)"""
+    pairs, n = [], len(arrays["image"])
+    copies = -(-cfg.variety // n) if cfg.augment and not cfg.eval else 1
+    for k in tqdm(range(copies), "latents", disable=ranks()[0] > 0):
+        here = dict(arrays)
+        if k:     # the same for every process: edges and latents of moved images, not moved edges and latents
+            rng = np.random.default_rng([cfg.seed, k])
+            here["image"], here["mask"] = D.moved(here["image"], here.get("mask"), cfg.augment, rng)
+            here["edges"] = edge_bits(here["image"], here["mask"], cfg.seed + k)
+        here["z0"] = latents(vq, D.Loader({"image": here.pop("image")}, device), np.arange(n))
+        pairs.append(here)
+    return {name: np.concatenate([p[name] for p in pairs]) for name in pairs[0]}
+
+
 def reconstruct(vq, loader, rows):
     """Through the codebook and back -> (images (n,H,W) in [0,1], how often each code was used (K,))."""
     with amp(vq.cfg, loader.device):
@@ -1502,16 +1518,7 @@ def main(argv):
     vq, _ = stage("ckpt_vq", VQVAE, first, cfg.vq_steps, images, facts, watch)
 
     # And a diffusion model on the VQ-VAE whose latents it was trained on: with another it would draw noise.
-    pairs = []
-    for k in tqdm(range(-(-cfg.variety // len(train)) if cfg.augment else 1), "latents", disable=rank > 0):
-        here = {name: v[train] for name, v in arrays.items()}
-        if k:     # the same for every process: edges and latents of moved images, not moved edges and latents
-            rng = np.random.default_rng([cfg.seed, k])
-            here["image"], here["mask"] = D.moved(here["image"], here.get("mask"), cfg.augment, rng)
-            here["edges"] = edge_bits(here["image"], here["mask"], cfg.seed + k)
-        here["z0"] = latents(vq, D.Loader({"image": here.pop("image")}, device), np.arange(len(train)))
-        pairs.append({name: v for name, v in here.items() if v is not None})
-    pairs = {name: np.concatenate([p[name] for p in pairs]) for name in pairs[0]}
+    pairs = training_pairs(cfg, vq, {name: v[train] for name, v in arrays.items()}, device)
     z, codes = pairs["z0"], D.Loader(pairs, device)
     mean, std = (z.mean((0, 2, 3)), z.std((0, 2, 3)) + 1e-6) if cfg.scale else (0.0, 1.0)
     make = lambda c: Model(c, *map(torch.as_tensor, (mean, std)))
