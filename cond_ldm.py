@@ -25,7 +25,7 @@ Differs from the study (`--recipe paper`) in:
 - the view and the phase of the beat are told. The VQ-VAE differs in its codebook, where idle codes are moved.
 Differs from diffae.py: two stages, and no code z_sem: what is drawn is given, not learnt.
 """
-import copy, dataclasses, datetime, difflib, functools, hashlib, inspect, json, math, os, platform, shutil
+import copy, dataclasses, datetime, difflib, functools, hashlib, inspect, json, math, os, platform
 import signal, sys, time, zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -1471,8 +1471,7 @@ def main(argv):
     if rank == 0 and cfg.vq and not (out / "ckpt_vq.pt").exists():
         if not os.path.isfile(cfg.vq):
             D.fail(f"--vq {cfg.vq}: no such file; python cond_ldm.py --out FOLDER makes FOLDER/ckpt_vq.pt")
-        shutil.copy(cfg.vq, out / "ckpt_vq.part")
-        os.replace(out / "ckpt_vq.part", out / "ckpt_vq.pt")
+        M.write_atomically(out / "ckpt_vq.pt", Path(cfg.vq).read_bytes())
     if world > 1:
         dist.barrier()
     data, part = D.load_study(path, cfg.test, cfg.size, cfg.seed, square="size" not in given)
