@@ -699,8 +699,8 @@ def guided(model, cond, w):
     def fn(x_t, t):
         k = len(drawings)
         with amp(model.cfg, x_t.device):
-            times = torch.full((k * len(x_t),), t, device=x_t.device)
-            eps_c, *eps_u = model.eps(torch.cat(k * [x_t]), times, torch.cat(drawings)).chunk(k)
+            level = torch.full((k * len(x_t),), t, device=x_t.device)
+            eps_c, *eps_u = model.eps(torch.cat(k * [x_t]), level, torch.cat(drawings)).chunk(k)
         return eps_u[0] + w * (eps_c - eps_u[0]) if eps_u else eps_c
     return fn
 
