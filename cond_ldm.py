@@ -1251,8 +1251,9 @@ def evaluate(cfg, data, part, arrays, loader, vq, models, judges):
     for keys, features in feature_sets(cfg, vq, loader.device).items():
         target = features(real)
         for name, images in {**made, "real": other}.items():
+            here = features(images)
             for key, distance in zip(keys, (M.frechet, M.kid)):
-                value = distance(features(images), target)
+                value = distance(here, target)
                 metrics[key + (name and "." + name)] = M.row(value, n=len(images), better="lower")
     # Memorisation: how far to the nearest training slice. A copy is nearer than a real new patient is.
     for name in ("", "edges_none", "vq", "real"):
