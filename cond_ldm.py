@@ -1484,7 +1484,8 @@ def main(argv):
     count = {p: len(np.unique(data.subject[part == p])) for p in ("train", "val", "test")}
     slices = min((part == "test").sum(), cfg.eval_images)     # one has no distance of populations
     if not count["train"] or slices < 2:
-        D.fail(f"{path}: {count['train']} training subjects, {slices} test slices; one and two are needed")
+        D.fail(f"{path}: {count['train']} training subjects, {slices} test slices (--eval_images "
+               f"{cfg.eval_images} at most); at least 1 and 2 are needed")
     if data.mask is None and cfg.edges not in ("full", "sparse"):
         D.fail(f"{data.path}: mask: missing; --edges full (or sparse) draws from edges alone")
     mask = None if data.mask is None else D.cine_ids(data)[D.in_memory(data.mask)]
