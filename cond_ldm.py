@@ -25,7 +25,7 @@ Differs from the study (`--recipe paper`) in:
 - the view and the phase of the beat are told. The VQ-VAE differs in its codebook, where idle codes are moved.
 Differs from diffae.py: two stages, and no code z_sem: what is drawn is given, not learnt.
 """
-import copy, dataclasses, datetime, difflib, functools, hashlib, inspect, json, math, os, platform, shutil
+import copy, dataclasses, datetime, difflib, functools, hashlib, inspect, json, math, os, platform
 import signal, sys, time, zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,8 +138,8 @@ FREE = {"data", "test", "out", "preset", "device", "eval", "draw", "rivals", "vq
         "seg_steps", "accum", "bf16", "compile", "save_every", "log_every", "sampler", "S", "w",
         "eval_images", "few", "aug_images", "inception"}
 # What the VQ-VAE does not see: with these changed it is the same network still, and --vq can lend it.
-LATER = {"recipe", "variety", "unet", "dropout", "cond", "cond_ch", "edges", "view", "drop", "predict",
-         "scale", "T", "lr", "seg"}
+LATER = {"recipe", "variety", "unet", "attention", "dropout", "cond", "cond_ch", "edges", "view", "drop",
+         "predict", "scale", "T", "lr", "seg"}
 # The words that a field may hold.
 CHOICES = dict(cond=("conv", "seed"), edges=("mixed", *D.EDGES), predict=("v", "eps"),
                sampler=("ddim", "ddpm"))
@@ -301,17 +301,6 @@ def double(ch):
     return nn.ConvTranspose2d(ch, ch, 4, 2, 1)
 
 
-def pyramid(ch_in, channels, depth, heads, groups):
-    """VQ-VAE encoder without its last layer: blocks per level, halved in between, attention in the middle."""
-    layers, c = [nn.Conv2d(ch_in, channels[0], 3, padding=1)], channels[0]
-    for wide in channels[1:]:
-        for _ in range(depth):
-            layers.append(Block(c, wide, groups))
-            c = wide
-        layers.append(halve(c))
-    return nn.Sequential(*layers, *(Block(c, c, groups, heads) for _ in range(depth)), Block(c, c, groups))
-
-
 class Discriminator(nn.Module):
     """Real or made, patch by patch (Isola et al. 2017). image (B,1,H,W) -> (B,1,h,w), wanted 1 and 0."""
     def __init__(self, channels, groups):
@@ -351,29 +340,32 @@ class Condition(nn.Module):
 
 
 class LatentUNet(nn.Module):
-    """Denoiser. z_t (B,ch,h,w), t (B,), drawing (B,cond,h,w) -> (B,ch,h,w), zero at initialisation.
+    """Denoiser. z_t (B,z_dim,h,w), t (B,), drawing (B,cond,h,w) -> like z_t, zero at initialisation.
 
-    channels (a,b,c,d): blocks a-b, b-c, c-d, each then halved; the middle d-d-c; back with the skips."""
-    def __init__(self, ch, cond, width, channels, depth, heads, attention, groups, dropout):
+    cfg.unet (a,b,c,d): blocks a-b, b-c, c-d, each then halved; the middle d-d-c; back with the skips."""
+    def __init__(self, cfg, cond, width):
         super().__init__()
+        channels = cfg.unet
         self.base, emb = channels[0], 2 * channels[0]
         self.time = nn.Sequential(nn.Linear(self.base, emb), nn.SiLU(), nn.Linear(emb, emb))
-        self.conv_in = nn.Conv2d(ch + cond, channels[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(cfg.z_dim + cond, channels[0], 3, padding=1)
         self.down, self.shrink, self.grow, self.up = (nn.ModuleList() for _ in range(4))
 
+        block = functools.partial(Block, groups=cfg.groups, emb=emb, dropout=cfg.dropout)
+
         def blocks(a, b, heads):
-            return nn.ModuleList(Block(b if i else a, b, groups, heads, emb, dropout) for i in range(depth))
+            return nn.ModuleList(block(b if i else a, b, heads=heads) for i in range(cfg.depth))
         for i, (a, b) in enumerate(zip(channels, channels[1:])):
-            here = heads if width >> i <= attention else 0
+            here = cfg.heads if width >> i <= cfg.attention else 0
             out = channels[i - 1] if i else channels[0] // 2
             self.down.append(blocks(a, b, here))
             self.shrink.append(halve(b))
             self.grow.insert(0, double(a))         # what the level below gives is a wide
             self.up.insert(0, blocks(a + b, out, here))
         c, d = channels[-2:]
-        self.middle = nn.ModuleList([Block(d, d, groups, heads, emb, dropout), *blocks(d, c, heads)])
-        self.norm_out = norm(out := channels[0] // 2, groups)
-        self.conv_out = zero(nn.Conv2d(out, ch, 3, padding=1))
+        self.middle = nn.ModuleList([block(d, d, heads=cfg.heads), *blocks(d, c, cfg.heads)])
+        self.norm_out = norm(out := channels[0] // 2, cfg.groups)
+        self.conv_out = zero(nn.Conv2d(out, cfg.z_dim, 3, padding=1))
 
     def forward(self, z_t, t, drawing):
         emb = self.time(time_embedding(t, self.base))
@@ -428,18 +420,24 @@ class VQVAE(nn.Module):
     """Images as a small grid of codebook vectors (van den Oord et al. 2017), with a patch discriminator."""
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, c, wide = cfg, cfg.z_dim, cfg.channels[-1]
-        self.encoder = pyramid(cfg.patch ** 2, cfg.channels, cfg.depth, cfg.heads, cfg.groups)
-        self.to_z = nn.Sequential(norm(wide, cfg.groups), nn.SiLU(), nn.Conv2d(wide, c, 3, padding=1),
-                                  nn.Conv2d(c, c, 1))
-        layers = [nn.Conv2d(c, c, 1), nn.Conv2d(c, wide, 3, padding=1),
-                  *(Block(wide, wide, cfg.groups, cfg.heads) for _ in range(cfg.depth)),
-                  Block(wide, wide, cfg.groups)]
-        for c in reversed(cfg.channels[:-1]):
-            layers += [double(wide), *(Block(wide if i == 0 else c, c, cfg.groups) for i in range(cfg.depth))]
-            wide = c
-        self.decoder = nn.Sequential(*layers, norm(wide, cfg.groups), nn.SiLU(),
-                                     nn.Conv2d(wide, cfg.patch ** 2, 3, padding=1))
+        self.cfg, z, groups = cfg, cfg.z_dim, cfg.groups
+        c, *rest = cfg.channels
+        layers = [nn.Conv2d(cfg.patch ** 2, c, 3, padding=1)]
+        for wide in rest:
+            layers += [*(Block(wide if i else c, wide, groups) for i in range(cfg.depth)), halve(wide)]
+            c = wide
+
+        def middle():      # of both: attention, at the size of the latent
+            return [*(Block(c, c, groups, cfg.heads) for _ in range(cfg.depth)), Block(c, c, groups)]
+        self.encoder = nn.Sequential(*layers, *middle())
+        self.to_z = nn.Sequential(norm(c, groups), nn.SiLU(), nn.Conv2d(c, z, 3, padding=1),
+                                  nn.Conv2d(z, z, 1))
+        layers = [nn.Conv2d(z, z, 1), nn.Conv2d(z, c, 3, padding=1), *middle()]
+        for wide in reversed(cfg.channels[:-1]):
+            layers += [double(c), *(Block(wide if i else c, wide, groups) for i in range(cfg.depth))]
+            c = wide
+        self.decoder = nn.Sequential(*layers, norm(c, groups), nn.SiLU(),
+                                     nn.Conv2d(c, cfg.patch ** 2, 3, padding=1))
         self.codes = nn.Parameter(torch.zeros(cfg.codebook, cfg.z_dim))
         self.discriminator = Discriminator(cfg.gan_channels, cfg.groups) if cfg.gan else None
         # State, and so in the checkpoint. At first every code is idle: step 0 puts all on latents. fit
@@ -527,6 +525,7 @@ class VQVAE(nn.Module):
 
 
 STROKES = 6    # drawings of an image by a few strokes, made once: which of them is drawn per step
+EDGE_BIT = dict(full=0, sparse=2, mask=1, none=8)      # of each of D.EDGES the first in edge_bits
 
 
 def edge_bits(image, mask, seed):
@@ -546,10 +545,11 @@ def which_edges(mode, u):
     """Which bit of edge_bits each sample sees; 8: no edges. mixed: each of D.EDGES for a quarter of them.
 
     u (B,2) in [0,1): 0 is the choice at test -> (B,) int64"""
-    strokes = 2 + (STROKES * u[:, 1]).long()
-    bits = torch.stack([0 * strokes, strokes, 0 * strokes + 1, 0 * strokes + 8], 1)        # as in D.EDGES
-    kind = (4 * u[:, 0]).long() if mode == "mixed" else torch.full_like(strokes, D.EDGES.index(mode))
-    return bits.gather(1, kind[:, None])[:, 0]
+    strokes = (STROKES * u[:, 1]).long()
+    bits = {m: bit + (strokes if m == "sparse" else 0 * strokes) for m, bit in EDGE_BIT.items()}
+    if mode != "mixed":
+        return bits[mode]
+    return torch.stack(list(bits.values()), 1).gather(1, (4 * u[:, :1]).long())[:, 0]
 
 
 def one_hot(mask):
@@ -579,8 +579,7 @@ class Model(nn.Module):
         self.cfg = cfg
         self.width = cfg.size // (cfg.patch * 2 ** (len(cfg.channels) - 1))
         self.condition = Condition(cfg)
-        self.unet = LatentUNet(cfg.z_dim, self.condition.ch, self.width, cfg.unet, cfg.depth, cfg.heads,
-                               cfg.attention, cfg.groups, cfg.dropout)
+        self.unet = LatentUNet(cfg, self.condition.ch, self.width)
         # Of the training latents, per channel; in the checkpoint, so that sampling undoes what training did.
         self.register_buffer("mean", torch.zeros(cfg.z_dim) + mean)
         self.register_buffer("std", torch.zeros(cfg.z_dim) + std)
@@ -700,8 +699,8 @@ def guided(model, cond, w):
     def fn(x_t, t):
         k = len(drawings)
         with amp(model.cfg, x_t.device):
-            times = torch.full((k * len(x_t),), t, device=x_t.device)
-            eps_c, *eps_u = model.eps(torch.cat(k * [x_t]), times, torch.cat(drawings)).chunk(k)
+            level = torch.full((k * len(x_t),), t, device=x_t.device)
+            eps_c, *eps_u = model.eps(torch.cat(k * [x_t]), level, torch.cat(drawings)).chunk(k)
         return eps_u[0] + w * (eps_c - eps_u[0]) if eps_u else eps_c
     return fn
 
@@ -1015,15 +1014,28 @@ def latents(vq, loader, rows):
         return in_batches(lambda r: vq.encode(loader.batch(r)["image"]), rows).cpu().numpy()
 
 
+def training_pairs(cfg, vq, arrays, device):
+    """What the diffusion model learns from: the drawings of these images and their latents z0, then of moved
+    copies of them until there are cfg.variety. -> arrays, image replaced by z0 (n,z_dim,h,w)"""
+    pairs, n = [], len(arrays["image"])
+    copies = -(-cfg.variety // n) if cfg.augment and not cfg.eval else 1
+    for k in tqdm(range(copies), "latents", disable=ranks()[0] > 0):
+        here = dict(arrays)
+        if k:     # the same for every process: edges and latents of moved images, not moved edges and latents
+            rng = np.random.default_rng([cfg.seed, k])
+            here["image"], here["mask"] = D.moved(here["image"], here.get("mask"), cfg.augment, rng)
+            here["edges"] = edge_bits(here["image"], here["mask"], cfg.seed + k)
+        here["z0"] = latents(vq, D.Loader({"image": here.pop("image")}, device), np.arange(n))
+        pairs.append(here)
+    return {name: np.concatenate([p[name] for p in pairs]) for name in pairs[0]}
+
+
 def reconstruct(vq, loader, rows):
     """Through the codebook and back -> (images (n,H,W) in [0,1], how often each code was used (K,))."""
-    def one(r):
-        with amp(vq.cfg, loader.device):
-            index = vq.nearest(vq.latent(loader.batch(r)["image"]))
-            used.append(torch.bincount(index.flatten(), minlength=len(vq.codes)))
-            return vq.picture(vq.look_up(index))
-    used = []
-    return shown(in_batches(one, rows)), sum(used).double().cpu().numpy()
+    with amp(vq.cfg, loader.device):
+        index = in_batches(lambda r: vq.nearest(vq.latent(loader.batch(r)["image"])), rows)
+        images = in_batches(lambda i: vq.picture(vq.look_up(i)), index)
+    return shown(images), torch.bincount(index.flatten(), minlength=len(vq.codes)).double().cpu().numpy()
 
 
 def perplexity(used):
@@ -1046,38 +1058,32 @@ def generate(model, vq, loader, rows, mode, w, seed):
     return shown(in_batches(some, rows, noise))
 
 
-def vq_watcher(cfg, loader):
-    """-> watch(ema, step) for fit: is the codebook alive? And preview_vq.png. On validation images."""
+def watch_vq(cfg, loader, ema, step):
+    """For fit's log: is the codebook alive? And preview_vq.png. loader: validation images."""
     rows = spread(np.arange(len(loader)), 32)
-
-    def watch(ema, step):
-        real, (fake, used) = shown(loader.batch(rows)["image"]), reconstruct(ema, loader, rows)
-        M.grid(Path(cfg.out, "preview_vq.png"), [real[::4], fake[::4]], ["image", "VQ-VAE"], [],
-               f"validation patients at step {step}")
-        return dict(val_psnr=float(M.psnr(real, fake).mean()), perplexity=perplexity(used),
-                    codes_used=int((used > 0).sum()))
-    return watch
+    real, (fake, used) = shown(loader.batch(rows)["image"]), reconstruct(ema, loader, rows)
+    M.grid(Path(cfg.out, "preview_vq.png"), [real[::4], fake[::4]], ["image", "VQ-VAE"], [],
+           f"validation patients at step {step}")
+    return dict(val_psnr=float(M.psnr(real, fake).mean()), perplexity=perplexity(used),
+                codes_used=int((used > 0).sum()))
 
 
-def watcher_of(vq, cfg, loader, name):
-    """-> watch(ema, step) for fit: loss with the drawing, and with another image's; NAME.png to look at."""
+def watch_ldm(vq, cfg, loader, name, ema, step):
+    """For fit's log: loss with the drawing, and with another validation image's; NAME.png to look at."""
     rows = spread(np.arange(len(loader)), 16)
-
-    def watch(ema, step):
-        g, batch = torch.Generator(loader.device).manual_seed(0), loader.batch(rows)
-        z0 = torch.as_tensor(latents(vq, loader, rows), device=loader.device)
-        z0 = (z0 - ema.mean.view(-1, 1, 1)) / ema.std.view(-1, 1, 1)
-        cond = drawn(batch, cfg.edges)
-        t = ((torch.arange(len(rows), device=z0.device) + 0.5) / len(rows) * cfg.T).long()
-        eps = torch.randn(z0.shape, generator=g, device=z0.device)
-        with torch.inference_mode(), amp(cfg, loader.device):
-            right, wrong = (ema.loss(z0, x, t, eps).mean().item() for x in (cond, cond.roll(len(t) // 2, 0)))
-        lines = [*(v[::4] for v in drawing(cond)), shown(batch["image"][::4]),
-                 generate(ema, vq, loader, rows[::4], cfg.edges, 1.0, 0)]
-        M.grid(Path(cfg.out, f"{name}.png"), lines, ["edges", "map", "real", "generated"], [],
-               f"validation patients at step {step}")
-        return dict(val_loss=right, val_loss_other_drawing=wrong)
-    return watch
+    g, batch = torch.Generator(loader.device).manual_seed(0), loader.batch(rows)
+    z0 = torch.as_tensor(latents(vq, loader, rows), device=loader.device)
+    z0 = (z0 - ema.mean.view(-1, 1, 1)) / ema.std.view(-1, 1, 1)
+    cond = drawn(batch, cfg.edges)
+    t = ((torch.arange(len(rows), device=z0.device) + 0.5) / len(rows) * cfg.T).long()
+    eps = torch.randn(z0.shape, generator=g, device=z0.device)
+    with torch.inference_mode(), amp(cfg, loader.device):
+        right, wrong = (ema.loss(z0, x, t, eps).mean().item() for x in (cond, cond.roll(len(t) // 2, 0)))
+    lines = [*(v[::4] for v in drawing(cond)), shown(batch["image"][::4]),
+             generate(ema, vq, loader, rows[::4], cfg.edges, 1.0, 0)]
+    M.grid(Path(cfg.out, f"{name}.png"), lines, ["edges", "map", "real", "generated"], [],
+           f"validation patients at step {step}")
+    return dict(val_loss=right, val_loss_other_drawing=wrong)
 
 
 COLOURS = np.array([[0, 0, 0], [0.84, 0.37, 0], [0, 0.62, 0.45], [0.34, 0.71, 0.91]])    # cavity, wall, RV
@@ -1101,14 +1107,15 @@ def segment(judge, images):
 
 
 def feature_sets(cfg, vq, device):
-    """{name: images (n,H,W) in [0,1] -> features (n,d)}: vq, our own; inception, only with --inception."""
+    """{two keys of metrics: images (n,H,W) in [0,1] -> features (n,d)}: our own; --inception's, if given."""
     batch = lambda x: torch.tensor(x, dtype=torch.float32, device=device)[:, None]
-    out = {"vq": lambda x: in_batches(lambda v: vq.features(2 * batch(v) - 1), x).cpu().numpy()}
+    own = lambda v: vq.features(2 * batch(v) - 1)
+    out = {("fd_vq", "kid_vq"): lambda x: in_batches(own, x).cpu().numpy()}
     if cfg.inception:     # it resizes to 299 x 299 by itself, and wants 0..255 in three channels
         net = scripted(cfg.inception, str(device))
         eight = lambda v: (255 * batch(v)).round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
         read = lambda v: net(eight(v), return_features=True).float()
-        out["inception"] = lambda x: in_batches(read, x).cpu().numpy()
+        out["fid", "kid"] = lambda x: in_batches(read, x).cpu().numpy()
     return out
 
 
@@ -1116,25 +1123,28 @@ def load_drawings(path, cfg, maps):
     """A user's drawings, HDF5: edges (N,H,W), not 0 where there is a line; mask (N,H,W) with the attribute
     mask_names; view, phase (N,) as in data.py. H and W are cfg.size; maps: whether the model reads masks.
 
-    -> arrays for Loader. edges may be missing if the model knows drawings without, a mask if not read."""
+    -> arrays for Loader. edges may be missing if the model knows drawings without, a mask if not read. What
+    was trained with --edges mask, or none, gets these whatever was drawn: it has seen no others."""
+    names = ("edges", "view", "phase", *(["mask"] if maps else []))
     with D.open_h5(path) as file:
-        read = {k: D.plain(file, path, k)[...] for k in ("edges", "mask", "view", "phase") if k in file}
+        read = {k: x[...] for k in names if k in file and (x := D.plain(file, path, k)) is not None}
         attrs = {k: D.as_python(v) for x in (file, file.get("mask", file)) for k, v in x.attrs.items()}
     need = [k for k, v in (("edges", cfg.edges in ("full", "sparse")), ("mask", maps)) if v and k not in read]
-    if need or not {"edges", "mask"} & set(read):
-        D.fail(f"{path}: {' and '.join(need or ['edges', 'mask'])} missing; this model draws from "
+    if need:
+        D.fail(f"{path}: {' and '.join(need)} missing; this model draws from "
                f"{'a mask and ' if maps else ''}edges ({cfg.edges})")
-    n = len(read.get("mask", read.get("edges")))
+    n = max(1, len(np.atleast_1d(read["mask" if maps else "edges"])))
     for k, x in read.items():
         shape = (n, cfg.size, cfg.size) if k in ("edges", "mask") else (n,)
+        kind = "uint8" if k == "mask" else "numbers"
         if x.shape != shape or x.dtype.kind not in "biuf" or k == "mask" and x.dtype != np.uint8:
-            what = "uint8" if k == "mask" else "numbers"
-            D.fail(f"{path}: {k}: {x.dtype} {x.shape}, expected {what} {shape}")
-    arrays = {"edges": (read.get("edges", np.zeros((n, cfg.size, cfg.size))) != 0).astype(np.uint8),
-              "kind": told(read, n)}
+            D.fail(f"{path}: {k}: {x.dtype} {x.shape}, expected {kind} {shape}")
+    edges, arrays = read.get("edges", np.zeros((n, cfg.size, cfg.size))) != 0, {"kind": told(read, n)}
     if maps:
         arrays["mask"] = D.cine_ids(SimpleNamespace(path=path, mask=read["mask"], attrs=attrs))[read["mask"]]
-    return arrays
+    if cfg.edges in ("mask", "none"):
+        edges = D.edge_map(edges, arrays.get("mask"), cfg.edges)
+    return arrays | {"edges": edges.astype(np.uint8)}
 
 
 def told(columns, n):
@@ -1149,17 +1159,16 @@ def view_of(data):
     return np.array(["" if v != v else names[int(v)] if v < len(names) else f"{v:.0f}" for v in view])
 
 
-def from_drawings(cfg, model, vq, device, maps):
-    """Images for the drawings in cfg.draw -> OUT/drawn.h5, OUT/drawn.png."""
-    arrays = load_drawings(cfg.draw, cfg, maps)
-    n, path = len(arrays["edges"]), Path(cfg.out, "drawn.h5")
-    loader = D.Loader(arrays, device)
+def from_drawings(cfg, model, vq, arrays, device):
+    """Images for the arrays of load_drawings -> OUT/drawn.h5, OUT/drawn.png."""
+    loader, path = D.Loader(arrays, device), Path(cfg.out, "drawn.h5")
+    n = len(loader)
     images = generate(model, vq, loader, np.arange(n), "full", cfg.w, cfg.seed)
     edges, labels = drawing(drawn(loader.batch(np.arange(min(n, 8))), "full"))
     M.grid(path.with_suffix(".png"), [edges, labels, images[:8]], ["edges", "map", "generated"], [],
            f"Drawn from {cfg.draw}, w {cfg.w:g}.")
     columns = dict(image=np.rint(255 * images).astype(np.uint8), subject=np.arange(n).astype(str))
-    columns |= {"mask": arrays["mask"]} if maps else {}
+    columns |= {"mask": arrays["mask"]} if "mask" in arrays else {}
     D.write(str(path), [columns], D.CINE_NAMES | dict(source=f"generated by cond_ldm.py from {cfg.draw}"))
     print(f"{n} images: {path}, {path.with_suffix('.png')}")
 
@@ -1173,13 +1182,13 @@ def evaluate(cfg, data, part, arrays, loader, vq, models, judges):
     test, seen, few = spread(test, cfg.eval_images), spread(train, 5000), spread(test, cfg.few)
     subject, real = data.subject[test], arrays["image"][test] / 255
     mode = "full" if cfg.edges == "mixed" else cfg.edges
-    metrics, ids, edge_bit = {}, {"lv": 1, "myo": 2, "rv": 3}, dict(zip(D.EDGES, (0, 2, 1, 8)))
+    metrics, ids = {}, {"lv": 1, "myo": 2, "rv": 3}
 
     def put(key, who, *values, statistic=np.mean, **kw):
         metrics[key] = M.row_of(statistic, who, *values, **kw)
 
     def hits(images, rows, m):
-        wanted = arrays["edges"][rows] >> edge_bit[m] & 1
+        wanted = arrays["edges"][rows] >> EDGE_BIT[m] & 1
         found = D.edges(np.rint(255 * images).astype(np.uint8))
         return M.edge_hits(found, wanted, 2 if cfg.size > 128 else 1)      # pixels of tolerance
 
@@ -1199,20 +1208,19 @@ def evaluate(cfg, data, part, arrays, loader, vq, models, judges):
         put("edge_f1" + dot, who, hits(images, rows, "full"), statistic=M.edge_f1)
 
     # One set of images per way of making them, in the order of the test rows.
-    began = time.perf_counter()
-    made = {"": generate(models[""], vq, loader, test, mode, cfg.w, cfg.seed)}
-    metrics["gen_img_s"] = M.row(len(test) / (time.perf_counter() - began), unit="1/s")
-    ways = {f"edges_{m}": (models[""], m) for m in D.EDGES[1:] if cfg.edges == "mixed"}
-    ways |= {"cond_seed": (models["cond_seed"], mode)} if "cond_seed" in models else {}
+    ways, made, began = {name: (model, mode) for name, model in models.items()}, {}, time.perf_counter()
+    ways |= {f"edges_{m}": (models[""], m) for m in D.EDGES[1:] if cfg.edges == "mixed"}
     for name, (model, m) in tqdm(ways.items(), "evaluate: generate", unit="way"):
         made[name] = generate(model, vq, loader, test, m, cfg.w, cfg.seed)
+    metrics["gen_img_s"] = M.row(len(ways) * len(test) / (time.perf_counter() - began), unit="1/s")
     made["vq"], used = reconstruct(vq, loader, test)
-    trivial = M.trivial_images(data, spread(train, 2000), test)
+    alike = [f"{s} {v}" for s, v in zip(data.subject, view_of(data))]     # short is no guess of long axis
+    trivial = M.trivial_images(dataclasses.replace(data, subject=alike), spread(train, 2000), test)
     made |= {"constant": trivial["constant"], "other_slice": trivial["copy"]}
     for name, images in tqdm(made.items(), "evaluate: score", unit="way"):
         score(name, images)
         if name in ("", "edges_sparse", "edges_mask"):      # how many of the edges that were drawn are there?
-            there = hits(images, test, name[6:] or mode)
+            there = hits(images, test, ways[name][1])
             put("edge_recall" + (name and "." + name), subject, there, statistic=M.edge_recall)
     for name, judge in judges.items():
         counts = M.overlap(segment(judge, real), arrays["mask"][test], ids.values())
@@ -1240,12 +1248,12 @@ def evaluate(cfg, data, part, arrays, loader, vq, models, judges):
 
     # Populations: n of each beside n training images that are real, at the same n as it biases the distance.
     other = arrays["image"][spread(train, len(test))] / 255
-    for space, features in feature_sets(cfg, vq, loader.device).items():
-        names = ("fid", "kid") if space == "inception" else (f"fd_{space}", f"kid_{space}")
+    for keys, features in feature_sets(cfg, vq, loader.device).items():
         target = features(real)
         for name, images in {**made, "real": other}.items():
-            for key, distance in zip(names, (M.frechet, M.kid)):
-                value = distance(features(images), target)
+            here = features(images)
+            for key, distance in zip(keys, (M.frechet, M.kid)):
+                value = distance(here, target)
                 metrics[key + (name and "." + name)] = M.row(value, n=len(images), better="lower")
     # Memorisation: how far to the nearest training slice. A copy is nearer than a real new patient is.
     for name in ("", "edges_none", "vq", "real"):
@@ -1275,7 +1283,7 @@ def evaluate(cfg, data, part, arrays, loader, vq, models, judges):
             lines |= {f"edges, {m}": seen_as[m][0], f"generated from {m}": images[at]}
         M.grid(out / "edges.png", list(lines.values()), list(lines), people,
                "One model, four drawings: edges that Canny finds, a few strokes, the map's contours, none.")
-    show = np.linspace(0, len(few) - 1, 8).astype(int)
+    show = spread(np.arange(len(few)), 8)
     M.grid(out / "guidance.png", [arrays["image"][few[show]] / 255, *(v[show] for v in sweep.values())],
            ["real", *sweep], [], "Guidance: eps_u + w (eps_c - eps_u).")
     M.grid(out / "memorisation.png", [real[at], made[""][at], near[at]],
@@ -1357,11 +1365,13 @@ def check_stages(c):
     """Refuse sizes that these networks cannot have, and name some that they can."""
     unit = c.patch * 2 ** max(len(c.channels) + len(c.unet) - 2, len(c.seg) - 1)
     if c.size % unit:
-        near = c.size // unit * unit
-        fits = " or ".join(str(v) for v in (near, near + unit) if v)
-        D.fail(f"--size {c.size}: these networks need a multiple of {unit}, such as {fits}")
+        near = c.size + -c.size % unit
+        D.fail(f"--size {c.size}: these networks need a multiple of {unit}, such as {near}")
     if c.size < 16:
         D.fail(f"--size {c.size}: at least 16, SSIM's window is 11 pixels wide")
+    if c.gan and 2 ** len(c.gan_channels) > c.size:
+        D.fail(f"--gan_channels {c.gan_channels}: each halves the image, {c.size} pixels can be halved "
+               f"{c.size.bit_length() - 1} times")
     if len(c.unet) < 2 or c.unet[0] % 4:
         D.fail(f"--unet {c.unet}: at least two levels, the first a multiple of 4 wide")
     wide = {*c.channels, *c.unet, c.unet[0] // 2, *c.seg, *c.gan_channels[1:]}
@@ -1442,7 +1452,7 @@ def leave():
     return rank > 0
 
 
-PAPER = {"ssim": 0.40, "nmse": 1.22, "fid": 140.54}     # the study's, 10 patients of M&Ms-2
+PAPER = {"ssim_uniform7": 0.40, "nmse": 1.22, "fid": 140.54}     # the study's, 10 patients of M&Ms-2
 TAKES = {"demo": "about 8 minutes on 2 CPU cores", "demo256": "about 10 minutes on 2 CPU cores",
          "paper": "made for one GPU, not yet timed on one"}
 
@@ -1462,8 +1472,7 @@ def main(argv):
     if rank == 0 and cfg.vq and not (out / "ckpt_vq.pt").exists():
         if not os.path.isfile(cfg.vq):
             D.fail(f"--vq {cfg.vq}: no such file; python cond_ldm.py --out FOLDER makes FOLDER/ckpt_vq.pt")
-        shutil.copy(cfg.vq, out / "ckpt_vq.part")
-        os.replace(out / "ckpt_vq.part", out / "ckpt_vq.pt")
+        M.write_atomically(out / "ckpt_vq.pt", Path(cfg.vq).read_bytes())
     if world > 1:
         dist.barrier()
     data, part = D.load_study(path, cfg.test, cfg.size, cfg.seed, square="size" not in given)
@@ -1473,15 +1482,18 @@ def main(argv):
     part = np.where(views == cfg.view, part, "") if cfg.view else part
     train, val = np.flatnonzero(part == "train"), np.flatnonzero(part == "val")
     count = {p: len(np.unique(data.subject[part == p])) for p in ("train", "val", "test")}
-    if not count["train"] or not count["test"]:
-        D.fail(f"{path}: {count['train']} training and {count['test']} test subjects; one of each is needed")
+    slices = min((part == "test").sum(), cfg.eval_images)     # one has no distance of populations
+    if not count["train"] or slices < 2:
+        D.fail(f"{path}: {count['train']} training subjects, {slices} test slices (--eval_images "
+               f"{cfg.eval_images} at most); at least 1 and 2 are needed")
     if data.mask is None and cfg.edges not in ("full", "sparse"):
-        D.fail(f"{path}: mask: missing; --edges full (or sparse) draws from edges alone")
+        D.fail(f"{data.path}: mask: missing; --edges full (or sparse) draws from edges alone")
     mask = None if data.mask is None else D.cine_ids(data)[D.in_memory(data.mask)]
     if mask is not None and cfg.test and (D.cine_ids(D.load(cfg.test, cfg.size)) != D.cine_ids(data)).any():
         D.fail(f"{cfg.test}: mask: other ids than in {path}; convert both with the same program")
-    if cfg.draw:
-        load_drawings(cfg.draw, cfg, mask is not None)     # what is wrong with it shows now, not in the end
+    drawings = load_drawings(cfg.draw, cfg, mask is not None) if cfg.draw else None
+    if cfg.inception:     # as with drawings: what is wrong with the file shows now, not in the end
+        scripted(cfg.inception, str(device))
     if rank == 0:
         why = "as asked" if "preset" in given else f"the default on {device.type}"
         print(f"cond_ldm: preset {cfg.preset} ({why}), recipe {cfg.recipe}, {device}, "
@@ -1503,32 +1515,27 @@ def main(argv):
     facts = dict(data=data.fingerprint, training_subjects=who)
     images = D.Loader({"image": data.image}, device, whole)
     first = dataclasses.replace(cfg, **{k: getattr(Config, k) for k in LATER} | {"lr": cfg.vq_lr})
-    watch = vq_watcher(cfg, unseen) if len(val) else None
+    watch = functools.partial(watch_vq, cfg, unseen) if len(val) else None
     vq, _ = stage("ckpt_vq", VQVAE, first, cfg.vq_steps, images, facts, watch)
 
     # And a diffusion model on the VQ-VAE whose latents it was trained on: with another it would draw noise.
-    pairs = []
-    for k in tqdm(range(-(-cfg.variety // len(train)) if cfg.augment else 1), "latents", disable=rank > 0):
-        here = {name: v[train] for name, v in arrays.items()}
-        if k:     # the same for every process: edges and latents of moved images, not moved edges and latents
-            rng = np.random.default_rng([cfg.seed, k])
-            here["image"], here["mask"] = D.moved(here["image"], here.get("mask"), cfg.augment, rng)
-            here["edges"] = edge_bits(here["image"], here["mask"], cfg.seed + k)
-        here["z0"] = latents(vq, D.Loader({"image": here.pop("image")}, device), np.arange(len(train)))
-        pairs.append({name: v for name, v in here.items() if v is not None})
-    pairs = {name: np.concatenate([p[name] for p in pairs]) for name in pairs[0]}
+    pairs = training_pairs(cfg, vq, {name: v[train] for name, v in arrays.items()}, device)
     z, codes = pairs["z0"], D.Loader(pairs, device)
     mean, std = (z.mean((0, 2, 3)), z.std((0, 2, 3)) + 1e-6) if cfg.scale else (0.0, 1.0)
     make = lambda c: Model(c, *map(torch.as_tensor, (mean, std)))
     facts |= dict(vq=fingerprint(vq), drawings=hashlib.sha256(arrays["edges"]).hexdigest()[:16])
-    watch = lambda name: watcher_of(vq, cfg, unseen, name) if len(val) else None
+    watch = lambda name: functools.partial(watch_ldm, vq, cfg, unseen, name) if len(val) else None
     models, judges = {}, {}
     models[""], reached = stage("ckpt_ldm", make, cfg, cfg.steps, codes, facts, watch("preview_ldm"))
     if cfg.draw:
-        return None if leave() else from_drawings(cfg, models[""], vq, device, mask is not None)
+        return None if leave() else from_drawings(cfg, models[""], vq, drawings, device)
     if cfg.rivals and cfg.cond == "conv":     # for as many steps, also when the run was longer once
         rival = dataclasses.replace(cfg, cond="seed")
-        models["cond_seed"], _ = stage("ckpt_seed", make, rival, reached, codes, facts, watch("preview_seed"))
+        show = watch("preview_seed")
+        models["cond_seed"], step = stage("ckpt_seed", make, rival, reached, codes, facts, show)
+        if step < reached:     # --eval of a run that was stopped
+            D.fail(f"{out}/ckpt_seed.pt: {step} of {reached} steps, no fair rival; the same command without "
+                   "--eval trains it, --rivals false leaves it out")
     judge = dataclasses.replace(cfg, lr=1e-3)
     if mask is not None:
         seen = D.Loader({"image": data.image, "mask": mask}, device, whole)
@@ -1542,9 +1549,9 @@ def main(argv):
             x = generate(models[""], vq, everything, rows, cfg.edges, cfg.w, cfg.seed + 1)
             x = np.rint(255 * x).astype(np.uint8)
         made = {"image": x, "mask": mask[rows]}
-        both = {k: np.concatenate([v, arrays[k][train]]) for k, v in made.items()}
+        both = {k: np.concatenate([v, arrays[k][whole]]) for k, v in made.items()}     # and all real ones
         for who, pairs in (("generated", made), ("", both)):      # named by what the images depend on
-            name = f"ckpt_seg_{who or 'both'}_{reached}_{cfg.sampler}{cfg.S}_w{cfg.w:g}"
+            name = f"ckpt_seg_{who or 'both'}_{reached}_{cfg.sampler}{cfg.S}_w{cfg.w:g}_{len(rows)}"
             judges[who], _ = stage(name, Segmenter, judge, cfg.seg_steps, D.Loader(pairs, device), facts)
     metrics = evaluate(cfg, data, part, arrays, everything, vq, models, judges)
     log = [json.loads(line) for line in Path(out, "log_ldm.jsonl").read_text().splitlines()]
@@ -1553,7 +1560,7 @@ def main(argv):
     M.save_results(out / "results.json", "cond_ldm", cfg.data or "phantom views", count,
                    time.perf_counter() - began, dataclasses.asdict(cfg) | {"steps": reached}, metrics, device)
     distances = [k for k in ("fid", "fd_vq", "kid_vq") if k in metrics]
-    keys = ["ssim", "nmse", *distances, *[k for k in ("dice_gen", "edge_f1") if k in metrics]]
+    keys = [k for k in ("ssim", "ssim_uniform7", "nmse", *distances, "dice_gen", "edge_f1") if k in metrics]
     print(M.row_table(metrics, keys, PAPER))
     print(f"{', '.join(distances)}: of {metrics['fd_vq']['n']} images and as many real ones")
     print(M.table(metrics, [k for k in metrics if "." not in k and k not in keys], PAPER))

@@ -1,6 +1,7 @@
 """cond_ldm.py: the codebook against brute force, one backward pass against two, samplers and guidance against
 closed forms, drawings that reach the picture, whole runs and what they refuse."""
 import json
+import shutil
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import cond_ldm as m
 from conftest import ROOT, runs_of
@@ -127,6 +129,23 @@ def test_codebook_comes_alive_and_counts():
     state = {k: v.clone() for k, v in vq.state_dict().items()}
     vq(a_batch(), g)                              # as compile_checked does: must leave no trace
     assert all(torch.equal(v, state[k]) for k, v in vq.state_dict().items())
+
+
+def test_codes_are_counted_once_when_memory_runs_out(monkeypatch):
+    """What does not fit on a GPU is done again in smaller batches."""
+    vq, tried, loader = a_vq().eval(), [], D.Loader({"image": slices()["image"]}, "cpu")
+    want, used = m.reconstruct(vq, loader, np.arange(20))
+    picture = vq.picture
+
+    def full(z):
+        tried.append(len(z))
+        if len(z) > 8:
+            raise torch.OutOfMemoryError
+        return picture(z)
+    monkeypatch.setattr(vq, "picture", full)
+    images, again = m.reconstruct(vq, loader, np.arange(20))
+    assert tried == [20, 20, 16, 8, 8, 4] and abs(images - want).max() < 1e-5 and np.array_equal(again, used)
+    assert used.sum() == 20 * 8 * 8
 
 
 def test_perplexity():
@@ -313,6 +332,8 @@ def test_whole_run_leaves_results_and_pictures(tiny, tmp_path, capsys):
     main("--data", tiny, "--out", out, *FLAGS)
     printed = capsys.readouterr().out
     assert "16x16" in printed and "dice_gen" in printed and "fid" not in printed.lower()
+    head, paper = (next(t for t in printed.splitlines() if t.startswith(word)) for word in ("    ", "paper"))
+    assert paper[head.index("ssim_uniform7"):].startswith("0.400") and paper[head.index("nmse"):].startswith("1.220")
     results = json.loads((out / "results.json").read_text())
     assert results["script"] == "cond_ldm" and results["n"] == {"train": 7, "val": 1, "test": 2}
     for key in ("vq_ssim", "vq_psnr", "vq_perplexity", "vq_usage", "ssim", "ssim_uniform7", "nmse", "nmse_fastmri", "psnr",
@@ -329,6 +350,7 @@ def test_whole_run_leaves_results_and_pictures(tiny, tmp_path, capsys):
     assert not [k for k in results["metrics"] if k.startswith(("fid", "kid.")) or k == "kid"]
     for name in ("samples", "edges", "guidance", "memorisation", "curves", "preview_vq", "preview_ldm", "preview_seed"):
         assert (out / f"{name}.png").stat().st_size > 1000, name
+    assert Image.open(out / "guidance.png").width < 5 * 96      # --few 3: three slices, each once
     assert (out / "cond_ldm.py").read_text() == (ROOT / "cond_ldm.py").read_text()
     first = json.loads((out / "log_vq.jsonl").read_text().splitlines()[0])
     assert {"val_psnr", "perplexity", "codes_used"} <= set(first)
@@ -337,6 +359,11 @@ def test_whole_run_leaves_results_and_pictures(tiny, tmp_path, capsys):
     again = json.loads((out / "results.json").read_text())["metrics"]
     assert (out / "ckpt_ldm.pt").read_bytes() == before
     assert all(again[k] == v for k, v in results["metrics"].items() if k not in ("gen_img_s", "peak_gb"))
+
+    # Segmenters are of so many generated images, and a rival that is half-trained is none.
+    again = ["--data", tiny, "--out", out, *FLAGS, "--eval"]
+    assert "generated_6_ddim3_w1_4.pt" in error_of(capsys, *again, "--aug_images=4")
+    assert "ckpt_seed.pt: 6 of 7 steps" in error_of(capsys, "--data", tiny, "--out", half_trained(out, 7), *FLAGS, "--eval")
 
     # With the file that users of FID have, and only then; another VQ-VAE is refused, this one can be lent.
     class Inception(torch.nn.Module):
@@ -350,7 +377,8 @@ def test_whole_run_leaves_results_and_pictures(tiny, tmp_path, capsys):
     assert {"fid", "kid", "fid.real", "kid.cond_seed", "fd_vq"} <= set(metrics)
     capsys.readouterr()
     lent, short = tmp_path / "lent", [*FLAGS, "--rivals=false", "--steps=3"]
-    main("--data", tiny, "--out", lent, *short, "--vq", out / "ckpt_vq.pt", "--cond=seed", "--scale=false", "--predict=eps")
+    main("--data", tiny, "--out", lent, *short, "--vq", out / "ckpt_vq.pt", "--cond=seed", "--scale=false", "--predict=eps",
+         "--attention=4")
     assert (lent / "ckpt_vq.pt").read_bytes() == (out / "ckpt_vq.pt").read_bytes()
     assert torch.load(lent / "ckpt_ldm.pt", weights_only=True)["model"]["std"].tolist() == [1, 1, 1]    # not scaled
     assert "codebook 32 -> 16" in error_of(capsys, "--data", tiny, "--out", out, *FLAGS, "--codebook=16")
@@ -360,6 +388,15 @@ def test_whole_run_leaves_results_and_pictures(tiny, tmp_path, capsys):
     main("--data", tiny, "--out", tmp_path / "more", *short, "--vq_steps=7", "--edges=none", "--cond=conv")
     (tmp_path / "more" / "ckpt_vq.pt").replace(out / "ckpt_vq.pt")
     assert "vq '" in error_of(capsys, "--data", tiny, "--out", out, *FLAGS)
+
+
+def half_trained(out, step):
+    """A copy of a finished run in which the diffusion model is at that step: the rival still has to follow."""
+    copy = out.with_name("half")
+    shutil.copytree(out, copy)
+    state = torch.load(copy / "ckpt_ldm.pt", weights_only=True)
+    torch.save(state | {"step": step}, copy / "ckpt_ldm.pt")
+    return copy
 
 
 def test_a_users_drawings(tiny, tmp_path, capsys):
@@ -392,22 +429,41 @@ def test_a_users_drawings(tiny, tmp_path, capsys):
     main(*short, "--draw", mine(swapped, mask=np.uint8([0, 3, 2, 1])[mask]), "--eval")         # the ids that it names
     assert np.array_equal(D.load(out / "drawn.h5").mask, mask)
     bad = [(dict(view=view), "mask missing"), (dict(edges=edges), "mask missing"), (dict(mask=0 * mask[:, ::2]), "(6, 16, 16)"),
+           (dict(mask=mask[:0]), "expected uint8 (1, 16, 16)"), (dict(mask=np.uint8(1)), "expected uint8 (1, 16, 16)"),
            (dict(attrs={}, mask=mask), "mask_names"), (dict(mask=mask + 1), "mask[0]"), (dict(mask=mask, edges=edges[1:]), "edges")]
     for columns, word in bad:
         assert word in error_of(capsys, *short, "--draw", mine(**columns)), word
     assert "no such file" in error_of(capsys, *short, "--draw", tmp_path / "no.h5")
     arrays = m.load_drawings(mine(edges=7 * edges, phase=np.ones(n)), replace(cfg, edges="full"), False)
     assert np.array_equal(arrays["edges"], edges) and "mask" not in arrays and (arrays["kind"] == [0, 1]).all()
+    for mode in ("mask", "none"):      # such a model has never seen the edges of anything else
+        arrays = m.load_drawings(mine(edges=edges, mask=mask), replace(cfg, edges=mode), True)
+        assert np.array_equal(arrays["edges"], D.edge_map(edges, mask, mode)) and arrays["edges"].any() == (mode == "mask")
 
 
-def test_one_view_alone(tiny, tmp_path, capsys):
+def test_one_view_alone(tiny, tmp_path, capsys, monkeypatch):
     """--view SA, with the VQ-VAE of all views: only such slices are learnt, tested and beside the results."""
-    out, flags = tmp_path / "out", ["--data", tiny, *FLAGS, "--rivals=false", "--steps=3"]
+    out, flags, seen, stage = tmp_path / "out", ["--data", tiny, *FLAGS, "--steps=3"], {}, m.stage
+    monkeypatch.setattr(m, "stage", lambda name, make, cfg, steps, loader, *more: (
+        seen.update({name[:12]: len(loader)}) or stage(name, make, cfg, steps, loader, *more)))
     main(*flags, "--out", out, "--view=SA")
+    assert seen == {"ckpt_vq": 14, "ckpt_ldm": 21, "ckpt_seed": 21, "ckpt_seg": 14, "ckpt_seg_gen": 7, "ckpt_seg_bot": 21}
     results = json.loads((out / "results.json").read_text())
     assert results["metrics"]["fd_vq"]["n"] == 2 and "ssim.view_SA" not in results["metrics"]
     assert torch.load(out / "ckpt_vq.pt", weights_only=True)["run"]["view"] == ""
     assert "LA, SA" in error_of(capsys, *flags, "--out", tmp_path / "no", "--view=4CH")
+
+
+def test_the_other_slice_is_of_the_same_view(tmp_path):
+    c = slices(12)
+    c |= dict(subject=np.repeat(list("abcdef"), 4), view=np.tile([0, 0, 1, 1], 6))
+    c["split"] = np.where(c["subject"] < "d", "train", "test")
+    path = written(tmp_path / "four.h5", c)
+    main("--data", path, "--out", tmp_path / "out", *FLAGS, "--rivals=false", "--edges=full", "--steps=2", "--few=2")
+    x, metrics = c["image"][12:] / 255, json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]
+    shown = np.linspace(0, 11, 10).astype(int)      # --eval_images 10
+    want = M.psnr(x, x.reshape(6, 2, 16, 16)[:, ::-1].reshape(12, 16, 16))[shown].mean()
+    assert metrics["psnr.other_slice"]["value"] == pytest.approx(want)
 
 
 def test_image_only_file_is_drawn_from_edges(tmp_path, capsys):
@@ -437,9 +493,12 @@ def test_paper_recipe_on_a_test_file(tiny, tmp_path):
     (["--size=18"], "such as"), (["--heads=5"], "must divide"), (["--groups=7"], "must divide"), (["--S=2000"], "S <= T"),
     (["--sampler=euler"], "ddim"), (["--drop=1.5"], "from 0 to 1"), (["--vq=/no/such.pt"], "no such file"),
     (["--unet=16"], "two levels"), (["--data=/no/such.h5"], "no such file"), (["--eval"], "without --eval trains it"),
+    (["--eval_images=1"], "1 test slices"), (["--gan_channels=8,8,8,8,8"], "halved 4 times"),
+    (["--inception=/no/such.pt"], "not a TorchScript file"),
 ])
 def test_bad_flags(flags, word, tiny, tmp_path, capsys):
     assert word in error_of(capsys, "--data", tiny, "--out", tmp_path / "out", *FLAGS, *flags)
+    assert not list(tmp_path.glob("out/*.pt"))     # nothing was trained for it
 
 
 def test_bad_files(tmp_path, capsys):
@@ -454,4 +513,7 @@ def test_bad_files(tmp_path, capsys):
                       mask_names=["background", "RV cavity", "myocardium", "LV cavity"])
     tiny = written(tmp_path / "tiny.h5", good)
     assert "other ids" in error_of(capsys, "--data", tiny, "--test", swapped, "--out", out, *FLAGS)
+    plain = {k: v for k, v in slices(3, seed=1).items() if k != "mask"} | dict(subject=np.repeat(list("abc"), 2))
+    plain = written(tmp_path / "plain.h5", plain)
+    assert "plain.h5: mask: missing" in error_of(capsys, "--data", tiny, "--test", plain, "--out", out, *FLAGS)
     assert not list(out.glob("*.pt"))
