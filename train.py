@@ -281,17 +281,22 @@ def parse(argv):
 
 def flags_for(script, words):
     """Of the words after `--`: those for this script. --key value is for all, --SCRIPT.key value for one."""
-    flags, key = {}, None
+    flags, key = {}, ""     # key: of the flag whose value may come next
     for word in words:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             whose, _, key = name.rpartition(".")
             if whose and whose not in SYSTEMS or key in ("out", "seed"):
                 fail(f"--{name} after --: a prefix must name a system; --out and --seeds come before the --")
-            key = key.replace("-", "_") if whose in ("", script) else None
-            flags |= {key: value if equals else "true"} if key else {}
+            key = key.replace("-", "_")
+            mine = whose in ("", script)
+            flags |= {key: value if equals else "true"} if mine else {}
+            key = "" if equals else key
         elif key:
-            flags[key] = word
+            flags |= {key: word} if mine else {}
+            key = ""
+        else:
+            fail(f"{word} after --: the value of no flag; write --key value, or --SCRIPT.key value")
     return flags
 
 

@@ -219,6 +219,7 @@ def test_rows_of_a_recipe_are_found_whichever_recipe_the_run_has():
     ("diffusion", "diffusion: no such system"), ("--data-dir /no/where", "no such folder"), ("--seeds 0", "at least 1"),
     ("--gpus 0", "at least 1"), ("--bogus", "--bogus"), ("--preset small", "small"), ("--nodes 2", "MASTER_ADDR"),
     ("--resume", "no study in"), ("-- --seed 4", "--out and --seeds"), ("-- --diffusion.steps 4", "a prefix must name"),
+    ("-- steps=4", "steps=4 after --"), ("-- --steps 4 5", "5 after --"), ("-- --ldae.S=4 5", "5 after --"),
     ("--data-dir .", "has none of emidec.h5"), ("--seeds two", "two")])
 def test_errors_are_one_line_and_leave_nothing(flags, word, stubs, capsys, monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
