@@ -415,6 +415,17 @@ def progress(run, log):
     return "starts"
 
 
+def reason(code, said):
+    """Why a script failed: its own error line, else the exception, else the signal. Torchrun's report, which
+    comes after them, names none of these."""
+    if code < 0:
+        name = signal.Signals(-code).name
+        return f"killed by {name}" + ("; the machine may be out of memory" if name == "SIGKILL" else "")
+    kinds = (r"\berror: .+", r"\b\w+Error: .+", r"Signal \d+ \(\w+\) received", r"\S.*")
+    found = next(filter(None, (re.findall(kind, said) for kind in kinds)), ["it said nothing"])
+    return f"exit code {code}: {found[-1].strip()[:300]}"
+
+
 class Study:
     """Starts the scripts one after another, and passes signals on to the one that runs."""
     def __init__(self, args, held):
@@ -449,8 +460,8 @@ class Study:
                 say(f"\r\033[K{text[:wide]}" if tty else text, "" if tty else "\n")
             with contextlib.suppress(subprocess.TimeoutExpired):
                 code = self.child.wait(0.2)
-        said = [t.strip() for t in re.split(r"[\r\n]", log.read_text(errors="replace")) if t.strip()] or [""]
-        saved = re.findall(r"saved step \d+", "\n".join(said)) or ["nothing was in training"]
+        said = log.read_text(errors="replace").replace("\r", "\n")
+        saved = re.findall(r"saved step \d+", said) or ["nothing was in training"]
         if code == 0 and first:
             try:
                 json.loads((run.out / "results.json").read_text())
@@ -458,7 +469,7 @@ class Study:
             except (FileNotFoundError, ValueError):
                 why = "left no whole results.json"
         elif code and not self.caught:
-            why = f"exit code {code}: " + ([t for t in said if t.startswith("error: ")] or said)[-1][:300]
+            why = reason(code, said)
         text = f"FAILED, {why}" if why else f"stopped, {saved[-1]}" if code else "done"
         say(("\r\033[K" if tty else "") + line(text))
         return why

@@ -36,6 +36,9 @@ with open(out / "starts", "a") as f:
 if flags.get("broken"):
     print("so far so good\\nerror: broken: as asked", file=sys.stderr)
     sys.exit(2)
+if flags.get("killed"):
+    print("\\rckpt:  20%|##   | 1/9 [00:00<00:05, 1step/s]", end="", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), 9)
 stop = []
 signal.signal(signal.SIGTERM, lambda *_: stop.append(143))
 signal.signal(signal.SIGINT, lambda *_: stop.append(130))
@@ -305,6 +308,23 @@ def test_a_script_that_fails_does_not_stop_the_others(stubs, capsys):
     assert "did not finish" not in timeless(out)[0]
     (stubs / "ldae.py").write_text("")      # ends well, but leaves nothing
     assert t.main(["ldae", "--out", "other"]) == 1 and "left no whole results.json" in capsys.readouterr().out
+
+
+def test_a_failure_is_named_by_its_cause(stubs, capsys):
+    assert t.main(["diffae", "--", "--killed"]) == 1
+    assert "FAILED, killed by SIGKILL; the machine may be out of memory\n" in capsys.readouterr().out
+    assert "**diffae did not finish.** killed by SIGKILL" in (stubs / "out" / "report.md").read_text()
+    bar = "ckpt:  20%|##   | 1/9 [00:00<00:05, 1step/s]"
+    torchrun = ("\nTraceback (most recent call last):\n    raise ChildFailedError(\ntorch.distributed.elastic.multiprocessing."
+                "errors.ChildFailedError: \n=====\na.py FAILED\n  error_file: <N/A>\n  traceback : {}\n=====\n")
+    elsewhere = torchrun.format("To enable traceback see: https://pytorch.org/docs/stable/elastic/errors.html")
+    for said, cause in (
+            (f"{bar}error: not finite at step 3, lr 1", "error: not finite at step 3, lr 1"),      # an open bar
+            (f"{bar}\nerror: broken{elsewhere}", "error: broken"),
+            (f"Traceback\n  File a.py\nValueError: boom{elsewhere}", "ValueError: boom"),
+            (bar + torchrun.format("Signal 9 (SIGKILL) received by PID 4"), "Signal 9 (SIGKILL) received"),
+            ("gone\n\n", "gone"), ("", "it said nothing")):
+        assert t.reason(2, said) == f"exit code 2: {cause}"
 
 
 def test_seeds_give_mean_and_spread(stubs):
