@@ -680,7 +680,9 @@ def main(argv):
     args |= about_now
     runs, first = plan(args), node(args) == 0
     if args["dry_run"]:
-        print(*(shlex.join(command(run, args)) for run in runs), sep="\n")
+        for run in runs:
+            note = f"   # x5: 5 times the steps of {run.script}" if run.flags.get("steps") == "x5" else ""
+            say(shlex.join(command(run, args)) + note)
         return 0
     out.mkdir(parents=True, exist_ok=True)
     with lock(out) if first else contextlib.nullcontext() as held:

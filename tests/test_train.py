@@ -249,6 +249,8 @@ def test_dry_run_prints_the_commands_and_does_nothing(stubs, tmp_path, capsys):
     assert not [w for w in words[2] if "data" in w] and f"--data={data}/mms" in words[4]
     assert words[6][5:] == ["ldae.py", "--out=out/ldae", "--preset=demo", "--steps=9", "--S=50", "--bf16=true", "--seed=0"]
     assert not (stubs / "out").exists()
+    assert t.main(["--dry-run", "--more", "diffae"]) == 0      # x5 is no number: said so
+    assert re.findall("--steps=(.*)", capsys.readouterr().out) == ["x5   # x5: 5 times the steps of diffae"]
     assert t.main(["--dry-run", "normative"]) == 0
     assert capsys.readouterr().out == f"{sys.executable} normative.py --out=out/normative --seed=0\n"
 
