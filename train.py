@@ -521,13 +521,19 @@ def table(head, rows):
                      for row in [head, ["---"] * len(head), *rows])
 
 
+def evidence(name, metrics):
+    """-> the name and the number of all seeds; rates are in a section of their own"""
+    timed = metrics[0]["unit"] in TIMED
+    return f"{name} " + ("under Time and memory" if timed else cell(metrics).replace("\n", " "))
+
+
 def claims(chosen, results):
     """-> a Markdown table: verdict, claim and rule, the numbers that decided."""
     rows = []
     for script, claim, words, rule in chosen:
         runs, name = results[script], SYSTEMS[script][0]
         verdict, used, why = judge(rule, runs)
-        numbers = [f"{k} " + cell([Numbers(r).find(k) for r in runs]).replace("\n", " ") for k in used]
+        numbers = [evidence(k, [Numbers(r).find(k) for r in runs]) for k in used]
         rows += [] if [name] in rows else [[name]]
         rows.append([verdict, f"{claim}\n{words}".strip(), "\n" + ("\n".join(numbers) or why)])
     return table(["verdict", "claim, rule", "evidence"], rows)
@@ -583,10 +589,6 @@ def report(args, runs, done, failures):
             more = {r.label: done.get(r.out.name) for r in beside}
             results[run.script].append(done[run.out.name] | {"more": more})
     chosen = [c for script in args["names"] for c in CLAIMS if c[0] == script]
-    is_timed = lambda script, rule: any(Numbers(r).find(k)["unit"] in TIMED for r in results[script]
-                                        for k in judge(rule, results[script])[1])
-    timed = [c for c in chosen if is_timed(c[0], c[3])]
-    chosen = [c for c in chosen if c not in timed]
     verdicts = [judge(rule, results[script])[0] for script, _, _, rule in chosen]
     seeds = f"{args['seeds']} seeds each: mean ± SD" if args["seeds"] > 1 else "one seed each"
     blocks = [
@@ -600,8 +602,7 @@ def report(args, runs, done, failures):
         "A claim **holds** if its rule is true over the whole 95 % interval, in every seed; it **does not "
         "hold** if the rule is false in the same way; it is **undecided** if an interval, or the seeds, lie "
         "on both sides. Two numbers are compared as if they were independent. A number without an interval "
-        "is taken as it is, but one of a single subject decides nothing." + (
-            " Claims on speed are judged under Time and memory." if timed else ""),
+        "is taken as it is, but one of a single subject decides nothing.",
         claims(chosen, results)]
     for script in args["names"]:
         blocks += about(script, [r for r in runs if r.script == script], results[script], failures)
@@ -613,8 +614,7 @@ def report(args, runs, done, failures):
         "is above is the same when a study is stopped, by whatever, and started again" + (
             " (but for rows dae: that network gets the time which others took)" if "ldae" in results else ""
         ) + ". Seconds are those of a script's last start: it took more in all if it was stopped.",
-        table(["run", "seconds", "rates, memory"], rows), *([claims(timed, results)] if timed else []),
-        "</section>"]
+        table(["run", "seconds", "rates, memory"], rows), "</section>"]
     write(Path(args["out"], "report.md"), "\n\n".join(blocks) + "\n")
     write(Path(args["out"], "report.html"), as_html(blocks, Path(args["out"])))
 
