@@ -476,8 +476,7 @@ class Study:
 
 
 # --------------------------------------------------------------------------------------------------------
-# The report: Markdown blocks, which as_html makes a page of. A cell's lines after the first are small print;
-# a row of one cell is a heading for those below it.
+# The report: Markdown blocks, which as_html makes a page of. A cell's lines after the first are small print.
 
 CSS = """:root{color-scheme:light dark;--ink:#1c2024;--soft:#60666e;--line:#dcdfe2;--page:#fdfdfc;
 --band:#f1f3f0;--good:#1a7f4b;--bad:#b3341f;--open:#8a6100}
@@ -491,7 +490,7 @@ border-top:1px solid var(--line)}h3{font-size:1rem;margin:2rem 0 0}p{max-width:4
 font-variant-numeric:tabular-nums}th,td{padding:.32rem 1.1rem .32rem 0;text-align:left;vertical-align:top;
 border-bottom:1px solid var(--line);white-space:nowrap}th{color:var(--soft);font-weight:500}
 .wrap{white-space:normal;min-width:13rem}.ours{background:var(--band);font-weight:600}
-.group td{font-weight:600;padding-top:1.2rem}td small{display:block;color:var(--soft);font-weight:400}
+td small{display:block;color:var(--soft);font-weight:400}
 .holds{color:var(--good)}.does{color:var(--bad)}.undecided{color:var(--open)}.not{color:var(--soft)}
 .holds,.does,.undecided{font-weight:600}img{max-width:100%;height:auto;background:#fff;margin-top:1.2rem}
 p.caption,summary{color:var(--soft);font-size:.88rem}summary{cursor:pointer}"""
@@ -516,7 +515,6 @@ def cell(metrics):
 
 def table(head, rows):
     """-> a Markdown table"""
-    rows = [[f"**{r[0]}**"] + [""] * (len(head) - 1) if len(r) == 1 else r for r in rows]
     return "\n".join("| " + " | ".join(t.replace("|", "/").replace("\n", "<br>") for t in row) + " |"
                      for row in [head, ["---"] * len(head), *rows])
 
@@ -527,16 +525,14 @@ def evidence(name, metrics):
     return f"{name} " + ("under Time and memory" if timed else cell(metrics).replace("\n", " "))
 
 
-def claims(chosen, results):
-    """-> a Markdown table: verdict, claim and rule, the numbers that decided."""
+def claims(script, runs):
+    """-> the blocks of one source's claims: verdict, claim and rule, the numbers that decided"""
     rows = []
-    for script, claim, words, rule in chosen:
-        runs, name = results[script], SYSTEMS[script][0]
+    for _, claim, words, rule in (c for c in CLAIMS if c[0] == script):
         verdict, used, why = judge(rule, runs)
         numbers = [evidence(k, [Numbers(r).find(k) for r in runs]) for k in used]
-        rows += [] if [name] in rows else [[name]]
         rows.append([verdict, f"{claim}\n{words}".strip(), "\n" + ("\n".join(numbers) or why)])
-    return table(["verdict", "claim, rule", "evidence"], rows)
+    return [f"### {SYSTEMS[script][0]}", table(["verdict", "claim, rule", "evidence"], rows)]
 
 
 def about(script, runs, results, failures):
@@ -588,23 +584,23 @@ def report(args, runs, done, failures):
             beside = [r for r in runs if r.script == run.script and r.seed == run.seed]
             more = {r.label: done.get(r.out.name) for r in beside}
             results[run.script].append(done[run.out.name] | {"more": more})
-    chosen = [c for script in args["names"] for c in CLAIMS if c[0] == script]
-    verdicts = [judge(rule, results[script])[0] for script, _, _, rule in chosen]
+    verdicts = [judge(c[3], results[c[0]])[0] for c in CLAIMS if c[0] in results]
     seeds = f"{args['seeds']} seeds each: mean ± SD" if args["seeds"] > 1 else "one seed each"
     blocks = [
         "# Study report", f"{', '.join(args['names'])}; {seeds}. In brackets, below a number: its 95 % "
         "interval, by bootstrap over subjects unless its script says otherwise. Phantoms are drawings: on "
         "them, a verdict is about the method, not about patients. For research and teaching only.",
         "## What the sources claim, and what this study found",
-        f"Of {len(chosen)} claims " + ", ".join(f"{verdicts.count(v)} {name}" for v, name in (
+        f"Of {len(verdicts)} claims " + ", ".join(f"{verdicts.count(v)} {name}" for v, name in (
             ("holds", "hold"), ("does not hold", "do not hold"), ("undecided", "are undecided"),
             ("not tested", "were not tested"))) + ".",
         "A claim **holds** if its rule is true over the whole 95 % interval, in every seed; it **does not "
         "hold** if the rule is false in the same way; it is **undecided** if an interval, or the seeds, lie "
         "on both sides. Two numbers are compared as if they were independent. A number without an interval "
-        "is taken as it is, but one of a single subject decides nothing.",
-        claims(chosen, results)]
-    for script in args["names"]:
+        "is taken as it is, but one of a single subject decides nothing."]
+    for script in results:
+        blocks += claims(script, results[script])
+    for script in results:
         blocks += about(script, [r for r in runs if r.script == script], results[script], failures)
     rows = [[name, f"{r['seconds']:.0f}", "\n" + "\n".join(
         f"{k} {number(m['value'])} {m['unit']}" for k, m in r["metrics"].items() if m["unit"] in TIMED)]
@@ -641,11 +637,8 @@ def as_html(blocks, folder):
             head = "".join(f"<th>{inline(t)}</th>" for t in head)
             out.append(f'<div class="scroll"><table><tr>{head}</tr>')
             for row in rows:
-                if any(row[1:]):
-                    kind = "ours" if row[0] == "ours" else ""
-                    out.append(f'<tr class="{kind}">' + "".join(map(td, row)) + "</tr>")
-                else:
-                    out.append(f'<tr class="group"><td colspan="{len(row)}">{inline(row[0])}</td></tr>')
+                kind = "ours" if row[0] == "ours" else ""
+                out.append(f'<tr class="{kind}">' + "".join(map(td, row)) + "</tr>")
             out.append("</table></div>")
         elif block.startswith("!"):
             name, path = re.fullmatch(r"!\[(.*)\]\((.*)\)", block).groups()
