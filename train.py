@@ -401,18 +401,13 @@ def lock(out):
     return handle
 
 
-def progress(run, log):
-    """How far a script is, in a few words: its last progress bar, else the last line of a log*.jsonl."""
-    with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
-        with open(log, "rb") as f:
-            f.seek(max(0, log.stat().st_size - 4000))
-            text = f.read().decode("utf-8", "replace")
-        bars = re.findall(r"([^\r\n]*): +(\d+)%\|[^\r\n]*<([\d:?]+)", text)
-        if bars or not text:
-            return "{} {} %, {} left".format(*bars[-1])
-        newest = max(run.out.glob("log*.jsonl"), key=lambda p: p.stat().st_mtime)
-        return f"{newest.stem} step {json.loads(newest.read_text().splitlines()[-1])['step']}"
-    return "starts"
+def progress(log):
+    """How far a script is, in a few words: the last progress bar that it printed."""
+    with open(log, "rb") as f:
+        f.seek(max(0, log.stat().st_size - 4000))
+        text = f.read().decode("utf-8", "replace")
+    bars = re.findall(r"([^\r\n]*): +(\d+)%\|[^\r\n]*<([\d:?]+)", text)
+    return "{} {} %, {} left".format(*bars[-1]) if bars else "starts"
 
 
 def reason(code, said):
@@ -455,7 +450,7 @@ class Study:
             self.child.terminate()
         while code is None:
             if time.monotonic() - shown > (1 if tty else 600):
-                shown, text = time.monotonic(), line(progress(run, log))
+                shown, text = time.monotonic(), line(progress(log))
                 wide = shutil.get_terminal_size().columns - 1
                 say(f"\r\033[K{text[:wide]}" if tty else text, "" if tty else "\n")
             with contextlib.suppress(subprocess.TimeoutExpired):
