@@ -368,14 +368,11 @@ def finished(run):
 def write(path, text):
     """Atomic: a crash or a full disk leaves the old file or the new one, never half of one."""
     part = path.with_name(f".{path.name}.part")
-    try:
-        with open(part, "w", encoding="utf-8") as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with open(part, "w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(part, path)
 
 
 def lock(out):
