@@ -470,22 +470,18 @@ class Study:
 # --------------------------------------------------------------------------------------------------------
 # The report: Markdown blocks, which as_html makes a page of. A cell's lines after the first are small print.
 
-CSS = """:root{color-scheme:light dark;--ink:#1c2024;--soft:#60666e;--line:#dcdfe2;--page:#fdfdfc;
---band:#f1f3f0;--good:#1a7f4b;--bad:#b3341f;--open:#8a6100}
-@media(prefers-color-scheme:dark){:root{--ink:#e4e6e8;--soft:#9aa1a9;--line:#363b41;--page:#16181b;
---band:#1f2327;--good:#5cc28a;--bad:#f0826c;--open:#dfb04d}}
-body{margin:0 auto;max-width:62rem;padding:1rem 1rem 4rem;background:var(--page);color:var(--ink);
-font:16px/1.55 system-ui,"Segoe UI",Roboto,"Helvetica Neue",sans-serif}
-h1{font-size:1.7rem;line-height:1.2}h2{font-size:1.3rem;margin:3rem 0 .3rem;padding-top:.9rem;
-border-top:1px solid var(--line)}h3{font-size:1rem;margin:2rem 0 0}p{max-width:44rem;margin:.6rem 0}
-.scroll{overflow-x:auto;margin:1rem 0}table{border-collapse:collapse;font-size:.86rem;
-font-variant-numeric:tabular-nums}th,td{padding:.32rem 1.1rem .32rem 0;text-align:left;vertical-align:top;
-border-bottom:1px solid var(--line);white-space:nowrap}th{color:var(--soft);font-weight:500}
-.wrap{white-space:normal;min-width:13rem}.ours{background:var(--band);font-weight:600}
-td small{display:block;color:var(--soft);font-weight:400}
-.holds{color:var(--good)}.does{color:var(--bad)}.undecided{color:var(--open)}.not{color:var(--soft)}
-.holds,.does,.undecided{font-weight:600}img{max-width:100%;height:auto;background:#fff;margin-top:1.2rem}
-p.caption,summary{color:var(--soft);font-size:.88rem}summary{cursor:pointer}"""
+CSS = """:root{color-scheme:light dark;--soft:#60666e;--line:#dcdfe2;
+--good:#1a7f4b;--bad:#b3341f;--open:#8a6100}
+@media(prefers-color-scheme:dark){:root{--soft:#9aa1a9;--line:#363b41;
+--good:#5cc28a;--bad:#f0826c;--open:#dfb04d}}
+body{margin:0 auto;max-width:62rem;padding:1rem 1rem 4rem;font:16px/1.55 system-ui,sans-serif}
+h2{margin:3rem 0 .3rem;padding-top:.9rem;border-top:1px solid var(--line)}p{max-width:44rem}
+.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums}
+th,td{min-width:7rem;padding:.32rem 1.1rem .32rem 0;text-align:left;vertical-align:top;
+border-bottom:1px solid var(--line)}td small{display:block}.ours{font-weight:600}
+th,small,.caption,summary,.not{color:var(--soft);font-weight:400}
+.holds{color:var(--good)}.does{color:var(--bad)}.undecided{color:var(--open)}
+img{max-width:100%;height:auto;background:#fff;margin-top:1.2rem}"""
 
 
 def number(v):
@@ -613,11 +609,9 @@ def as_html(blocks, folder):
         return re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", html.escape(text))
 
     def td(text):
-        first, *small = text.split("<br>")
+        first, *small = map(inline, text.split("<br>"))
         verdict = first.split()[0] if first in ("holds", "does not hold", "undecided", "not tested") else ""
-        wrap = "wrap" if max(map(len, [first, *small])) > 40 else ""
-        small = f"<small>{'<br>'.join(map(inline, small))}</small>" if small else ""
-        return f'<td class="{verdict or wrap}">{inline(first)}{small}</td>'
+        return f'<td class="{verdict}">{first}' + (f"<small>{'<br>'.join(small)}</small>" if small else "")
 
     out = []
     for block in blocks:
@@ -626,11 +620,9 @@ def as_html(blocks, folder):
             out.append(f"<h{len(marks)}>{inline(text)}</h{len(marks)}>")
         elif block.startswith("|"):
             head, _, *rows = [line[2:-2].split(" | ") for line in block.split("\n")]
-            head = "".join(f"<th>{inline(t)}</th>" for t in head)
-            out.append(f'<div class="scroll"><table><tr>{head}</tr>')
+            out.append('<div class="scroll"><table><tr>' + "".join(f"<th>{inline(t)}" for t in head))
             for row in rows:
-                kind = "ours" if row[0] == "ours" else ""
-                out.append(f'<tr class="{kind}">' + "".join(map(td, row)) + "</tr>")
+                out.append(f'<tr class="{row[0] if row[0] == "ours" else ""}">' + "".join(map(td, row)))
             out.append("</table></div>")
         elif block.startswith("!"):
             name, path = re.fullmatch(r"!\[(.*)\]\((.*)\)", block).groups()
