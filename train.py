@@ -206,9 +206,10 @@ CLAIMS = [
      "the published score, cosine: hr_per_sd below 1", lambda m: m["hr_per_sd.cosine"] < 1),
     ("normative", ".. and so with our score", "hr_per_sd below 1", lambda m: m["hr_per_sd.ours"] < 1),
     ("normative", "Survival separates clearly (KS test)", "cosine: p below 0.05, of KS and (as KS ignores "
-     "censoring) of log-rank", lambda m: [m[f"{k}.cosine"] < 0.05 for k in ("ks_p", "logrank_p")]),
-    ("normative", ".. and so with our score", "the same p below 0.05",
-     lambda m: [m[f"{k}.ours"] < 0.05 for k in ("ks_p", "logrank_p")]),
+     "censoring) of log-rank; and the healthier half lives longer, hr_per_sd below 1",
+     lambda m: [m["hr_per_sd.cosine"] < 1, m["ks_p.cosine"] < 0.05, m["logrank_p.cosine"] < 0.05]),
+    ("normative", ".. and so with our score", "the same",
+     lambda m: [m["hr_per_sd.ours"] < 1, m["ks_p.ours"] < 0.05, m["logrank_p.ours"] < 0.05]),
     ("normative", "Better than generative and other benchmarks",
      f"cosine: c_index above each of {', '.join(BENCHMARKS)}",
      lambda m: [m["c_index.cosine"] > m[f"c_index.{k}"] for k in BENCHMARKS]),

@@ -169,6 +169,12 @@ def test_a_demo_decides_nothing_on_speed():
     assert t.judge(rule, [demo])[:2] == ("undecided", ["throughput_ratio"])
 
 
+def test_survival_that_separates_the_wrong_way_round_is_no_support():
+    rules = [c[3] for c in t.CLAIMS if "of KS" in c[2] or c[2] == "the same"]
+    wrong = TRUE["normative"] | {"hr_per_sd": 1.4, "hr_per_sd.cosine": 1.4}      # p 0.01, but the healthier die sooner
+    assert [t.judge(rule, [world("normative", wrong, 1e-6)])[0] for rule in rules] == ["does not hold"] * 2
+
+
 def test_claims_without_a_rule_say_what_it_would_take():
     for script, claim, words, rule in t.CLAIMS:
         if not callable(rule):
