@@ -1776,10 +1776,17 @@ def check_network3d(c):
     if min(c.size) < 16 or c.size[0] % c.slab or any(s % c.enc_patch or s < plane for s in c.size[1:]):
         D.fail(f"volumes of {'x'.join(map(str, c.size))}: the semantic encoder needs sides of at least "
                f"{max(16, plane)}, D a multiple of --slab {c.slab}, H and W of --enc_patch {c.enc_patch}")
-    widths = [base * m for base, mult in ((c.ae_base, c.ae_mult), (c.base, c.mult), (c.enc_base, c.enc_mult))
-              for m in mult]
-    if c.base % 2 or c.dae_base % 2 or c.groups and any(w % c.groups for w in widths):
-        D.fail(f"--base {c.base} --groups {c.groups}: widths must be even and multiples of the groups")
+    if any(s % c.dae_patch for s in c.size) or min(c.size) < 3 * 2 ** c.disc_layers:
+        D.fail(f"volumes of {'x'.join(map(str, c.size))}: sides must be multiples of --dae_patch {c.dae_patch} "
+               f"and at least 3 * 2^{c.disc_layers} for --disc_layers {c.disc_layers}")
+    if c.base % 2 or c.dae_base % 2 or c.T < 10:
+        D.fail(f"--base {c.base} --dae_base {c.dae_base} --T {c.T}: widths must be even, T at least 10")
+    try:     # the rest is known to the networks: without memory they are built in a second
+        with torch.device("meta"):
+            Model(c, Unconditional(c), Autoencoder(c)), DAE(c)
+    except (ValueError, RuntimeError, AssertionError) as e:
+        D.fail(f"networks that cannot be: {str(e).splitlines()[0]}; see --groups, --ae_base, --disc_base, "
+               "--base, --enc_base, --dae_base, --z_dim, --lpips")
     for key in ("ae_batch", "ldm_batch", "dae_batch"):
         if getattr(c, key) % ranks()[1]:
             D.fail(f"--{key} {getattr(c, key)}: not divisible by {ranks()[1]} processes")

@@ -413,7 +413,10 @@ def test_linear_numbers_of_codes_and_of_direct_scores():
 
 @pytest.mark.parametrize("flags, word", [
     (["--stesp=3"], "did you mean --steps"), (["--patch=5"], "multiples of"), (["--slab=5"], "--slab"), (["--head=nose"], "position"),
-    (["--enc_mult=1,2,4,8"], "at least 32"), (["--groups=7"], "multiples of the groups"), (["--target=nose"], "factor_ventricle_ml"),
+    (["--enc_mult=1,2,4,8"], "at least 32"), (["--groups=7"], "divisible by num_groups (7)"), (["--target=nose"], "factor_ventricle_ml"),
+    (["--base=40"], "divisible"), (["--dae_base=56"], "divisible"), (["--disc_base=60"], "divisible"),
+    (["--head=pool", "--z_dim=100"], "num_heads"), (["--disc_layers=3"], "at least 3 * 2^3"), (["--dae_patch=3"], "multiples of --dae_patch 3"),
+    (["--lpips=/no/such"], "/no/such"), (["--T=9"], "T at least 10"),
     (["--S=2000"], "S <= T"), (["--data=/no/such.h5"], "no such file"), (["--z_ch=0"], "at least 1"), (["--kl=-1"], ">= 0"),
 ])
 def test_bad_flags(flags, word, tiny, tmp_path, capsys):
