@@ -1374,15 +1374,15 @@ def linear_numbers(key, codes, scores, y, part, subject, seed):
     return out, axis
 
 
-def volume_reader(images, masks, label, ml):
+def volume_reader(images, masks, label, ml, subject):
     """Measures a structure in volumes without a mask: ridge regression from the voxels in and next to where
-    it lies in any of these masks to its volume. images (N,D,H,W), ml (N,) -> read(images) -> (N,) ml"""
+    it lies in any of these masks to its volume. images (N,D,H,W), ml, subject (N,) -> read(images) -> (N,) ml"""
     where = np.stack([(m == label).any(0) for m in np.array_split(masks, -(-len(masks) // 64))]).any(0)
     where = F.max_pool3d(torch.as_tensor(where, dtype=torch.float32)[None], 3, 1, 1)[0].bool().numpy()
     where = np.flatnonzero(where)
     where = where[np.linspace(0, len(where) - 1, min(len(where), 4000)).astype(int)]
     pick = lambda x: np.stack([np.asarray(v).reshape(-1)[where] for v in x]).astype(np.float64)
-    fitted = M.probe("linear", "regression", pick(images), ml, np.arange(len(ml)))
+    fitted = M.probe("linear", "regression", pick(images), ml, subject)
     return lambda x: fitted.predict(pick(x))
 
 
@@ -1610,7 +1610,7 @@ def report_manipulation(s):
             continue
         k = s.data.image.shape[1] // small(moved[:1, 0]).shape[1]
         masks = np.stack([s.data.mask[i][::k, ::k, ::k] for i in s.some])
-        read = volume_reader(small(s.volumes(s.some)), masks, label, ml[s.some])
+        read = volume_reader(small(s.volumes(s.some)), masks, label, ml[s.some], who[s.some])
         s.put(f"manip_{name}_reader_r2", s.test, read(small(s.volumes(s.test))), ml[s.test],
               statistic=lambda p, t: M.regression(p, t)["r2"])
         found = np.stack([read(small(moved[:, i])) for i in range(len(moves))], 1)     # (subjects, moves) ml

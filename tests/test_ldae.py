@@ -405,8 +405,12 @@ def test_evenly_keeps_the_ends():
 
 def test_volume_reader_measures_what_it_has_not_seen():
     image, mask, inner = heads(60)
-    read = m.volume_reader(image[:50], mask[:50], 4, inner[:50])
+    seen, probe = [], m.M.probe
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(m.M, "probe", lambda kind, task, z, y, subject: seen.append(subject) or probe(kind, task, z, y, subject))
+        read = m.volume_reader(image[:50], mask[:50], 4, inner[:50], np.arange(50) // 2)
     assert np.corrcoef(read(image[50:]), inner[50:])[0, 1] > 0.97
+    assert (seen[0] == np.arange(50) // 2).all()      # its penalty is chosen on other subjects, not on other visits
 
 
 def test_linear_numbers_of_codes_and_of_direct_scores():
