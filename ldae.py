@@ -60,7 +60,7 @@ class Config:
     rivals: bool = True       # also train the voxel-space autoencoder (as long) and the supervised encoder
     throughput: bool = False  # only time untrained networks of this size, latent and voxel space, and stop
     # volumes and networks
-    size: tuple = (128, 160, 128)         # of the phantoms (D,H,W); a file's volumes keep their own
+    size: tuple = (128, 160, 128)         # of the phantoms: W = D, H = 5/4 D; a file's volumes keep their own
     subjects: int = 160       # phantom subjects, 3 to 5 sessions each
     patch: int = 1            # stage A: patch^3 voxels enter as channels; 4 is quick, but blocks show
     ae_mult: tuple = (1, 2, 2, 2)         # stage A: channels per level, in units of ae_base
@@ -1915,8 +1915,15 @@ def main(argv):
     data, part = D.load_study(path, cfg.test, None, cfg.seed, square=False)
     if len(data.image.shape) != 4:
         D.fail(f"{path}: image: slices of {data.image.shape[1:]}; ldae.py needs volumes (N,D,H,W)")
+    drawn = len(np.unique(data.subject)), data.image.shape[1]
+    if not (cfg.data or cfg.test) and drawn != (cfg.subjects, cfg.size[0]):
+        D.fail(f"{path}: {drawn[0]} phantoms of side {drawn[1]}, --subjects {cfg.subjects} --size {cfg.size[0]}: "
+               "delete it, or choose another --out")
     cfg = dataclasses.replace(cfg, size=tuple(data.image.shape[1:]))
     check_network3d(cfg)
+    if (label := data.columns.get("label")) is not None and (label > 1).any():
+        print(f"label: 1 against 0; {(label > 1).sum()} scans of other classes are left out of the probes")
+        data.columns["label"] = np.where(label > 1, np.nan, label)
     train, val = np.flatnonzero(part == "train"), np.flatnonzero(part == "val")
     if cfg.target and data.columns.get(cfg.target, np.array("")).dtype.kind not in "biuf":
         names = ", ".join(data.columns) or "none"
@@ -1951,7 +1958,8 @@ def main(argv):
 
     facts_b = facts | dict(stage_A=identity(models["ae"]))
     everything = D.Loader({"image": data.image}, device)
-    key = hashlib.sha256(repr((facts_b, list(subject))).encode()).hexdigest()
+    tested = hashlib.sha256(data.image[part == "test"]).hexdigest() if cfg.test else ""
+    key = hashlib.sha256(repr((facts_b, list(subject), tested)).encode()).hexdigest()
     if rank == 0:
         cached_latents(models["ae"], out / "latents.npz", everything, key)
     if world > 1:
@@ -1984,11 +1992,12 @@ def main(argv):
         if tasks:
             s = stage_config(cfg, "ckpt_supervised", cfg.batch, cfg.lr)
             y = np.stack([data.columns[k].astype(np.float32) for k in tasks], 1)
+            facts_s = facts | dict(columns=tasks, values=hashlib.sha256(y[train]).hexdigest()[:16])
             binary = [set(np.unique(v[~np.isnan(v)])) <= {0, 1} for v in y[train].T]
             m, sd = (np.where(binary, x, f(y[train], 0)) for f, x in ((np.nanmean, 0), (np.nanstd, 1)))
             y = ((y - m) / np.maximum(sd, 1e-6)).astype(np.float32)
             net, _ = stage("ckpt_supervised", lambda c: Supervised(c, binary), s, cfg.steps,
-                           D.Loader({"image": data.image, "y": y}, device, train), facts | {"columns": tasks})
+                           D.Loader({"image": data.image, "y": y}, device, train), facts_s)
             found = semantic_codes(net, everything).cpu().numpy() * sd + m
             scores = {k: found[:, i] for i, k in enumerate(tasks)}
     if leave():
@@ -1999,7 +2008,7 @@ def main(argv):
         z = ((z - z.mean(0)) / z.std(0).clamp(min=1e-6)).cpu().numpy()
         p = stage_config(cfg, "ckpt_prior", cfg.batch, cfg.lr)
         prior, _ = stage(f"ckpt_prior_at_{reached}", Prior, p, cfg.prior_steps, D.Loader({"z": z}, device),
-                         facts_c)
+                         facts_c | dict(stage_C=identity(models[""])))
     metrics = evaluate(cfg, data, part, everything, models, scores, prior)
     metrics["peak_gb"] = M.row(peak_gb(device), unit="GB", better="lower")
     M.save_results(out / "results.json", "ldae", cfg.data or "phantom brains", count,

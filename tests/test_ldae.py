@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import replace
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -342,7 +343,8 @@ def test_missing_or_foreign_stages_say_what_to_do(finished, tiny, capsys, tmp_pa
         path.rename(aside)
         assert f"{stage}.pt: not there; the same command without --eval" in error_of(capsys, *command, "--eval")
         aside.rename(path)
-    for stage, after, what in (("ckpt_A", "ckpt_B", "stage_A"), ("ckpt_B", "ckpt_C", "stage_B")):
+    for stage, after, what in (("ckpt_A", "ckpt_B", "stage_A"), ("ckpt_B", "ckpt_C", "stage_B"),
+                               ("ckpt_C", "ckpt_prior_at_4", "stage_C")):
         path = finished / f"{stage}.pt"
         kept, state = path.read_bytes(), torch.load(path, weights_only=True)
         state["ema"] = {k: v + 0.01 if v.is_floating_point() else v for k, v in state["ema"].items()}
@@ -352,6 +354,13 @@ def test_missing_or_foreign_stages_say_what_to_do(finished, tiny, capsys, tmp_pa
         torch.save({**state, "run": {**state["run"], "data": "other"}}, path)
         assert f"{stage}.pt: made by another run (data 'other'" in error_of(capsys, *command)
         path.write_bytes(kept)
+    # the supervised encoder of other labels
+    with h5py.File(tiny) as old, h5py.File(tmp_path / "older.h5", "w") as new:
+        for name in old:
+            old.copy(name, new)
+        new["age"][:] += 1
+    message = error_of(capsys, "--data", tmp_path / "older.h5", *command[2:])
+    assert "ckpt_supervised.pt: made by another run (values" in message
     # the latents of another autoencoder, or a damaged file of them, are made again
     (finished / "latents.npz").write_bytes(b"half a file")
     main(*command, "--eval")
@@ -368,9 +377,27 @@ def test_another_semantic_encoder_keeps_stages_a_and_b(finished, tiny, capsys, t
     assert "probe_auroc" in metrics and "throughput_ratio" not in metrics
 
 
-def test_paper_recipe_runs(tiny, tmp_path):
-    main("--data", tiny, "--out", tmp_path, *FLAGS, "--recipe=paper", "--rivals=false", "--prior_steps=0", "--steps=2")
-    assert "loss_none" in json.loads((tmp_path / "results.json").read_text())["metrics"]
+def test_paper_recipe_reads_disease_against_health(tmp_path):
+    """A third class, as in ADNI's tables, is left out: its number is a name and no quantity to regress on."""
+    image, subject = heads(36)[0], np.repeat([f"p{i:02d}" for i in range(12)], 3)
+    D.write(str(tmp_path / "three.h5"), [dict(image=image, subject=subject, label=np.repeat(np.arange(12) % 3, 3))], {})
+    main("--data", tmp_path / "three.h5", "--out", tmp_path, *FLAGS, "--recipe=paper", "--rivals=false", "--prior_steps=0",
+         "--steps=2", "--S=2", "--eval_images=1")
+    metrics = json.loads((tmp_path / "results.json").read_text())["metrics"]
+    assert {"loss_none", "probe_auroc"} <= set(metrics) and "probe_r2" not in metrics
+    assert metrics["probe_auroc"]["n"] == metrics["probe_auroc.pca"]["n"] < 3
+
+
+def test_latents_of_another_test_file_are_made_again(tmp_path):
+    """Same training file, same subjects, other images: what is cached is not of these."""
+    image, flags, made = heads(16)[0], ["--rivals=false", "--prior_steps=0", "--steps=1", "--S=1", "--eval_images=1"], []
+    D.write(str(tmp_path / "train.h5"), [dict(image=image[:12], subject=np.array(list("abcdefghijkl")))], {})
+    for brightness in (image[12:], 255 - image[12:]):
+        D.write(str(tmp_path / "test.h5"), [dict(image=brightness, subject=np.array(list("wxyz")))], {})
+        main("--data", tmp_path / "train.h5", "--test", tmp_path / "test.h5", "--out", tmp_path / "out", *FLAGS, *flags)
+        with np.load(tmp_path / "out" / "latents.npz") as f:
+            made.append(f["mean"])
+    assert np.array_equal(made[0][:12], made[1][:12]) and abs(made[0][12:] - made[1][12:]).max() > 1e-3
 
 
 def test_throughput_without_training(capsys, tmp_path):
@@ -437,6 +464,12 @@ def test_linear_numbers_of_codes_and_of_direct_scores():
 ])
 def test_bad_flags(flags, word, tiny, tmp_path, capsys):
     assert word in error_of(capsys, "--data", tiny, "--out", tmp_path / "out", *FLAGS, *flags)
+
+
+def test_phantoms_of_another_size_are_not_used_in_silence(tmp_path, capsys):
+    D.phantom_brains(str(tmp_path / "brains.h5"), subjects=2, size=16)
+    assert "brains.h5: 2 phantoms of side 16, --subjects 3 --size 48: delete it" in \
+        error_of(capsys, "--out", tmp_path, *FLAGS, "--subjects=3")
 
 
 def test_slices_are_not_volumes(tmp_path, capsys):
