@@ -1345,33 +1345,29 @@ def watch_semantic(cfg, loader, subject, ae=None):
 def linear_numbers(key, codes, scores, y, part, subject, seed):
     """Linear probes of y (N,), nan missing, from codes {row: (N,d)}, "" being ours; scores {row: (N,)} are
     predictions already. y in {0,1}: KEY_auroc, _acc, _precision, _recall, _f1 (called: p > 1/2); else
-    KEY_mae, _rmse, _r2. With the trivial rows. -> (metrics, probe of codes[""])"""
+    KEY_mae, _rmse, _r2. With the trivial row. -> metrics. ValueError: the rows cannot answer"""
     y = y.astype(np.float64)
     train, test = (np.flatnonzero((part == p) & ~np.isnan(y)) for p in ("train", "test"))
     if len(np.unique(y[train])) < 2 or not len(test):
         raise ValueError("the training rows have one value only" if len(test) else "no test row has a value")
-    out, axis, who, truth = {}, None, subject[test], y[test]
+    out, rows = {}, {}
     classes = set(np.unique(y[train])) == {0, 1}
-    for row in [*codes, *scores]:
-        dot, score = f".{row}" if row else "", scores.get(row)
-        if score is None:
-            probe = M.probe("linear", "class" if classes else "regression", codes[row][train], y[train],
-                            subject[train], seed)
-            axis = axis if row else probe
-            score = M.logits(probe, codes[row]) if classes else probe.predict(codes[row].astype(np.float64))
-        if classes:
-            out[f"{key}_auroc{dot}"] = M.row_of(M.auroc, who, score[test], truth)
-            for short, k in (("acc", "accuracy"), ("precision",) * 2, ("recall",) * 2, ("f1",) * 2):
-                called, all_of = (lambda s, t, c=c: M.classify(s, t, c)[k] for c in (0.0, -np.inf))
-                out[f"{key}_{short}{dot}"] = M.row_of(called, who, score[test], truth)
-                out[f"{key}_{short}.all_positive"] = M.row_of(all_of, who, score[test], truth)
-            continue
-        for k, better in (("mae", "lower"), ("rmse", "lower"), ("r2", "higher")):
-            statistic = lambda p, t: M.regression(p, t)[k]
-            out[f"{key}_{k}{dot}"] = M.row_of(statistic, who, score[test], truth, better=better)
-            mean = np.full(len(truth), y[train].mean())
-            out[f"{key}_{k}.mean"] = M.row_of(statistic, who, mean, truth, better=better)
-    return out, axis
+    for row, code in codes.items():
+        probe = M.probe("linear", "class" if classes else "regression", code[train], y[train], subject[train],
+                        seed)
+        rows[row] = M.logits(probe, code) if classes else probe.predict(code.astype(np.float64))
+    if classes:
+        numbers, short = lambda score, truth: M.classify(score, truth, 0.0), {"accuracy": "acc"}
+        trivial, keys = {"all_positive": np.full(len(y), np.inf)}, "auroc accuracy precision recall f1"
+    else:
+        numbers, short = M.regression, {}
+        trivial, keys = {"mean": np.full(len(y), y[train].mean())}, "mae rmse r2"
+    for row, score in {**rows, **scores, **trivial}.items():
+        for k in keys.split():
+            out[f"{key}_{short.get(k, k)}" + (f".{row}" if row else "")] = M.row_of(
+                lambda score, truth: numbers(score, truth)[k], subject[test], score[test], y[test],
+                better="lower" if k in ("mae", "rmse") else "higher")
+    return out
 
 
 def volume_reader(images, masks, label, ml, subject):
@@ -1556,26 +1552,21 @@ def report_images(s):
 
 
 def report_probes(s, scores, pca):
-    """2. What a linear probe reads from each code. -> the probe of the target in z_sem, or None"""
+    """2. What a linear probe reads from each code: the target, age, on phantoms the known factors."""
     chunks = np.array_split(np.arange(len(s.data)), -(-len(s.data) // 50))
     flat = {row: v.cpu().numpy() for row, v in s.codes.items()}
     flat["pca"] = np.concatenate([M.pca_codes(pca, small(s.volumes(rows))) for rows in chunks])
-    target, axis = s.cfg.target or "label", None
-    for key, name in (("probe", target), ("age", "age")):
-        if name not in s.data.columns or key == "age" and target == "age":
-            if key == "probe" or target != "age":
-                print(f"no {key} numbers: no column {name}" + "; choose one with --target" * (key == "probe"))
-            continue
-        direct = {"supervised": scores[name]} if name in scores else {}
+    target = s.cfg.target or "label"
+    for key, name in {"probe": target, "age": "age"}.items() if target != "age" else [("probe", "age")]:
         try:
-            numbers, probe = linear_numbers(key, flat, direct, s.data.columns[name], s.part, s.data.subject,
-                                            s.cfg.seed)
-            s.metrics |= numbers
-            axis = probe if key == "probe" else axis
+            if name not in s.data.columns:
+                raise ValueError("no such column; --target names another" if key == "probe" else "no such column")
+            direct = {"supervised": scores[name]} if name in scores else {}
+            s.metrics |= linear_numbers(key, flat, direct, s.data.columns[name], s.part, s.data.subject,
+                                        s.cfg.seed)
         except ValueError as e:
             print(f"no {key} numbers: {name}: {e}")
     s.metrics |= M.factor_numbers(flat, s.data.columns, s.part, s.data.subject, s.cfg.seed)
-    return axis
 
 
 def report_manipulation(s):
@@ -1681,8 +1672,8 @@ def evaluate(cfg, data, part, loader, models, scores, prior):
     models, loader: as in Study; scores: {column: (N,) predictions of the supervised encoder}."""
     s = Study(cfg, data, part, loader, models)
     pca = report_images(s)
-    axis = report_probes(s, scores, pca)
-    if axis is not None:
+    report_probes(s, scores, pca)
+    if {"probe_auroc", "probe_r2"} & set(s.metrics):       # the target varies: there is a direction
         report_manipulation(s)
     report_missing(s)
     report_samples(s, prior)
