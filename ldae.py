@@ -21,7 +21,7 @@ space. `--recipe paper` is the published objective of B and C; `--recipe ours`, 
 - head position, z_map true: pooled slices and scaled channels both lose where things are;
 - mean_map true: what is learnt is how a brain differs from the mean one.
 """
-import copy, dataclasses, datetime, difflib, hashlib, inspect, io, json, math, os, platform, signal, sys
+import copy, dataclasses, datetime, difflib, hashlib, inspect, io, itertools, json, math, os, platform, signal, sys
 import time, zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -1392,8 +1392,7 @@ def triples(subject, session):
     out = []
     for s in np.unique(subject):
         rows = sorted(np.flatnonzero((subject == s) & ~np.isnan(session)), key=lambda i: session[i])
-        out += [(a, b, c) for i, a in enumerate(rows) for j, b in enumerate(rows[i + 1:], i + 1) for c in
-                rows[j + 1:] if session[a] < session[b] < session[c]]
+        out += [t for t in itertools.combinations(rows, 3) if len(set(session[list(t)])) == 3]
     return np.array(out, int).reshape(-1, 3)
 
 
