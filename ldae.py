@@ -713,24 +713,12 @@ class Unconditional(nn.Module):
         z = batch["mean"] if g is None else batch["mean"] + batch["std"] * randn_like(batch["mean"], g)
         return (z - self.shift) / self.scale
 
-    def output(self, z_t, t):
-        """What the UNet predicts, v or eps. -> like z_t, float32"""
-        return self.up(*self.down(z_t, t)).float()
-
-    def eps(self, z_t, t, z_sem=None):
-        """eps_hat at levels t (B,); there is no z_sem to see."""
-        out = self.output(z_t, t)
-        return out if self.cfg.predict == "eps" else eps_from_v(out, z_t, t, self.alpha_bar)
-
-    def loss(self, z0, z_sem, t, eps):
-        """Squared error of the prediction per latent. -> (B,)"""
-        target = eps if self.cfg.predict == "eps" else v_target(z0, t, eps, self.alpha_bar)
-        return (self.output(q_sample(z0, t, eps, self.alpha_bar), t) - target).square().mean((1, 2, 3, 4))
-
     def forward(self, batch, g):
         z0 = self.latent(batch, g)
         t, eps = random_t(len(z0), self.cfg.T, self.cfg.ldm_t_power, g), randn_like(z0, g)
-        return self.loss(z0, None, t, eps).mean()
+        target = eps if self.cfg.predict == "eps" else v_target(z0, t, eps, self.alpha_bar)
+        out = self.up(*self.down(q_sample(z0, t, eps, self.alpha_bar), t)).float()
+        return (out - target).square().mean((1, 2, 3, 4)).mean()
 
 
 class Model(nn.Module):
