@@ -1309,23 +1309,21 @@ def watch_autoencoder(cfg, loader):
     return watch
 
 
-def watch_semantic(cfg, loader, subject, ae=None):
-    """-> watch(ema, step) for fit: z_gap of 8 validation volumes; with an autoencoder also preview_C.png."""
+def watch_semantic(cfg, loader, subject):
+    """-> watch(ema, step) for fit of stage C: z_gap of 8 validation volumes, preview_C.png to look at."""
     rows = evenly(np.arange(len(loader)), 8)
     wrong, batch = torch.as_tensor(other_patient(subject[rows])), loader.batch(rows)
 
     def watch(ema, step):
         g = torch.Generator(loader.device).manual_seed(0)
         with torch.inference_mode(), amp(cfg, loader.device):
-            z = ema.encode(batch).float()
-            x0 = ema.frozen.net.latent(batch) if ae else batch["image"]
-        true, shuffled = z_losses(ema, x0, z, z[wrong.to(z.device)], g, strata=4).mean((1, 2)).tolist()
-        if ae:
-            back = render(ema, torch.randn(x0[::3].shape, generator=g, device=x0.device), z[::3], 10)
-            lines = [pictures_of(ae, ema.frozen.net, v) for v in (x0[::3], back)]
-            lines.insert(0, shown(batch["image"][::3]))
-            M.grid(Path(cfg.out, "preview_C.png"), [[view(v) for v in line] for line in lines],
-                   ["scan", "autoencoder", "z_sem, random z_T"], [], f"validation subjects at step {step}")
+            z, z0 = ema.encode(batch).float(), ema.frozen.net.latent(batch)
+        true, shuffled = z_losses(ema, z0, z, z[wrong.to(z.device)], g, strata=4).mean((1, 2)).tolist()
+        back = render(ema, torch.randn(z0[::3].shape, generator=g, device=z0.device), z[::3], 10)
+        lines = [shown(batch["image"][::3]),
+                 *(pictures_of(ema.ae.net, ema.frozen.net, v) for v in (z0[::3], back))]
+        M.grid(Path(cfg.out, "preview_C.png"), [[view(v) for v in line] for line in lines],
+               ["scan", "autoencoder", "z_sem, random z_T"], [], f"validation subjects at step {step}")
         return dict(val_loss=true, val_loss_shuffled=shuffled, z_gap=shuffled - true)
     return watch
 
@@ -1951,7 +1949,7 @@ def main(argv):
     facts_c = facts_b | dict(stage_B=identity(models["ldm"]))
     arrays["image"] = data.image
     both, unseen = (D.Loader(arrays, device, rows) for rows in (train, val))
-    watch = watch_semantic(c, unseen, subject[val], models["ae"]) if len(val) else None
+    watch = watch_semantic(c, unseen, subject[val]) if len(val) else None
     steer = lambda c: Model(c, models["ldm"], models["ae"])
     models[""], reached = stage("ckpt_C", steer, c, cfg.steps, both, facts_c, watch)
 
