@@ -90,7 +90,7 @@ class Config:
     # objective
     kl: float = 1e-7          # weight of the KL, summed over the latent (paper)
     adv: float = 0.025        # weight of the adversarial loss (paper)
-    adv_warmup: int = 1000    # steps without it, then as many in which it grows (paper: 0)
+    adv_warmup: int = 1000    # steps without it, then as many in which it grows (paper: none; 1 is nearly so)
     lpips: str = ""           # TorchScript file f(a, b) of (B,3,H,W) in [-1,1]: adds 1e-3 LPIPS on slices
     predict: str = "v"        # what the UNet outputs: v, or eps with PDAE's weights and coefficients (paper)
     t_power: float = 0.25     # stage C draws times as T u^t_power: below 1 favours high noise (paper: 1)
@@ -686,7 +686,7 @@ class Autoencoder(nn.Module):
         recon = self.decode(mean + (logvar / 2).exp() * randn_like(mean, g))
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3, 4)).mean()
         fool, judge = self.adversarial(x, recon)
-        warm = (self.step / max(c.adv_warmup, 1) - 1).clamp(0, 1) if c.adv_warmup else 1.0
+        warm = (self.step / c.adv_warmup - 1).clamp(0, 1)
         if self.training and getattr(g, "last", True):
             self.step += 1
         # Adam divides a factor of the discriminator's loss out again; but clipping is of all gradients
