@@ -21,8 +21,8 @@ space. `--recipe paper` is the published objective of B and C; `--recipe ours`, 
 - head position, z_map true: pooled slices and scaled channels both lose where things are;
 - mean_map true: what is learnt is how a brain differs from the mean one.
 """
-import copy, dataclasses, datetime, difflib, hashlib, inspect, io, itertools, json, math, os, platform, signal, sys
-import time, zipfile
+import copy, dataclasses, datetime, difflib, hashlib, inspect, io, itertools, json, math, os, platform
+import signal, sys, time, zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -1358,7 +1358,7 @@ def linear_numbers(key, codes, scores, y, part, subject, seed):
 
 def volume_reader(images, masks, label, ml, subject):
     """Measures a structure in volumes without a mask: ridge regression from the voxels in and next to where
-    it lies in any of these masks to its volume. images (N,D,H,W), ml, subject (N,) -> read(images) -> (N,) ml"""
+    it lies in any of these masks to its volume. images (N,D,H,W); ml, subject (N,) -> read(images), ml"""
     where = np.stack([(m == label).any(0) for m in np.array_split(masks, -(-len(masks) // 64))]).any(0)
     where = F.max_pool3d(torch.as_tensor(where, dtype=torch.float32)[None], 3, 1, 1)[0].bool().numpy()
     where = np.flatnonzero(where)
@@ -1545,7 +1545,7 @@ def report_probes(s, scores, pca):
     for key, name in {"probe": target, "age": "age"}.items() if target != "age" else [("probe", "age")]:
         try:
             if name not in s.data.columns:
-                raise ValueError("no such column; --target names another" if key == "probe" else "no such column")
+                raise ValueError("no such column" + "; --target names another" * (key == "probe"))
             direct = {"supervised": scores[name]} if name in scores else {}
             s.metrics |= linear_numbers(key, flat, direct, s.data.columns[name], s.part, s.data.subject,
                                         s.cfg.seed)
@@ -1893,8 +1893,8 @@ def main(argv):
         D.fail(f"{path}: image: slices of {data.image.shape[1:]}; ldae.py needs volumes (N,D,H,W)")
     drawn = len(np.unique(data.subject)), data.image.shape[1]
     if not (cfg.data or cfg.test) and drawn != (cfg.subjects, cfg.size[0]):
-        D.fail(f"{path}: {drawn[0]} phantoms of side {drawn[1]}, --subjects {cfg.subjects} --size {cfg.size[0]}: "
-               "delete it, or choose another --out")
+        D.fail(f"{path}: {drawn[0]} phantoms of side {drawn[1]}, --subjects {cfg.subjects} --size "
+               f"{cfg.size[0]}: delete it, or choose another --out")
     cfg = dataclasses.replace(cfg, size=tuple(data.image.shape[1:]))
     check_network3d(cfg)
     if (label := data.columns.get("label")) is not None and (label > 1).any():
