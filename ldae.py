@@ -1477,11 +1477,11 @@ class Study:
         """One number with its interval over the subjects of these rows."""
         self.metrics[key] = M.row_of(statistic, self.data.subject[rows], *arrays, unit=unit, better=better)
 
-    def put_images(self, key, name, real, fake, rows, suffix=""):
-        """KEY_ssim and KEY_mse, with a suffix before .NAME"""
-        for k, value in M.image_numbers(key, name, real, fake, self.data.subject[rows]).items():
-            k, _, dot = k.partition(".")
-            self.metrics[k + suffix + ("." + dot if dot else "")] = value
+    def put_images(self, key, row, real, fake, rows):
+        """SSIM and MSE of fake against real (n,D,H,W). key: "recon_{}_T10", with a place for their names"""
+        dot = f".{row}" if row else ""
+        self.put(key.format("ssim") + dot, rows, M.ssim(real, fake))
+        self.put(key.format("mse") + dot, rows, M.mse(real, fake), better="lower")
 
     def grid(self, name, rows, *labels):
         """Volumes as pairs of slices, to OUT/name.png"""
@@ -1495,27 +1495,27 @@ def report_images(s):
     real, z0, z, x0 = s.volumes(rows), s.latent(rows), s.z[rows], s.loader.batch(rows)["image"]
     mean = np.broadcast_to(M.constant_image(s.volumes(s.some)), real.shape)
     pictures = {"scan": real, "autoencoder": s.images(z0)}
-    s.put_images("ae", "", real, pictures["autoencoder"], rows)
-    s.put_images("ae", "constant", real, mean, rows)
+    s.put_images("ae_{}", "", real, pictures["autoencoder"], rows)
+    s.put_images("ae_{}", "constant", real, mean, rows)
     s.put("ae_psnr", rows, M.psnr(real, pictures["autoencoder"]), unit="dB")
     pca = M.pca(s.cfg.z_dim, small(s.volumes(s.some)))
     if small(real[:1]).shape == real[:1].shape:
-        s.put_images("ae", "pca", real, M.pca_reconstruct(pca, real), rows)
+        s.put_images("ae_{}", "pca", real, M.pca_reconstruct(pca, real), rows)
     eps = s.noise(len(rows))
     for S in sorted({10, 20, 50, 100, s.cfg.S} & set(range(s.cfg.T + 1))):
         z_T = invert(model, z0, z, S)
         for key, label, start in (("recon", "z_sem + z_T", z_T), ("semantic", "z_sem, random z_T", eps)):
             images = s.images(render(model, start, z, S))
-            s.put_images(key, "", real, images, rows, f"_T{S}")
-            s.put_images(key, "constant", real, mean, rows, f"_T{S}")
+            s.put_images(f"{key}_{{}}_T{S}", "", real, images, rows)
+            for k in ("ssim", "mse"):
+                s.metrics[f"{key}_{k}_T{S}.constant"] = s.metrics[f"ae_{k}.constant"]
             if S == s.cfg.S:
-                pictures[label] = images
-        # Is z_T white noise? A network that outputs zero round-trips perfectly: if it predicts eps with a z_T
-        # of sd .006, if it predicts v with one of sd 1 that still is the picture (zT_corr is 0 for noise).
-        for k, value in (("mean", z_T.mean((1, 2, 3, 4))), ("std", z_T.std((1, 2, 3, 4))),
-                         ("max", z_T.abs().amax((1, 2, 3, 4))), ("corr", neighbour_correlation(z_T))):
-            if S == s.cfg.S:
-                s.put(f"zT_{k}", rows, value.cpu().numpy(), better="lower")
+                pictures[label], noise = images, z_T
+    # Is z_T white noise? A network that outputs zero round-trips perfectly: if it predicts eps with a z_T of sd
+    # .006, if it predicts v with one of sd 1 that still is the picture (zT_corr is 0 for noise).
+    for k, value in (("mean", noise.mean((1, 2, 3, 4))), ("std", noise.std((1, 2, 3, 4))),
+                     ("max", noise.abs().amax((1, 2, 3, 4))), ("corr", neighbour_correlation(noise))):
+        s.put(f"zT_{k}", rows, value.cpu().numpy(), better="lower")
     wrong = torch.as_tensor(other_patient(s.data.subject[rows]), device=device)
     seeded = lambda: torch.Generator(device).manual_seed(0)
     right, bad = z_losses(model, z0, z, z[wrong], seeded()).cpu().numpy()
@@ -1529,7 +1529,7 @@ def report_images(s):
         noise = torch.randn(x0.shape, generator=s.g, device=device)
         for key, start in (("recon", invert(s.dae, x0, z, 10)), ("semantic", noise)):
             pictures[f"voxel DAE, {key}"] = shown(render(s.dae, start, z, 10))
-            s.put_images(key, "dae", real, pictures[f"voxel DAE, {key}"], rows, "_T10")
+            s.put_images(f"{key}_{{}}_T10", "dae", real, pictures[f"voxel DAE, {key}"], rows)
     s.grid("reconstructions", [line[:6] for line in pictures.values()], list(pictures),
            list(s.data.subject[rows[:6]]), "Test subjects, whom no network has seen: axial, coronal slice. "
            f"{s.cfg.S} DDIM steps (DAE: 10).")
@@ -1622,7 +1622,7 @@ def report_missing(s):
     for row, images in made.items():
         for months in np.unique(gap):
             here = gap == months
-            s.put_images("interp", row, truth[here], images[here], three[here, 1], f"_{months}m")
+            s.put_images(f"interp_{{}}_{months}m", row, truth[here], images[here], three[here, 1])
     pick = evenly(np.arange(len(three)), 4)
     s.grid("missing", [[x[i] for x in (before, truth, after, *made.values())] for i in pick],
            [f"{s.data.subject[three[i, 1]]}, {gap[i]} months" for i in pick],
