@@ -1609,24 +1609,30 @@ def report_missing(s):
     keep = np.concatenate([evenly(np.flatnonzero(gap == m), 6 * s.cfg.eval_images) for m in np.unique(gap)])
     three, gap, alpha = three[keep], gap[keep], alpha[keep]
     rows, at = np.unique(three, return_inverse=True)
-    a, target, c = at.reshape(three.shape).T
-    w, z0, z = torch.as_tensor(alpha, device=s.device), s.latent(rows), s.z[rows]
+    at, z0, z = at.reshape(three.shape), s.latent(rows), s.z[rows]
     z_T = invert(s.model, z0, z, s.cfg.S)
-    lerp = lambda x: torch.lerp(x[a], x[c], w.view(-1, *[1] * (x.ndim - 1)).to(x.dtype))
-    before, truth, after = (s.volumes(three[:, i]) for i in range(3))
-    far = alpha[:, None, None, None]
-    made = {"": s.images(render(s.model, slerp(z_T[a], z_T[c], w), lerp(z), s.cfg.S)),
-            "latent_lerp": s.images(lerp(z0)), "ae": s.images(z0[target]),
-            "voxel_lerp": (1 - far) * before + far * after,
-            "copy_nearest": np.where(far <= 0.5, before, after)}
-    for row, images in made.items():
-        for months in np.unique(gap):
-            here = gap == months
-            s.put_images(f"interp_{{}}_{months}m", row, truth[here], images[here], three[here, 1])
+
+    def candidates(i):
+        """Triples i -> {name: volumes (n,D,H,W)}: the three scans, and what stands for the middle one"""
+        a, target, c = at[i].T
+        w, far = torch.as_tensor(alpha[i], device=s.device), alpha[i][:, None, None, None]
+        lerp = lambda x: torch.lerp(x[a], x[c], w.view(-1, *[1] * (x.ndim - 1)).to(x.dtype))
+        before, truth, after = (s.volumes(rows) for rows in three[i].T)
+        return {"start": before, "real target": truth, "end": after,
+                "": s.images(render(s.model, slerp(z_T[a], z_T[c], w), lerp(z), s.cfg.S)),
+                "latent_lerp": s.images(lerp(z0)), "ae": s.images(z0[target]),
+                "voxel_lerp": (1 - far) * before + far * after,
+                "copy_nearest": np.where(far <= 0.5, before, after)}
+    for months in np.unique(gap):      # one at a time: at the paper's size all of them fill 160 GB
+        here = np.flatnonzero(gap == months)
+        made = candidates(here)
+        for row in list(made)[3:]:
+            s.put_images(f"interp_{{}}_{months}m", row, made["real target"], made[row], three[here, 1])
     pick = evenly(np.arange(len(three)), 4)
-    s.grid("missing", [[x[i] for x in (before, truth, after, *made.values())] for i in pick],
+    made = candidates(pick)
+    s.grid("missing", list(zip(*made.values())),
            [f"{s.data.subject[three[i, 1]]}, {gap[i]} months" for i in pick],
-           ["start", "real target", "end", "z_sem lerp, z_T slerp", *list(made)[1:]],
+           [name or "z_sem lerp, z_T slerp" for name in made],
            "The scan between two others of a test subject; months to the nearer one.")
 
 
