@@ -1576,10 +1576,10 @@ def report_manipulation(s):
            ["scan", *[f"{m:+.2f} SD" for m in moves.tolist()], "2 |last - first|"],
            f"z_sem moved as it changes with {s.cfg.target or 'label'}, in SDs of the training codes.")
     # What must stay: the head's size, and whose head it is, told by the nearest of all test scans.
-    heads, every = (moved > 0.1).mean((2, 3, 4)), s.volumes(s.test)
+    heads, ends = (moved > 0.1).mean((2, 3, 4)), moved[:, [0, -1]].reshape(-1, *moved.shape[2:])
     s.put("manip_head_change", rows, abs(heads[:, -1] / heads[:, 0] - 1), better="lower")
-    near = [[((every - x) ** 2).sum((1, 2, 3)).argmin() for x in line[[0, -1]]] for line in moved]
-    s.put("manip_same_subject", rows, (who[s.test][np.array(near)] == who[rows][:, None]).mean(1))
+    near = s.test[M.nearest(ends, s.data.image[s.test], 16)[1]].reshape(-1, 2)
+    s.put("manip_same_subject", rows, (who[near] == who[rows][:, None]).mean(1))
     for name, label, sign in (("ventricle", 4, 1), ("hippocampus", 5, -1)):
         ml = s.data.columns.get(f"factor_{name}_ml")
         if ml is None or s.data.mask is None:
@@ -1651,9 +1651,8 @@ def report_samples(s, prior):
         z = ddim_decode(lambda z_t, t: prior.eps(z_t, torch.full((6,), t, device=s.device)), noise,
                         min(50, s.cfg.T), prior.alpha_bar)
     fake = s.images(render(s.model, s.noise(6), z * seen.std(0) + seen.mean(0), s.cfg.S))
-    have = s.volumes(s.some)
-    near = [have[((have - x) ** 2).sum((1, 2, 3)).argmin()] for x in fake]
-    s.grid("samples", [fake, near], ["new subject", "nearest training scan"], [],
+    near = s.some[M.nearest(fake, s.data.image[s.some], 16)[1]]
+    s.grid("samples", [fake, s.volumes(near)], ["new subject", "nearest training scan"], [],
            "z_sem from the latent DDIM prior, z_T fresh noise. Row 2 shows whether they are copies.")
 
 
