@@ -1674,9 +1674,13 @@ def evaluate(cfg, data, part, loader, models, scores, prior):
         if set(stages) <= set(logs):
             seconds = sum(training_seconds(logs[k], batches[k]) for k in stages)
             s.metrics["training_s" + row] = M.row(seconds, unit="s", better="lower")
-    if s.dae:       # 6. speed
-        batch = loader.batch(s.train[:min(len(s.train), 4)])
-        s.metrics |= throughput(cfg, batch, s.ae, copy.deepcopy(s.model), copy.deepcopy(s.dae), min(cfg.S, 2))
+    for n in (4, 2, 1) if s.dae else ():       # 6. speed, of as many volumes as fit without --accum
+        try:
+            batch, twins = loader.batch(s.train[:n]), (copy.deepcopy(s.model), copy.deepcopy(s.dae))
+            s.metrics |= throughput(cfg, batch, s.ae, *twins, min(cfg.S, 2))
+            break
+        except torch.OutOfMemoryError:
+            print(f"no throughput of {n} volumes at a time: they do not fit the GPU")
     return s.metrics
 
 

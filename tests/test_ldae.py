@@ -327,12 +327,22 @@ def test_latents_are_standardised_over_the_training_scans(finished, tiny):
     assert np.allclose((z ** 2 + std ** 2).mean((0, 2, 3, 4)), 1, atol=1e-3)
 
 
-def test_the_same_command_changes_nothing(finished, tiny):
+def test_the_same_command_changes_nothing(finished, tiny, monkeypatch):
+    """Nor does a voxel-space rival too large to be timed four volumes at a time cost the report."""
+    sizes, timed = [], m.throughput
+
+    def too_small(cfg, batch, *others):
+        sizes.append(len(batch["image"]))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError("GPU")
+        return timed(cfg, batch, *others)
+    monkeypatch.setattr(m, "throughput", too_small)
     before = {p.name: p.read_bytes() for p in finished.glob("*.pt")}
     first = json.loads((finished / "results.json").read_text())["metrics"]
     main("--data", tiny, "--out", finished, *FLAGS, "--eval")
     again = json.loads((finished / "results.json").read_text())["metrics"]
     assert before == {p.name: p.read_bytes() for p in finished.glob("*.pt")}
+    assert sizes == [4, 2] and "throughput_ratio" in again
     assert all(first[k]["value"] == again[k]["value"] for k in ("ae_ssim", "recon_ssim_T10", "age_mae", "interp_mse_6m"))
 
 
