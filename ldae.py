@@ -1511,8 +1511,8 @@ def report_images(s):
                 s.metrics[f"{key}_{k}_T{S}.constant"] = s.metrics[f"ae_{k}.constant"]
             if S == s.cfg.S:
                 pictures[label], noise = images, z_T
-    # Is z_T white noise? A network that outputs zero round-trips perfectly: if it predicts eps with a z_T of sd
-    # .006, if it predicts v with one of sd 1 that still is the picture (zT_corr is 0 for noise).
+    # Is z_T white noise? A network that outputs zero round-trips perfectly: if it predicts eps with a z_T of
+    # sd .006, if it predicts v with one of sd 1 that still is the picture (zT_corr is 0 for noise).
     for k, value in (("mean", noise.mean((1, 2, 3, 4))), ("std", noise.std((1, 2, 3, 4))),
                      ("max", noise.abs().amax((1, 2, 3, 4))), ("corr", neighbour_correlation(noise))):
         s.put(f"zT_{k}", rows, value.cpu().numpy(), better="lower")
@@ -1762,8 +1762,8 @@ def check_network3d(c):
         D.fail(f"volumes of {'x'.join(map(str, c.size))}: the semantic encoder needs sides of at least "
                f"{max(16, plane)}, D a multiple of --slab {c.slab}, H and W of --enc_patch {c.enc_patch}")
     if any(s % c.dae_patch for s in c.size) or min(c.size) < 3 * 2 ** c.disc_layers:
-        D.fail(f"volumes of {'x'.join(map(str, c.size))}: sides must be multiples of --dae_patch {c.dae_patch} "
-               f"and at least 3 * 2^{c.disc_layers} for --disc_layers {c.disc_layers}")
+        D.fail(f"volumes of {'x'.join(map(str, c.size))}: sides must be multiples of --dae_patch "
+               f"{c.dae_patch} and at least 3 * 2^{c.disc_layers} for --disc_layers {c.disc_layers}")
     if c.base % 2 or c.dae_base % 2 or c.T < 10:
         D.fail(f"--base {c.base} --dae_base {c.dae_base} --T {c.T}: widths must be even, T at least 10")
     try:     # the rest is known to the networks: without memory they are built in a second
