@@ -1427,11 +1427,11 @@ def throughput(cfg, batch, ae, model, dae, k, crop=1):
                 if not row:
                     ae.decode(ae.posterior(batch["image"])[0])
         walk = lambda: render(net, invert(net, x0, z.detach(), k), z.detach(), k)
-        more = crop ** 3 if row else 1
-        for kind, part, other, more in (("train", unet, rest, more), ("recon", walk, ends, more * cfg.S / k)):
+        whole = crop ** 3 if row else 1
+        for kind, part, other, factor in (("train", unet, rest, whole), ("recon", walk, ends, whole * cfg.S / k)):
             part(), other()
             (a, gb_a), (b, gb_b) = seconds_of(part, device), seconds_of(other, device)
-            metrics[f"{kind}_vol_s{row}"] = M.row(n / (more * a + b), unit="1/s")
+            metrics[f"{kind}_vol_s{row}"] = M.row(n / (factor * a + b), unit="1/s")
             if device.type == "cuda":
                 metrics[f"{kind}_peak_gb{row}"] = M.row(max(gb_a, gb_b), unit="GB", better="lower")
             net.eval()
@@ -1676,8 +1676,8 @@ def evaluate(cfg, data, part, loader, models, scores, prior):
             s.metrics["training_s" + row] = M.row(seconds, unit="s", better="lower")
     for n in (4, 2, 1) if s.dae else ():       # 6. speed, of as many volumes as fit without --accum
         try:
-            batch, twins = loader.batch(s.train[:n]), (copy.deepcopy(s.model), copy.deepcopy(s.dae))
-            s.metrics |= throughput(cfg, batch, s.ae, *twins, min(cfg.S, 2))
+            s.metrics |= throughput(cfg, loader.batch(s.train[:n]), s.ae, copy.deepcopy(s.model),
+                                    copy.deepcopy(s.dae), min(cfg.S, 2))
             break
         except torch.OutOfMemoryError:
             print(f"no throughput of {n} volumes at a time: they do not fit the GPU")
