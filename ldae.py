@@ -1427,8 +1427,8 @@ def throughput(cfg, batch, ae, model, dae, k, crop=1):
                 if not row:
                     ae.decode(ae.posterior(batch["image"])[0])
         walk = lambda: render(net, invert(net, x0, z.detach(), k), z.detach(), k)
-        whole = crop ** 3 if row else 1
-        for kind, part, other, factor in (("train", unet, rest, whole), ("recon", walk, ends, whole * cfg.S / k)):
+        for kind, part, other, factor in (("train", unet, rest, 1), ("recon", walk, ends, cfg.S / k)):
+            factor *= crop ** 3 if row else 1
             part(), other()
             (a, gb_a), (b, gb_b) = seconds_of(part, device), seconds_of(other, device)
             metrics[f"{kind}_vol_s{row}"] = M.row(n / (factor * a + b), unit="1/s")
@@ -1493,12 +1493,12 @@ def report_images(s):
     """1. The ceiling (stage A), with the inverted z_T, and from z_sem alone; z_T; is z_sem used? -> PCA"""
     rows, model, device = s.few, s.model, s.device
     real, z0, z, x0 = s.volumes(rows), s.latent(rows), s.z[rows], s.loader.batch(rows)["image"]
-    mean = np.broadcast_to(M.constant_image(s.volumes(s.some)), real.shape)
+    some = s.volumes(s.some)
+    mean, pca = np.broadcast_to(M.constant_image(some), real.shape), M.pca(s.cfg.z_dim, small(some))
     pictures = {"scan": real, "autoencoder": s.images(z0)}
     s.put_images("ae_{}", "", real, pictures["autoencoder"], rows)
     s.put_images("ae_{}", "constant", real, mean, rows)
     s.put("ae_psnr", rows, M.psnr(real, pictures["autoencoder"]), unit="dB")
-    pca = M.pca(s.cfg.z_dim, small(s.volumes(s.some)))
     if small(real[:1]).shape == real[:1].shape:
         s.put_images("ae_{}", "pca", real, M.pca_reconstruct(pca, real), rows)
     eps = s.noise(len(rows))
@@ -1626,7 +1626,7 @@ def report_missing(s):
     for months in np.unique(gap):      # one at a time: at the paper's size all of them fill 160 GB
         here = np.flatnonzero(gap == months)
         made = candidates(here)
-        for row in list(made)[3:]:
+        for row in ("", "latent_lerp", "ae", "voxel_lerp", "copy_nearest"):
             s.put_images(f"interp_{{}}_{months}m", row, made["real target"], made[row], three[here, 1])
     pick = evenly(np.arange(len(three)), 4)
     made = candidates(pick)
