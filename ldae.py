@@ -310,14 +310,16 @@ def unfold3d(x, p):
 
 
 class Attention3d(nn.Module):
-    """Self-attention over all voxels, one head, residual, projection zero at first. (B,C,D,H,W) -> same"""
+    """Self-attention over all voxels, one head, residual, projection zero at first. (B,C,D,H,W) -> same
+
+    Called as a ResBlock3d is, but neither t nor z_sem changes it."""
     def __init__(self, ch, groups):
         super().__init__()
         self.norm = norm(ch, groups)
         self.qkv = nn.Conv3d(ch, 3 * ch, 1)
         self.proj = zero(nn.Conv3d(ch, ch, 1))
 
-    def forward(self, x):
+    def forward(self, x, emb=None, z=None):
         q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, -1)  # (B,1,D*H*W,C)
         h = F.scaled_dot_product_attention(q, k, v)
         return x + self.proj(h.squeeze(1).transpose(1, 2).reshape(x.shape))
@@ -527,7 +529,7 @@ class Down3d(nn.Module):
         for layers in self.steps:
             h = skips[-1]
             for layer in layers:
-                h = layer(h, emb, z) if isinstance(layer, ResBlock3d) else layer(h)
+                h = layer(h, emb, z)
             skips.append(h)
         return emb, skips
 
@@ -563,13 +565,13 @@ class Up3d(nn.Module):
     def forward(self, emb, skips, z=None):
         h = skips[-1] if self.z_map is None else skips[-1] + self.z_map(z)
         for layer in self.middle:
-            h = layer(h, emb, z) if isinstance(layer, ResBlock3d) else layer(h)
+            h = layer(h, emb, z)
         for layers, skip in zip(self.steps, skips[::-1]):
             d, height, w = skip.shape[2:]
             h = h[:, :, :d, :height, :w]           # an odd side was rounded up on the way down
             h = torch.cat([h, skip], 1)
             for layer in layers:
-                h = layer(h, emb, z) if isinstance(layer, ResBlock3d) else layer(h)
+                h = layer(h, emb, z)
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
