@@ -1464,8 +1464,7 @@ class Study:
 
     def latent(self, rows):
         """-> standardised posterior means (n,z_ch,d,h,w)"""
-        batches = np.array_split(rows, -(-len(rows) // 64))
-        return torch.cat([self.ldm.latent(self.loader.batch(rows)) for rows in batches])
+        return in_batches(lambda i: self.ldm.latent(self.loader.batch(i)), np.asarray(rows))
 
     def images(self, z0):
         """Standardised latents -> volumes, numpy (n,D,H,W) in [0,1]"""
