@@ -1455,6 +1455,7 @@ class Study:
         self.g, self.metrics = torch.Generator(self.device).manual_seed(cfg.seed), {}
         self.train, self.test = np.flatnonzero(part == "train"), np.flatnonzero(part == "test")
         self.some, self.few = evenly(self.train, 500), evenly(self.test, cfg.eval_images)
+        self.first = self.test[np.unique(data.subject[self.test], return_index=True)[1]]    # of each subject
         self.codes = {row: semantic_codes(models[row], loader) for row in ("", "dae") if row in models}
         self.z = self.codes[""]
 
@@ -1558,8 +1559,7 @@ def report_probes(s, scores, pca):
 def report_manipulation(s):
     """3. z_sem moved as it changes with the target, z_T kept: pictures; on phantoms, the anatomy."""
     who, device = s.data.subject, s.device
-    first = np.array([s.test[who[s.test] == name][0] for name in np.unique(who[s.test])])
-    rows = evenly(first, 3 * s.cfg.eval_images)
+    rows = evenly(s.first, 3 * s.cfg.eval_images)
     # A probe's weights tell how to read an attribute, and hold what cancels other causes too; how
     # codes change with it is their covariance with it (Haufe et al. 2014).
     y = s.data.columns[s.cfg.target or "label"][s.train].astype(np.float32)
@@ -1639,8 +1639,7 @@ def report_missing(s):
 
 def report_samples(s, prior):
     """5. What z_sem leaves open, and nobody's brains."""
-    who = s.data.subject[s.test]
-    rows = np.array([s.test[who == name][0] for name in np.unique(who)[:4]])
+    rows = s.first[:4]
     draws = [s.images(render(s.model, s.noise(4), s.z[[i] * 4], s.cfg.S)) for i in rows]
     s.grid("variations", [[scan, *line] for scan, line in zip(s.volumes(rows), draws)],
            list(s.data.subject[rows]), ["scan"], "One z_sem, four random z_T.")
