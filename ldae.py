@@ -1766,6 +1766,8 @@ def check_network3d(c):
                f"{c.dae_patch} and at least 3 * 2^{c.disc_layers} for --disc_layers {c.disc_layers}")
     if c.base % 2 or c.dae_base % 2 or c.T < 10:
         D.fail(f"--base {c.base} --dae_base {c.dae_base} --T {c.T}: widths must be even, T at least 10")
+    if len(c.ae_mult) == 1 and 1 < c.patch ** 3 < c.z_ch:
+        D.fail(f"--z_ch {c.z_ch}: a patch has {c.patch ** 3} voxels, its code cannot have more numbers")
     try:     # the rest is known to the networks: without memory they are built in a second
         with torch.device("meta"):
             Model(c, Unconditional(c), Autoencoder(c)), DAE(c)
