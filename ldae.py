@@ -616,7 +616,8 @@ def augment3d(x, strength, g):
     skew = torch.zeros(len(x), 3, 3, device=x.device)
     for k, (i, j) in enumerate(((0, 1), (0, 2), (1, 2))):
         skew[:, i, j], skew[:, j, i] = 0.3 * s[:, k], -0.3 * s[:, k]
-    rotate = torch.linalg.matrix_exp(skew) * (1 + 0.12 * s[:, 3]).view(-1, 1, 1)
+    side = torch.tensor(x.shape[:1:-1], device=x.device)       # positions are in units of the sides, x first
+    rotate = torch.linalg.matrix_exp(skew) * side / side[:, None] * (1 + 0.12 * s[:, 3]).view(-1, 1, 1)
     with torch.autocast(x.device.type, enabled=False):         # bfloat16 would round the positions
         grid = F.affine_grid(torch.cat([rotate, 0.12 * s[:, 4:7, None]], 2), x.shape, align_corners=False)
         return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
