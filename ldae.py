@@ -1582,19 +1582,18 @@ def report_manipulation(s):
     s.put("manip_head_change", rows, abs(heads[:, -1] / heads[:, 0] - 1), better="lower")
     near = s.test[M.nearest(ends, s.data.image[s.test], 16)[1]].reshape(-1, 2)
     s.put("manip_same_subject", rows, (who[near] == who[rows][:, None]).mean(1))
-    for name, label, sign in (("ventricle", 4, 1), ("hippocampus", 5, -1)):
-        ml = s.data.columns.get(f"factor_{name}_ml")
-        if ml is None or s.data.mask is None:
-            continue
-        k = s.data.image.shape[1] // small(moved[:1, 0]).shape[1]
-        masks = np.stack([s.data.mask[i][::k, ::k, ::k] for i in s.some])
-        read = volume_reader(small(s.volumes(s.some)), masks, label, ml[s.some], who[s.some])
-        s.put(f"manip_{name}_reader_r2", s.test, read(small(s.volumes(s.test))), ml[s.test],
+    if s.data.mask is None or "factor_ventricle_ml" not in s.data.columns:      # no phantoms
+        return
+    some, held, x = small(s.volumes(s.some)), small(s.volumes(s.test)), moves.cpu().numpy()
+    k = s.data.image.shape[1] // some.shape[1]
+    masks = np.stack([s.data.mask[i][::k, ::k, ::k] for i in s.some])
+    for name, label, sign, better in (("ventricle", 4, 1, "higher"), ("hippocampus", 5, -1, "lower")):
+        ml = s.data.columns[f"factor_{name}_ml"]
+        read = volume_reader(some, masks, label, ml[s.some], who[s.some])
+        s.put(f"manip_{name}_reader_r2", s.test, read(held), ml[s.test],
               statistic=lambda p, t: M.regression(p, t)["r2"])
         found = np.stack([read(small(moved[:, i])) for i in range(len(moves))], 1)     # (subjects, moves) ml
-        x = moves.cpu().numpy()
-        s.put(f"manip_{name}_slope", rows, found @ x / (x @ x), unit="ml/SD", better="higher" if sign > 0 else
-              "lower")
+        s.put(f"manip_{name}_slope", rows, found @ x / (x @ x), unit="ml/SD", better=better)
         s.put(f"manip_{name}_monotone", rows, (np.diff(sign * found) > 0).all(1))
 
 
