@@ -21,8 +21,8 @@ space. `--recipe paper` is the published objective of B and C; `--recipe ours`, 
 - head position, z_map true: pooled slices and scaled channels both lose where things are;
 - mean_map true: what is learnt is how a brain differs from the mean one.
 """
-import copy, dataclasses, datetime, difflib, hashlib, inspect, io, json, math, os, platform, signal, sys
-import time, zipfile
+import copy, dataclasses, datetime, difflib, hashlib, inspect, io, itertools, json, math, os, platform
+import signal, sys, time, zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,7 +60,7 @@ class Config:
     rivals: bool = True       # also train the voxel-space autoencoder (as long) and the supervised encoder
     throughput: bool = False  # only time untrained networks of this size, latent and voxel space, and stop
     # volumes and networks
-    size: tuple = (128, 160, 128)         # of the phantoms (D,H,W); a file's volumes keep their own
+    size: tuple = (128, 160, 128)         # of the phantoms: W = D, H = 5/4 D; a file's volumes keep their own
     subjects: int = 160       # phantom subjects, 3 to 5 sessions each
     patch: int = 1            # stage A: patch^3 voxels enter as channels; 4 is quick, but blocks show
     ae_mult: tuple = (1, 2, 2, 2)         # stage A: channels per level, in units of ae_base
@@ -90,7 +90,7 @@ class Config:
     # objective
     kl: float = 1e-7          # weight of the KL, summed over the latent (paper)
     adv: float = 0.025        # weight of the adversarial loss (paper)
-    adv_warmup: int = 1000    # steps without it, then as many in which it grows (paper: 0)
+    adv_warmup: int = 1000    # steps without it, then as many in which it grows (paper: none; 1 is nearly so)
     lpips: str = ""           # TorchScript file f(a, b) of (B,3,H,W) in [-1,1]: adds 1e-3 LPIPS on slices
     predict: str = "v"        # what the UNet outputs: v, or eps with PDAE's weights and coefficients (paper)
     t_power: float = 0.25     # stage C draws times as T u^t_power: below 1 favours high noise (paper: 1)
@@ -310,14 +310,16 @@ def unfold3d(x, p):
 
 
 class Attention3d(nn.Module):
-    """Self-attention over all voxels, one head, residual, projection zero at first. (B,C,D,H,W) -> same"""
+    """Self-attention over all voxels, one head, residual, projection zero at first. (B,C,D,H,W) -> same
+
+    Called as a ResBlock3d is, but neither t nor z_sem changes it."""
     def __init__(self, ch, groups):
         super().__init__()
         self.norm = norm(ch, groups)
         self.qkv = nn.Conv3d(ch, 3 * ch, 1)
         self.proj = zero(nn.Conv3d(ch, ch, 1))
 
-    def forward(self, x):
+    def forward(self, x, emb=None, z=None):
         q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, -1)  # (B,1,D*H*W,C)
         h = F.scaled_dot_product_attention(q, k, v)
         return x + self.proj(h.squeeze(1).transpose(1, 2).reshape(x.shape))
@@ -527,7 +529,7 @@ class Down3d(nn.Module):
         for layers in self.steps:
             h = skips[-1]
             for layer in layers:
-                h = layer(h, emb, z) if isinstance(layer, ResBlock3d) else layer(h)
+                h = layer(h, emb, z)
             skips.append(h)
         return emb, skips
 
@@ -563,13 +565,13 @@ class Up3d(nn.Module):
     def forward(self, emb, skips, z=None):
         h = skips[-1] if self.z_map is None else skips[-1] + self.z_map(z)
         for layer in self.middle:
-            h = layer(h, emb, z) if isinstance(layer, ResBlock3d) else layer(h)
+            h = layer(h, emb, z)
         for layers, skip in zip(self.steps, skips[::-1]):
             d, height, w = skip.shape[2:]
             h = h[:, :, :d, :height, :w]           # an odd side was rounded up on the way down
             h = torch.cat([h, skip], 1)
             for layer in layers:
-                h = layer(h, emb, z) if isinstance(layer, ResBlock3d) else layer(h)
+                h = layer(h, emb, z)
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
@@ -614,7 +616,8 @@ def augment3d(x, strength, g):
     skew = torch.zeros(len(x), 3, 3, device=x.device)
     for k, (i, j) in enumerate(((0, 1), (0, 2), (1, 2))):
         skew[:, i, j], skew[:, j, i] = 0.3 * s[:, k], -0.3 * s[:, k]
-    rotate = torch.linalg.matrix_exp(skew) * (1 + 0.12 * s[:, 3]).view(-1, 1, 1)
+    side = torch.tensor(x.shape[:1:-1], device=x.device)       # positions are in units of the sides, x first
+    rotate = torch.linalg.matrix_exp(skew) * side / side[:, None] * (1 + 0.12 * s[:, 3]).view(-1, 1, 1)
     with torch.autocast(x.device.type, enabled=False):         # bfloat16 would round the positions
         grid = F.affine_grid(torch.cat([rotate, 0.12 * s[:, 4:7, None]], 2), x.shape, align_corners=False)
         return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
@@ -686,7 +689,7 @@ class Autoencoder(nn.Module):
         recon = self.decode(mean + (logvar / 2).exp() * randn_like(mean, g))
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3, 4)).mean()
         fool, judge = self.adversarial(x, recon)
-        warm = (self.step / max(c.adv_warmup, 1) - 1).clamp(0, 1) if c.adv_warmup else 1.0
+        warm = (self.step / c.adv_warmup - 1).clamp(0, 1)
         if self.training and getattr(g, "last", True):
             self.step += 1
         # Adam divides a factor of the discriminator's loss out again; but clipping is of all gradients
@@ -713,24 +716,12 @@ class Unconditional(nn.Module):
         z = batch["mean"] if g is None else batch["mean"] + batch["std"] * randn_like(batch["mean"], g)
         return (z - self.shift) / self.scale
 
-    def output(self, z_t, t):
-        """What the UNet predicts, v or eps. -> like z_t, float32"""
-        return self.up(*self.down(z_t, t)).float()
-
-    def eps(self, z_t, t, z_sem=None):
-        """eps_hat at levels t (B,); there is no z_sem to see."""
-        out = self.output(z_t, t)
-        return out if self.cfg.predict == "eps" else eps_from_v(out, z_t, t, self.alpha_bar)
-
-    def loss(self, z0, z_sem, t, eps):
-        """Squared error of the prediction per latent. -> (B,)"""
-        target = eps if self.cfg.predict == "eps" else v_target(z0, t, eps, self.alpha_bar)
-        return (self.output(q_sample(z0, t, eps, self.alpha_bar), t) - target).square().mean((1, 2, 3, 4))
-
     def forward(self, batch, g):
         z0 = self.latent(batch, g)
         t, eps = random_t(len(z0), self.cfg.T, self.cfg.ldm_t_power, g), randn_like(z0, g)
-        return self.loss(z0, None, t, eps).mean()
+        target = eps if self.cfg.predict == "eps" else v_target(z0, t, eps, self.alpha_bar)
+        out = self.up(*self.down(q_sample(z0, t, eps, self.alpha_bar), t)).float()
+        return (out - target).square().mean((1, 2, 3, 4)).mean()
 
 
 class Model(nn.Module):
@@ -1321,23 +1312,21 @@ def watch_autoencoder(cfg, loader):
     return watch
 
 
-def watch_semantic(cfg, loader, subject, ae=None):
-    """-> watch(ema, step) for fit: z_gap of 8 validation volumes; with an autoencoder also preview_C.png."""
+def watch_semantic(cfg, loader, subject):
+    """-> watch(ema, step) for fit of stage C: z_gap of 8 validation volumes, preview_C.png to look at."""
     rows = evenly(np.arange(len(loader)), 8)
     wrong, batch = torch.as_tensor(other_patient(subject[rows])), loader.batch(rows)
 
     def watch(ema, step):
         g = torch.Generator(loader.device).manual_seed(0)
         with torch.inference_mode(), amp(cfg, loader.device):
-            z = ema.encode(batch).float()
-            x0 = ema.frozen.net.latent(batch) if ae else batch["image"]
-        true, shuffled = z_losses(ema, x0, z, z[wrong.to(z.device)], g, strata=4).mean((1, 2)).tolist()
-        if ae:
-            back = render(ema, torch.randn(x0[::3].shape, generator=g, device=x0.device), z[::3], 10)
-            lines = [pictures_of(ae, ema.frozen.net, v) for v in (x0[::3], back)]
-            lines.insert(0, shown(batch["image"][::3]))
-            M.grid(Path(cfg.out, "preview_C.png"), [[view(v) for v in line] for line in lines],
-                   ["scan", "autoencoder", "z_sem, random z_T"], [], f"validation subjects at step {step}")
+            z, z0 = ema.encode(batch).float(), ema.frozen.net.latent(batch)
+        true, shuffled = z_losses(ema, z0, z, z[wrong.to(z.device)], g, strata=4).mean((1, 2)).tolist()
+        back = render(ema, torch.randn(z0[::3].shape, generator=g, device=z0.device), z[::3], 10)
+        lines = [shown(batch["image"][::3]),
+                 *(pictures_of(ema.ae.net, ema.frozen.net, v) for v in (z0[::3], back))]
+        M.grid(Path(cfg.out, "preview_C.png"), [[view(v) for v in line] for line in lines],
+               ["scan", "autoencoder", "z_sem, random z_T"], [], f"validation subjects at step {step}")
         return dict(val_loss=true, val_loss_shuffled=shuffled, z_gap=shuffled - true)
     return watch
 
@@ -1345,44 +1334,40 @@ def watch_semantic(cfg, loader, subject, ae=None):
 def linear_numbers(key, codes, scores, y, part, subject, seed):
     """Linear probes of y (N,), nan missing, from codes {row: (N,d)}, "" being ours; scores {row: (N,)} are
     predictions already. y in {0,1}: KEY_auroc, _acc, _precision, _recall, _f1 (called: p > 1/2); else
-    KEY_mae, _rmse, _r2. With the trivial rows. -> (metrics, probe of codes[""])"""
+    KEY_mae, _rmse, _r2. With the trivial row. -> metrics. ValueError: the rows cannot answer"""
     y = y.astype(np.float64)
     train, test = (np.flatnonzero((part == p) & ~np.isnan(y)) for p in ("train", "test"))
     if len(np.unique(y[train])) < 2 or not len(test):
         raise ValueError("the training rows have one value only" if len(test) else "no test row has a value")
-    out, axis, who, truth = {}, None, subject[test], y[test]
+    out, rows = {}, {}
     classes = set(np.unique(y[train])) == {0, 1}
-    for row in [*codes, *scores]:
-        dot, score = f".{row}" if row else "", scores.get(row)
-        if score is None:
-            probe = M.probe("linear", "class" if classes else "regression", codes[row][train], y[train],
-                            subject[train], seed)
-            axis = axis if row else probe
-            score = M.logits(probe, codes[row]) if classes else probe.predict(codes[row].astype(np.float64))
-        if classes:
-            out[f"{key}_auroc{dot}"] = M.row_of(M.auroc, who, score[test], truth)
-            for short, k in (("acc", "accuracy"), ("precision",) * 2, ("recall",) * 2, ("f1",) * 2):
-                called, all_of = (lambda s, t, c=c: M.classify(s, t, c)[k] for c in (0.0, -np.inf))
-                out[f"{key}_{short}{dot}"] = M.row_of(called, who, score[test], truth)
-                out[f"{key}_{short}.all_positive"] = M.row_of(all_of, who, score[test], truth)
-            continue
-        for k, better in (("mae", "lower"), ("rmse", "lower"), ("r2", "higher")):
-            statistic = lambda p, t: M.regression(p, t)[k]
-            out[f"{key}_{k}{dot}"] = M.row_of(statistic, who, score[test], truth, better=better)
-            mean = np.full(len(truth), y[train].mean())
-            out[f"{key}_{k}.mean"] = M.row_of(statistic, who, mean, truth, better=better)
-    return out, axis
+    for row, code in codes.items():
+        probe = M.probe("linear", "class" if classes else "regression", code[train], y[train], subject[train],
+                        seed)
+        rows[row] = M.logits(probe, code) if classes else probe.predict(code.astype(np.float64))
+    if classes:
+        numbers, short = lambda score, truth: M.classify(score, truth, 0.0), {"accuracy": "acc"}
+        trivial, keys = {"all_positive": np.full(len(y), np.inf)}, "auroc accuracy precision recall f1"
+    else:
+        numbers, short = M.regression, {}
+        trivial, keys = {"mean": np.full(len(y), y[train].mean())}, "mae rmse r2"
+    for row, score in {**rows, **scores, **trivial}.items():
+        for k in keys.split():
+            out[f"{key}_{short.get(k, k)}" + (f".{row}" if row else "")] = M.row_of(
+                lambda score, truth: numbers(score, truth)[k], subject[test], score[test], y[test],
+                better="lower" if k in ("mae", "rmse") else "higher")
+    return out
 
 
-def volume_reader(images, masks, label, ml):
+def volume_reader(images, masks, label, ml, subject):
     """Measures a structure in volumes without a mask: ridge regression from the voxels in and next to where
-    it lies in any of these masks to its volume. images (N,D,H,W), ml (N,) -> read(images) -> (N,) ml"""
+    it lies in any of these masks to its volume. images (N,D,H,W); ml, subject (N,) -> read(images), ml"""
     where = np.stack([(m == label).any(0) for m in np.array_split(masks, -(-len(masks) // 64))]).any(0)
     where = F.max_pool3d(torch.as_tensor(where, dtype=torch.float32)[None], 3, 1, 1)[0].bool().numpy()
     where = np.flatnonzero(where)
     where = where[np.linspace(0, len(where) - 1, min(len(where), 4000)).astype(int)]
     pick = lambda x: np.stack([np.asarray(v).reshape(-1)[where] for v in x]).astype(np.float64)
-    fitted = M.probe("linear", "regression", pick(images), ml, np.arange(len(ml)))
+    fitted = M.probe("linear", "regression", pick(images), ml, subject)
     return lambda x: fitted.predict(pick(x))
 
 
@@ -1396,8 +1381,7 @@ def triples(subject, session):
     out = []
     for s in np.unique(subject):
         rows = sorted(np.flatnonzero((subject == s) & ~np.isnan(session)), key=lambda i: session[i])
-        out += [(a, b, c) for i, a in enumerate(rows) for j, b in enumerate(rows[i + 1:], i + 1) for c in
-                rows[j + 1:] if session[a] < session[b] < session[c]]
+        out += [t for t in itertools.combinations(rows, 3) if len(set(session[list(t)])) == 3]
     return np.array(out, int).reshape(-1, 3)
 
 
@@ -1446,11 +1430,11 @@ def throughput(cfg, batch, ae, model, dae, k, crop=1):
                 if not row:
                     ae.decode(ae.posterior(batch["image"])[0])
         walk = lambda: render(net, invert(net, x0, z.detach(), k), z.detach(), k)
-        more = crop ** 3 if row else 1
-        for kind, part, other, more in (("train", unet, rest, more), ("recon", walk, ends, more * cfg.S / k)):
+        for kind, part, other, factor in (("train", unet, rest, 1), ("recon", walk, ends, cfg.S / k)):
+            factor *= crop ** 3 if row else 1
             part(), other()
             (a, gb_a), (b, gb_b) = seconds_of(part, device), seconds_of(other, device)
-            metrics[f"{kind}_vol_s{row}"] = M.row(n / (more * a + b), unit="1/s")
+            metrics[f"{kind}_vol_s{row}"] = M.row(n / (factor * a + b), unit="1/s")
             if device.type == "cuda":
                 metrics[f"{kind}_peak_gb{row}"] = M.row(max(gb_a, gb_b), unit="GB", better="lower")
             net.eval()
@@ -1472,6 +1456,7 @@ class Study:
         self.g, self.metrics = torch.Generator(self.device).manual_seed(cfg.seed), {}
         self.train, self.test = np.flatnonzero(part == "train"), np.flatnonzero(part == "test")
         self.some, self.few = evenly(self.train, 500), evenly(self.test, cfg.eval_images)
+        self.first = self.test[np.unique(data.subject[self.test], return_index=True)[1]]    # of each subject
         self.codes = {row: semantic_codes(models[row], loader) for row in ("", "dae") if row in models}
         self.z = self.codes[""]
 
@@ -1481,8 +1466,7 @@ class Study:
 
     def latent(self, rows):
         """-> standardised posterior means (n,z_ch,d,h,w)"""
-        batches = np.array_split(rows, -(-len(rows) // 64))
-        return torch.cat([self.ldm.latent(self.loader.batch(rows)) for rows in batches])
+        return in_batches(lambda i: self.ldm.latent(self.loader.batch(i)), np.asarray(rows))
 
     def images(self, z0):
         """Standardised latents -> volumes, numpy (n,D,H,W) in [0,1]"""
@@ -1496,11 +1480,11 @@ class Study:
         """One number with its interval over the subjects of these rows."""
         self.metrics[key] = M.row_of(statistic, self.data.subject[rows], *arrays, unit=unit, better=better)
 
-    def put_images(self, key, name, real, fake, rows, suffix=""):
-        """KEY_ssim and KEY_mse, with a suffix before .NAME"""
-        for k, value in M.image_numbers(key, name, real, fake, self.data.subject[rows]).items():
-            k, _, dot = k.partition(".")
-            self.metrics[k + suffix + ("." + dot if dot else "")] = value
+    def put_images(self, key, row, real, fake, rows):
+        """SSIM and MSE of fake against real (n,D,H,W). key: "recon_{}_T10", with a place for their names"""
+        dot = f".{row}" if row else ""
+        self.put(key.format("ssim") + dot, rows, M.ssim(real, fake))
+        self.put(key.format("mse") + dot, rows, M.mse(real, fake), better="lower")
 
     def grid(self, name, rows, *labels):
         """Volumes as pairs of slices, to OUT/name.png"""
@@ -1512,29 +1496,29 @@ def report_images(s):
     """1. The ceiling (stage A), with the inverted z_T, and from z_sem alone; z_T; is z_sem used? -> PCA"""
     rows, model, device = s.few, s.model, s.device
     real, z0, z, x0 = s.volumes(rows), s.latent(rows), s.z[rows], s.loader.batch(rows)["image"]
-    mean = np.broadcast_to(s.volumes(s.some).mean(0), real.shape)
+    some = s.volumes(s.some)
+    mean, pca = np.broadcast_to(some.mean(0), real.shape), M.pca(s.cfg.z_dim, small(some))
     pictures = {"scan": real, "autoencoder": s.images(z0)}
-    s.put_images("ae", "", real, pictures["autoencoder"], rows)
-    s.put_images("ae", "constant", real, mean, rows)
+    s.put_images("ae_{}", "", real, pictures["autoencoder"], rows)
+    s.put_images("ae_{}", "constant", real, mean, rows)
     s.put("ae_psnr", rows, M.psnr(real, pictures["autoencoder"]), unit="dB")
-    pca = M.pca(s.cfg.z_dim, small(s.volumes(s.some)))
     if small(real[:1]).shape == real[:1].shape:
-        s.put_images("ae", "pca", real, M.pca_reconstruct(pca, real), rows)
+        s.put_images("ae_{}", "pca", real, M.pca_reconstruct(pca, real), rows)
     eps = s.noise(len(rows))
     for S in sorted({10, 20, 50, 100, s.cfg.S} & set(range(s.cfg.T + 1))):
         z_T = invert(model, z0, z, S)
         for key, label, start in (("recon", "z_sem + z_T", z_T), ("semantic", "z_sem, random z_T", eps)):
             images = s.images(render(model, start, z, S))
-            s.put_images(key, "", real, images, rows, f"_T{S}")
-            s.put_images(key, "constant", real, mean, rows, f"_T{S}")
+            s.put_images(f"{key}_{{}}_T{S}", "", real, images, rows)
+            for k in ("ssim", "mse"):
+                s.metrics[f"{key}_{k}_T{S}.constant"] = s.metrics[f"ae_{k}.constant"]
             if S == s.cfg.S:
-                pictures[label] = images
-        # Is z_T white noise? A network that outputs zero round-trips perfectly: if it predicts eps with a z_T
-        # of sd .006, if it predicts v with one of sd 1 that still is the picture (zT_corr is 0 for noise).
-        for k, value in (("mean", z_T.mean((1, 2, 3, 4))), ("std", z_T.std((1, 2, 3, 4))),
-                         ("max", z_T.abs().amax((1, 2, 3, 4))), ("corr", neighbour_correlation(z_T))):
-            if S == s.cfg.S:
-                s.put(f"zT_{k}", rows, value.cpu().numpy(), better="lower")
+                pictures[label], noise = images, z_T
+    # Is z_T white noise? A network that outputs zero round-trips perfectly: if it predicts eps with a z_T of
+    # sd .006, if it predicts v with one of sd 1 that still is the picture (zT_corr is 0 for noise).
+    for k, value in (("mean", noise.mean((1, 2, 3, 4))), ("std", noise.std((1, 2, 3, 4))),
+                     ("max", noise.abs().amax((1, 2, 3, 4))), ("corr", neighbour_correlation(noise))):
+        s.put(f"zT_{k}", rows, value.cpu().numpy(), better="lower")
     wrong = torch.as_tensor(other_patient(s.data.subject[rows]), device=device)
     seeded = lambda: torch.Generator(device).manual_seed(0)
     right, bad = z_losses(model, z0, z, z[wrong], seeded()).cpu().numpy()
@@ -1548,7 +1532,7 @@ def report_images(s):
         noise = torch.randn(x0.shape, generator=s.g, device=device)
         for key, start in (("recon", invert(s.dae, x0, z, 10)), ("semantic", noise)):
             pictures[f"voxel DAE, {key}"] = shown(render(s.dae, start, z, 10))
-            s.put_images(key, "dae", real, pictures[f"voxel DAE, {key}"], rows, "_T10")
+            s.put_images(f"{key}_{{}}_T10", "dae", real, pictures[f"voxel DAE, {key}"], rows)
     s.grid("reconstructions", [line[:6] for line in pictures.values()], list(pictures),
            list(s.data.subject[rows[:6]]), "Test subjects, whom no network has seen: axial, coronal slice. "
            f"{s.cfg.S} DDIM steps (DAE: 10).")
@@ -1556,33 +1540,27 @@ def report_images(s):
 
 
 def report_probes(s, scores, pca):
-    """2. What a linear probe reads from each code. -> the probe of the target in z_sem, or None"""
+    """2. What a linear probe reads from each code: the target, age, on phantoms the known factors."""
     chunks = np.array_split(np.arange(len(s.data)), -(-len(s.data) // 50))
     flat = {row: v.cpu().numpy() for row, v in s.codes.items()}
     flat["pca"] = np.concatenate([M.pca_codes(pca, small(s.volumes(rows))) for rows in chunks])
-    target, axis = s.cfg.target or "label", None
-    for key, name in (("probe", target), ("age", "age")):
-        if name not in s.data.columns or key == "age" and target == "age":
-            if key == "probe" or target != "age":
-                print(f"no {key} numbers: no column {name}" + "; choose one with --target" * (key == "probe"))
-            continue
-        direct = {"supervised": scores[name]} if name in scores else {}
+    target = s.cfg.target or "label"
+    for key, name in {"probe": target, "age": "age"}.items() if target != "age" else [("probe", "age")]:
         try:
-            numbers, probe = linear_numbers(key, flat, direct, s.data.columns[name], s.part, s.data.subject,
-                                            s.cfg.seed)
-            s.metrics |= numbers
-            axis = probe if key == "probe" else axis
+            if name not in s.data.columns:
+                raise ValueError("no such column" + "; --target names another" * (key == "probe"))
+            direct = {"supervised": scores[name]} if name in scores else {}
+            s.metrics |= linear_numbers(key, flat, direct, s.data.columns[name], s.part, s.data.subject,
+                                        s.cfg.seed)
         except ValueError as e:
             print(f"no {key} numbers: {name}: {e}")
     s.metrics |= M.factor_numbers(flat, s.data.columns, s.part, s.data.subject, s.cfg.seed)
-    return axis
 
 
 def report_manipulation(s):
     """3. z_sem moved as it changes with the target, z_T kept: pictures; on phantoms, the anatomy."""
     who, device = s.data.subject, s.device
-    first = np.array([s.test[who[s.test] == name][0] for name in np.unique(who[s.test])])
-    rows = evenly(first, 3 * s.cfg.eval_images)
+    rows = evenly(s.first, 3 * s.cfg.eval_images)
     # A probe's weights tell how to read an attribute, and hold what cancels other causes too; how
     # codes change with it is their covariance with it (Haufe et al. 2014).
     y = s.data.columns[s.cfg.target or "label"][s.train].astype(np.float32)
@@ -1600,23 +1578,22 @@ def report_manipulation(s):
            ["scan", *[f"{m:+.2f} SD" for m in moves.tolist()], "2 |last - first|"],
            f"z_sem moved as it changes with {s.cfg.target or 'label'}, in SDs of the training codes.")
     # What must stay: the head's size, and whose head it is, told by the nearest of all test scans.
-    heads, every = (moved > 0.1).mean((2, 3, 4)), s.volumes(s.test)
+    heads, ends = (moved > 0.1).mean((2, 3, 4)), moved[:, [0, -1]].reshape(-1, *moved.shape[2:])
     s.put("manip_head_change", rows, abs(heads[:, -1] / heads[:, 0] - 1), better="lower")
-    near = [[((every - x) ** 2).sum((1, 2, 3)).argmin() for x in line[[0, -1]]] for line in moved]
-    s.put("manip_same_subject", rows, (who[s.test][np.array(near)] == who[rows][:, None]).mean(1))
-    for name, label, sign in (("ventricle", 4, 1), ("hippocampus", 5, -1)):
-        ml = s.data.columns.get(f"factor_{name}_ml")
-        if ml is None or s.data.mask is None:
-            continue
-        k = s.data.image.shape[1] // small(moved[:1, 0]).shape[1]
-        masks = np.stack([s.data.mask[i][::k, ::k, ::k] for i in s.some])
-        read = volume_reader(small(s.volumes(s.some)), masks, label, ml[s.some])
-        s.put(f"manip_{name}_reader_r2", s.test, read(small(s.volumes(s.test))), ml[s.test],
+    near = s.test[M.nearest(ends, s.data.image[s.test], 16)[1]].reshape(-1, 2)
+    s.put("manip_same_subject", rows, (who[near] == who[rows][:, None]).mean(1))
+    if s.data.mask is None or not {"factor_ventricle_ml", "factor_hippocampus_ml"} <= set(s.data.columns):
+        return                     # no phantoms
+    some, held, x = small(s.volumes(s.some)), small(s.volumes(s.test)), moves.cpu().numpy()
+    k = s.data.image.shape[1] // some.shape[1]
+    masks = np.stack([s.data.mask[i][::k, ::k, ::k] for i in s.some])
+    for name, label, sign, better in (("ventricle", 4, 1, "higher"), ("hippocampus", 5, -1, "lower")):
+        ml = s.data.columns[f"factor_{name}_ml"]
+        read = volume_reader(some, masks, label, ml[s.some], who[s.some])
+        s.put(f"manip_{name}_reader_r2", s.test, read(held), ml[s.test],
               statistic=lambda p, t: M.regression(p, t)["r2"])
         found = np.stack([read(small(moved[:, i])) for i in range(len(moves))], 1)     # (subjects, moves) ml
-        x = moves.cpu().numpy()
-        s.put(f"manip_{name}_slope", rows, found @ x / (x @ x), unit="ml/SD", better="higher" if sign > 0 else
-              "lower")
+        s.put(f"manip_{name}_slope", rows, found @ x / (x @ x), unit="ml/SD", better=better)
         s.put(f"manip_{name}_monotone", rows, (np.diff(sign * found) > 0).all(1))
 
 
@@ -1633,31 +1610,36 @@ def report_missing(s):
     keep = np.concatenate([evenly(np.flatnonzero(gap == m), 6 * s.cfg.eval_images) for m in np.unique(gap)])
     three, gap, alpha = three[keep], gap[keep], alpha[keep]
     rows, at = np.unique(three, return_inverse=True)
-    a, target, c = at.reshape(three.shape).T
-    w, z0, z = torch.as_tensor(alpha, device=s.device), s.latent(rows), s.z[rows]
+    at, z0, z = at.reshape(three.shape), s.latent(rows), s.z[rows]
     z_T = invert(s.model, z0, z, s.cfg.S)
-    lerp = lambda x: torch.lerp(x[a], x[c], w.view(-1, *[1] * (x.ndim - 1)).to(x.dtype))
-    before, truth, after = (s.volumes(three[:, i]) for i in range(3))
-    far = alpha[:, None, None, None]
-    made = {"": s.images(render(s.model, slerp(z_T[a], z_T[c], w), lerp(z), s.cfg.S)),
-            "latent_lerp": s.images(lerp(z0)), "ae": s.images(z0[target]),
-            "voxel_lerp": (1 - far) * before + far * after,
-            "copy_nearest": np.where(far <= 0.5, before, after)}
-    for row, images in made.items():
-        for months in np.unique(gap):
-            here = gap == months
-            s.put_images("interp", row, truth[here], images[here], three[here, 1], f"_{months}m")
+
+    def candidates(i):
+        """Triples i -> {name: volumes (n,D,H,W)}: the three scans, and what stands for the middle one"""
+        a, target, c = at[i].T
+        w, far = torch.as_tensor(alpha[i], device=s.device), alpha[i][:, None, None, None]
+        lerp = lambda x: torch.lerp(x[a], x[c], w.view(-1, *[1] * (x.ndim - 1)).to(x.dtype))
+        before, truth, after = (s.volumes(rows) for rows in three[i].T)
+        return {"start": before, "real target": truth, "end": after,
+                "": s.images(render(s.model, slerp(z_T[a], z_T[c], w), lerp(z), s.cfg.S)),
+                "latent_lerp": s.images(lerp(z0)), "ae": s.images(z0[target]),
+                "voxel_lerp": (1 - far) * before + far * after,
+                "copy_nearest": np.where(far <= 0.5, before, after)}
+    for months in np.unique(gap):      # one at a time: at the paper's size all of them fill 160 GB
+        here = np.flatnonzero(gap == months)
+        made = candidates(here)
+        for row in ("", "latent_lerp", "ae", "voxel_lerp", "copy_nearest"):
+            s.put_images(f"interp_{{}}_{months}m", row, made["real target"], made[row], three[here, 1])
     pick = evenly(np.arange(len(three)), 4)
-    s.grid("missing", [[x[i] for x in (before, truth, after, *made.values())] for i in pick],
+    made = candidates(pick)
+    s.grid("missing", list(zip(*made.values())),
            [f"{s.data.subject[three[i, 1]]}, {gap[i]} months" for i in pick],
-           ["start", "real target", "end", "z_sem lerp, z_T slerp", *list(made)[1:]],
+           [name or "z_sem lerp, z_T slerp" for name in made],
            "The scan between two others of a test subject; months to the nearer one.")
 
 
 def report_samples(s, prior):
     """5. What z_sem leaves open, and nobody's brains."""
-    who = s.data.subject[s.test]
-    rows = np.array([s.test[who == name][0] for name in np.unique(who)[:4]])
+    rows = s.first[:4]
     draws = [s.images(render(s.model, s.noise(4), s.z[[i] * 4], s.cfg.S)) for i in rows]
     s.grid("variations", [[scan, *line] for scan, line in zip(s.volumes(rows), draws)],
            list(s.data.subject[rows]), ["scan"], "One z_sem, four random z_T.")
@@ -1669,9 +1651,8 @@ def report_samples(s, prior):
         z = ddim_decode(lambda z_t, t: prior.eps(z_t, torch.full((6,), t, device=s.device)), noise,
                         min(50, s.cfg.T), prior.alpha_bar)
     fake = s.images(render(s.model, s.noise(6), z * seen.std(0) + seen.mean(0), s.cfg.S))
-    have = s.volumes(s.some)
-    near = [have[((have - x) ** 2).sum((1, 2, 3)).argmin()] for x in fake]
-    s.grid("samples", [fake, near], ["new subject", "nearest training scan"], [],
+    near = s.some[M.nearest(fake, s.data.image[s.some], 16)[1]]
+    s.grid("samples", [fake, s.volumes(near)], ["new subject", "nearest training scan"], [],
            "z_sem from the latent DDIM prior, z_T fresh noise. Row 2 shows whether they are copies.")
 
 
@@ -1681,8 +1662,8 @@ def evaluate(cfg, data, part, loader, models, scores, prior):
     models, loader: as in Study; scores: {column: (N,) predictions of the supervised encoder}."""
     s = Study(cfg, data, part, loader, models)
     pca = report_images(s)
-    axis = report_probes(s, scores, pca)
-    if axis is not None:
+    report_probes(s, scores, pca)
+    if {"probe_auroc", "probe_r2"} & set(s.metrics):       # the target varies: there is a direction
         report_manipulation(s)
     report_missing(s)
     report_samples(s, prior)
@@ -1693,9 +1674,13 @@ def evaluate(cfg, data, part, loader, models, scores, prior):
         if set(stages) <= set(logs):
             seconds = sum(training_seconds(logs[k], batches[k]) for k in stages)
             s.metrics["training_s" + row] = M.row(seconds, unit="s", better="lower")
-    if s.dae:       # 6. speed
-        batch = loader.batch(s.train[:min(len(s.train), 4)])
-        s.metrics |= throughput(cfg, batch, s.ae, copy.deepcopy(s.model), copy.deepcopy(s.dae), min(cfg.S, 2))
+    for n in (4, 2, 1) if s.dae else ():       # 6. speed, of as many volumes as fit without --accum
+        try:
+            s.metrics |= throughput(cfg, loader.batch(s.train[:n]), s.ae, copy.deepcopy(s.model),
+                                    copy.deepcopy(s.dae), min(cfg.S, 2))
+            break
+        except torch.OutOfMemoryError:
+            print(f"no throughput of {n} volumes at a time: they do not fit the GPU")
     return s.metrics
 
 
@@ -1776,10 +1761,19 @@ def check_network3d(c):
     if min(c.size) < 16 or c.size[0] % c.slab or any(s % c.enc_patch or s < plane for s in c.size[1:]):
         D.fail(f"volumes of {'x'.join(map(str, c.size))}: the semantic encoder needs sides of at least "
                f"{max(16, plane)}, D a multiple of --slab {c.slab}, H and W of --enc_patch {c.enc_patch}")
-    widths = [base * m for base, mult in ((c.ae_base, c.ae_mult), (c.base, c.mult), (c.enc_base, c.enc_mult))
-              for m in mult]
-    if c.base % 2 or c.dae_base % 2 or c.groups and any(w % c.groups for w in widths):
-        D.fail(f"--base {c.base} --groups {c.groups}: widths must be even and multiples of the groups")
+    if any(s % c.dae_patch for s in c.size) or min(c.size) < 3 * 2 ** c.disc_layers:
+        D.fail(f"volumes of {'x'.join(map(str, c.size))}: sides must be multiples of --dae_patch "
+               f"{c.dae_patch} and at least 3 * 2^{c.disc_layers} for --disc_layers {c.disc_layers}")
+    if c.base % 2 or c.dae_base % 2 or c.T < 10:
+        D.fail(f"--base {c.base} --dae_base {c.dae_base} --T {c.T}: widths must be even, T at least 10")
+    if len(c.ae_mult) == 1 and 1 < c.patch ** 3 < c.z_ch:
+        D.fail(f"--z_ch {c.z_ch}: a patch has {c.patch ** 3} voxels, its code cannot have more numbers")
+    try:     # the rest is known to the networks: without memory they are built in a second
+        with torch.device("meta"):
+            Model(c, Unconditional(c), Autoencoder(c)), DAE(c)
+    except (ValueError, RuntimeError, AssertionError) as e:
+        D.fail(f"networks that cannot be: {str(e).splitlines()[0]}; see --groups, --ae_base, --disc_base, "
+               "--base, --enc_base, --dae_base, --z_dim, --lpips")
     for key in ("ae_batch", "ldm_batch", "dae_batch"):
         if getattr(c, key) % ranks()[1]:
             D.fail(f"--{key} {getattr(c, key)}: not divisible by {ranks()[1]} processes")
@@ -1864,8 +1858,8 @@ def training_seconds(path, batch):
 PAPER = {"ae_ssim": 0.962, "recon_ssim_T10": 0.953, "recon_ssim_T20": 0.960, "recon_ssim_T50": 0.962,
          "recon_ssim_T100": 0.962, "semantic_ssim_T10": 0.872, "semantic_ssim_T20": 0.871,
          "semantic_ssim_T50": 0.870, "semantic_ssim_T100": 0.869, "probe_auroc": 0.895, "probe_acc": 0.837,
-         "probe_precision": 0.847,
-         "probe_recall": 0.910, "probe_f1": 0.877, "age_mae": 4.16, "age_rmse": 5.23, "throughput_ratio": 20}
+         "probe_precision": 0.847, "probe_recall": 0.910, "probe_f1": 0.877, "age_mae": 4.16,
+         "age_rmse": 5.23, "throughput_ratio": 20}
 
 
 def time_only(cfg, device):
@@ -1908,8 +1902,15 @@ def main(argv):
     data, part = D.load_study(path, cfg.test, None, cfg.seed, square=False)
     if len(data.image.shape) != 4:
         D.fail(f"{path}: image: slices of {data.image.shape[1:]}; ldae.py needs volumes (N,D,H,W)")
+    drawn = len(np.unique(data.subject)), data.image.shape[1]
+    if not (cfg.data or cfg.test) and drawn != (cfg.subjects, cfg.size[0]):
+        D.fail(f"{path}: {drawn[0]} phantoms of side {drawn[1]}, --subjects {cfg.subjects} --size "
+               f"{cfg.size[0]}: delete it, or choose another --out")
     cfg = dataclasses.replace(cfg, size=tuple(data.image.shape[1:]))
     check_network3d(cfg)
+    if (label := data.columns.get("label")) is not None and (label > 1).any():
+        print(f"label: 1 against 0; {(label > 1).sum()} scans of other classes are left out of the probes")
+        data.columns["label"] = np.where(label > 1, np.nan, label)
     train, val = np.flatnonzero(part == "train"), np.flatnonzero(part == "val")
     if cfg.target and data.columns.get(cfg.target, np.array("")).dtype.kind not in "biuf":
         names = ", ".join(data.columns) or "none"
@@ -1944,7 +1945,8 @@ def main(argv):
 
     facts_b = facts | dict(stage_A=identity(models["ae"]))
     everything = D.Loader({"image": data.image}, device)
-    key = hashlib.sha256(repr((facts_b, list(subject))).encode()).hexdigest()
+    tested = hashlib.sha256(data.image[part == "test"]).hexdigest() if cfg.test else ""
+    key = hashlib.sha256(repr((facts_b, list(subject), tested)).encode()).hexdigest()
     if rank == 0:
         cached_latents(models["ae"], out / "latents.npz", everything, key)
     if world > 1:
@@ -1958,7 +1960,7 @@ def main(argv):
     facts_c = facts_b | dict(stage_B=identity(models["ldm"]))
     arrays["image"] = data.image
     both, unseen = (D.Loader(arrays, device, rows) for rows in (train, val))
-    watch = watch_semantic(c, unseen, subject[val], models["ae"]) if len(val) else None
+    watch = watch_semantic(c, unseen, subject[val]) if len(val) else None
     steer = lambda c: Model(c, models["ldm"], models["ae"])
     models[""], reached = stage("ckpt_C", steer, c, cfg.steps, both, facts_c, watch)
 
@@ -1977,11 +1979,12 @@ def main(argv):
         if tasks:
             s = stage_config(cfg, "ckpt_supervised", cfg.batch, cfg.lr)
             y = np.stack([data.columns[k].astype(np.float32) for k in tasks], 1)
+            facts_s = facts | dict(columns=tasks, values=hashlib.sha256(y[train]).hexdigest()[:16])
             binary = [set(np.unique(v[~np.isnan(v)])) <= {0, 1} for v in y[train].T]
             m, sd = (np.where(binary, x, f(y[train], 0)) for f, x in ((np.nanmean, 0), (np.nanstd, 1)))
             y = ((y - m) / np.maximum(sd, 1e-6)).astype(np.float32)
             net, _ = stage("ckpt_supervised", lambda c: Supervised(c, binary), s, cfg.steps,
-                           D.Loader({"image": data.image, "y": y}, device, train), facts | {"columns": tasks})
+                           D.Loader({"image": data.image, "y": y}, device, train), facts_s)
             found = semantic_codes(net, everything).cpu().numpy() * sd + m
             scores = {k: found[:, i] for i, k in enumerate(tasks)}
     if leave():
@@ -1992,7 +1995,7 @@ def main(argv):
         z = ((z - z.mean(0)) / z.std(0).clamp(min=1e-6)).cpu().numpy()
         p = stage_config(cfg, "ckpt_prior", cfg.batch, cfg.lr)
         prior, _ = stage(f"ckpt_prior_at_{reached}", Prior, p, cfg.prior_steps, D.Loader({"z": z}, device),
-                         facts_c)
+                         facts_c | dict(stage_C=identity(models[""])))
     metrics = evaluate(cfg, data, part, everything, models, scores, prior)
     metrics["peak_gb"] = M.row(peak_gb(device), unit="GB", better="lower")
     M.save_results(out / "results.json", "ldae", cfg.data or "phantom brains", count,

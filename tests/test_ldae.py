@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import replace
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -230,6 +231,18 @@ def test_augment_moves_three_quarters_and_keeps_their_mass():
     assert torch.equal(m.augment3d(x, 0.0, torch.Generator()), x)
 
 
+def test_augment_turns_and_does_not_shear():
+    """In a volume of unequal sides a ball stays a ball: its axes are equal (sheared, they differed by up to 1.7 times)."""
+    size = 20, 40, 20
+    at = torch.stack(torch.meshgrid(*[torch.arange(n) - (n - 1) / 2 for n in size], indexing="ij"))
+    ball = torch.exp(-at.square().sum(0) / 8).expand(50, 1, *size)
+    y = m.augment3d(ball, 1.0, torch.Generator().manual_seed(0))[:, 0]
+    weight = (y / y.sum((1, 2, 3), keepdim=True)).flatten(1)
+    at = at.flatten(1) - (weight @ at.flatten(1).T)[:, :, None]
+    axes = torch.linalg.eigvalsh(torch.einsum("nv,niv,njv->nij", weight, at, at))
+    assert (axes[:, 2] / axes[:, 0]).sqrt().max() < 1.05
+
+
 # --------------------------------------------------------------------------------- training
 
 def test_each_network_gets_its_own_adversarial_gradient():
@@ -314,12 +327,22 @@ def test_latents_are_standardised_over_the_training_scans(finished, tiny):
     assert np.allclose((z ** 2 + std ** 2).mean((0, 2, 3, 4)), 1, atol=1e-3)
 
 
-def test_the_same_command_changes_nothing(finished, tiny):
+def test_the_same_command_changes_nothing(finished, tiny, monkeypatch):
+    """Nor does a voxel-space rival too large to be timed four volumes at a time cost the report."""
+    sizes, timed = [], m.throughput
+
+    def too_small(cfg, batch, *others):
+        sizes.append(len(batch["image"]))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError("GPU")
+        return timed(cfg, batch, *others)
+    monkeypatch.setattr(m, "throughput", too_small)
     before = {p.name: p.read_bytes() for p in finished.glob("*.pt")}
     first = json.loads((finished / "results.json").read_text())["metrics"]
     main("--data", tiny, "--out", finished, *FLAGS, "--eval")
     again = json.loads((finished / "results.json").read_text())["metrics"]
     assert before == {p.name: p.read_bytes() for p in finished.glob("*.pt")}
+    assert sizes == [4, 2] and "throughput_ratio" in again
     assert all(first[k]["value"] == again[k]["value"] for k in ("ae_ssim", "recon_ssim_T10", "age_mae", "interp_mse_6m"))
 
 
@@ -330,7 +353,8 @@ def test_missing_or_foreign_stages_say_what_to_do(finished, tiny, capsys, tmp_pa
         path.rename(aside)
         assert f"{stage}.pt: not there; the same command without --eval" in error_of(capsys, *command, "--eval")
         aside.rename(path)
-    for stage, after, what in (("ckpt_A", "ckpt_B", "stage_A"), ("ckpt_B", "ckpt_C", "stage_B")):
+    for stage, after, what in (("ckpt_A", "ckpt_B", "stage_A"), ("ckpt_B", "ckpt_C", "stage_B"),
+                               ("ckpt_C", "ckpt_prior_at_4", "stage_C")):
         path = finished / f"{stage}.pt"
         kept, state = path.read_bytes(), torch.load(path, weights_only=True)
         state["ema"] = {k: v + 0.01 if v.is_floating_point() else v for k, v in state["ema"].items()}
@@ -340,6 +364,13 @@ def test_missing_or_foreign_stages_say_what_to_do(finished, tiny, capsys, tmp_pa
         torch.save({**state, "run": {**state["run"], "data": "other"}}, path)
         assert f"{stage}.pt: made by another run (data 'other'" in error_of(capsys, *command)
         path.write_bytes(kept)
+    # the supervised encoder of other labels
+    with h5py.File(tiny) as old, h5py.File(tmp_path / "older.h5", "w") as new:
+        for name in old:
+            old.copy(name, new)
+        new["age"][:] += 1
+    message = error_of(capsys, "--data", tmp_path / "older.h5", *command[2:])
+    assert "ckpt_supervised.pt: made by another run (values" in message
     # the latents of another autoencoder, or a damaged file of them, are made again
     (finished / "latents.npz").write_bytes(b"half a file")
     main(*command, "--eval")
@@ -356,9 +387,27 @@ def test_another_semantic_encoder_keeps_stages_a_and_b(finished, tiny, capsys, t
     assert "probe_auroc" in metrics and "throughput_ratio" not in metrics
 
 
-def test_paper_recipe_runs(tiny, tmp_path):
-    main("--data", tiny, "--out", tmp_path, *FLAGS, "--recipe=paper", "--rivals=false", "--prior_steps=0", "--steps=2")
-    assert "loss_none" in json.loads((tmp_path / "results.json").read_text())["metrics"]
+def test_paper_recipe_reads_disease_against_health(tmp_path):
+    """A third class, as in ADNI's tables, is left out: its number is a name and no quantity to regress on."""
+    image, subject = heads(36)[0], np.repeat([f"p{i:02d}" for i in range(12)], 3)
+    D.write(str(tmp_path / "three.h5"), [dict(image=image, subject=subject, label=np.repeat(np.arange(12) % 3, 3))], {})
+    main("--data", tmp_path / "three.h5", "--out", tmp_path, *FLAGS, "--recipe=paper", "--rivals=false", "--prior_steps=0",
+         "--steps=2", "--S=2", "--eval_images=1")
+    metrics = json.loads((tmp_path / "results.json").read_text())["metrics"]
+    assert {"loss_none", "probe_auroc"} <= set(metrics) and "probe_r2" not in metrics
+    assert metrics["probe_auroc"]["n"] == metrics["probe_auroc.pca"]["n"] < 3
+
+
+def test_latents_of_another_test_file_are_made_again(tmp_path):
+    """Same training file, same subjects, other images: what is cached is not of these."""
+    image, flags, made = heads(16)[0], ["--rivals=false", "--prior_steps=0", "--steps=1", "--S=1", "--eval_images=1"], []
+    D.write(str(tmp_path / "train.h5"), [dict(image=image[:12], subject=np.array(list("abcdefghijkl")))], {})
+    for brightness in (image[12:], 255 - image[12:]):
+        D.write(str(tmp_path / "test.h5"), [dict(image=brightness, subject=np.array(list("wxyz")))], {})
+        main("--data", tmp_path / "train.h5", "--test", tmp_path / "test.h5", "--out", tmp_path / "out", *FLAGS, *flags)
+        with np.load(tmp_path / "out" / "latents.npz") as f:
+            made.append(f["mean"])
+    assert np.array_equal(made[0][:12], made[1][:12]) and abs(made[0][12:] - made[1][12:]).max() > 1e-3
 
 
 def test_throughput_without_training(capsys, tmp_path):
@@ -375,7 +424,7 @@ def test_real_hippocampi(tmp_path, capsys):
     main("--data", path, "--out", tmp_path, *FLAGS, "--target=volume_mm3", "--steps=2", "--ae_steps=2", "--ldm_steps=2",
          "--rivals=false", "--prior_steps=0", "--patch=4", "--S=2", "--T=10")
     printed, metrics = capsys.readouterr().out, json.loads((tmp_path / "results.json").read_text())["metrics"]
-    assert "no column age" in printed and "three sessions" in printed and {"probe_r2", "probe_mae.mean"} <= set(metrics)
+    assert "age: no such column" in printed and "three sessions" in printed and {"probe_r2", "probe_mae.mean"} <= set(metrics)
 
 
 # --------------------------------------------------------------------------------- pieces of the report
@@ -393,8 +442,12 @@ def test_evenly_keeps_the_ends():
 
 def test_volume_reader_measures_what_it_has_not_seen():
     image, mask, inner = heads(60)
-    read = m.volume_reader(image[:50], mask[:50], 4, inner[:50])
+    seen, probe = [], m.M.probe
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(m.M, "probe", lambda kind, task, z, y, subject: seen.append(subject) or probe(kind, task, z, y, subject))
+        read = m.volume_reader(image[:50], mask[:50], 4, inner[:50], np.arange(50) // 2)
     assert np.corrcoef(read(image[50:]), inner[50:])[0, 1] > 0.97
+    assert (seen[0] == np.arange(50) // 2).all()      # its penalty is chosen on other subjects, not on other visits
 
 
 def test_linear_numbers_of_codes_and_of_direct_scores():
@@ -402,10 +455,11 @@ def test_linear_numbers_of_codes_and_of_direct_scores():
     y, subject = np.arange(80) % 2, np.repeat(np.arange(40), 2).astype(str)
     part = np.repeat(["train", "val", "test"], [40, 20, 20])
     codes = {"": y[:, None] + 0.1 * rng.normal(size=(80, 3)), "noise": rng.normal(size=(80, 3))}
-    out, axis = m.linear_numbers("probe", codes, {"supervised": y - 0.5}, y, part, subject, 0)
+    out = m.linear_numbers("probe", codes, {"supervised": y - 0.5}, y, part, subject, 0)
     assert out["probe_auroc"]["value"] == out["probe_auroc.supervised"]["value"] == out["probe_acc.supervised"]["value"] == 1
-    assert out["probe_auroc.noise"]["value"] < 0.9 and out["probe_recall.all_positive"]["value"] == 1 and axis is not None
-    out, _ = m.linear_numbers("age", codes, {}, y * 10 + 60.5, part, subject, 0)
+    assert out["probe_auroc.noise"]["value"] < 0.9 and out["probe_recall.all_positive"]["value"] == 1
+    assert out["probe_auroc.all_positive"]["value"] == 0.5
+    out = m.linear_numbers("age", codes, {}, y * 10 + 60.5, part, subject, 0)
     assert out["age_mae"]["value"] < 1.5 < out["age_mae.mean"]["value"]
 
 
@@ -413,11 +467,20 @@ def test_linear_numbers_of_codes_and_of_direct_scores():
 
 @pytest.mark.parametrize("flags, word", [
     (["--stesp=3"], "did you mean --steps"), (["--patch=5"], "multiples of"), (["--slab=5"], "--slab"), (["--head=nose"], "position"),
-    (["--enc_mult=1,2,4,8"], "at least 32"), (["--groups=7"], "multiples of the groups"), (["--target=nose"], "factor_ventricle_ml"),
+    (["--enc_mult=1,2,4,8"], "at least 32"), (["--groups=7"], "divisible by num_groups (7)"), (["--target=nose"], "factor_ventricle_ml"),
+    (["--base=40"], "divisible"), (["--dae_base=56"], "divisible"), (["--disc_base=60"], "divisible"),
+    (["--head=pool", "--z_dim=100"], "num_heads"), (["--disc_layers=3"], "at least 3 * 2^3"), (["--dae_patch=3"], "multiples of --dae_patch 3"),
+    (["--lpips=/no/such"], "/no/such"), (["--T=9"], "T at least 10"), (["--ae_mult=1", "--z_ch=9"], "8 voxels"),
     (["--S=2000"], "S <= T"), (["--data=/no/such.h5"], "no such file"), (["--z_ch=0"], "at least 1"), (["--kl=-1"], ">= 0"),
 ])
 def test_bad_flags(flags, word, tiny, tmp_path, capsys):
     assert word in error_of(capsys, "--data", tiny, "--out", tmp_path / "out", *FLAGS, *flags)
+
+
+def test_phantoms_of_another_size_are_not_used_in_silence(tmp_path, capsys):
+    D.phantom_brains(str(tmp_path / "brains.h5"), subjects=2, size=16)
+    assert "brains.h5: 2 phantoms of side 16, --subjects 3 --size 48: delete it" in \
+        error_of(capsys, "--out", tmp_path, *FLAGS, "--subjects=3")
 
 
 def test_slices_are_not_volumes(tmp_path, capsys):
