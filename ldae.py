@@ -1118,12 +1118,12 @@ def fit(model, loader, cfg, name, run, steps, watch=None):
             group["lr"] = lr
         opt.zero_grad()
         loss = backward(net, batch, cfg, g, step)
-        norm = nn.utils.clip_grad_norm_(params, 1.0)
-        opt.found_inf = (~torch.isfinite(norm)).float()      # if so, the fused step skips itself: no sync
+        grad_norm = nn.utils.clip_grad_norm_(params, 1.0)
+        opt.found_inf = (~torch.isfinite(grad_norm)).float()     # if so, the fused step skips itself: no sync
         opt.step()
         with torch.no_grad():      # else the average would remember all of its past, for a gradient
             torch._foreach_lerp_(averaged, params, 1 - min(cfg.ema, (1 + step) / (10 + step)))
-        seen.append(torch.stack([loss, norm]))
+        seen.append(torch.stack([loss, grad_norm]))
         step += 1
         bar.update()
 
@@ -1146,9 +1146,9 @@ def fit(model, loader, cfg, name, run, steps, watch=None):
                    f"stopped before the weights changed; {path} is the last save; try a smaller --lr", 1)
         seen = [] if line else list(values)
         if line and rank == 0:
-            loss, norm = values.cpu().double().mean(0).tolist()
-            row = dict(step=step, loss=loss, grad_norm=norm, lr=lr, peak_gb=round(peak_gb(device), 3),
-                       img_s=round((step - since) * cfg.batch / (time.perf_counter() - began), 1))
+            loss, grad_norm = values.cpu().double().mean(0).tolist()
+            row = dict(step=step, loss=loss, grad_norm=grad_norm, lr=lr, peak_gb=round(peak_gb(device), 3),
+                       img_s=float(f"{(step - since) * cfg.batch / (time.perf_counter() - began):.4g}"))
             row |= watch(ema, step) if due and watch else {}
             log_line(log_path, row)
             bar.set_postfix(loss=f"{loss:.4f}", img_s=row["img_s"])
@@ -1819,6 +1819,17 @@ def start(argv):
     return cfg, given, device
 
 
+def record(cfg):
+    """Leaves the configuration and this script beside what they make. Says so if the script has changed."""
+    text, copy = Path(__file__).read_bytes(), Path(cfg.out, Path(__file__).name)
+    M.write_atomically(Path(cfg.out, "config.json"), json.dumps(dataclasses.asdict(cfg), indent=1).encode())
+    if copy.exists() and copy.read_bytes() != text and any(copy.parent.glob("ckpt*.pt")):
+        print(f"{copy.name} has changed since it made the weights in {cfg.out}: they are kept, and go on. To "
+              "train anew, choose another --out")
+    if not cfg.eval:
+        M.write_atomically(copy, text)
+
+
 def stage(name, make, cfg, steps, loader, facts, watch=None):
     """One network, make(cfg): trained from where it was left to `steps`; --eval: only loaded.
 
@@ -1831,11 +1842,15 @@ def stage(name, make, cfg, steps, loader, facts, watch=None):
         D.fail(f"{path}: not there; the same command without --eval trains it")
     torch.manual_seed(mix(cfg.seed, 3))
     try:
-        return fit(make(cfg).to(loader.device), loader, cfg, name, run, 0 if cfg.eval else steps, watch)
+        ema, reached = fit(make(cfg).to(loader.device), loader, cfg, name, run, 0 if cfg.eval else steps,
+                           watch)
     except torch.OutOfMemoryError:
         D.fail(f"{name}: out of GPU memory with --batch {cfg.batch} --accum {cfg.accum} (peak "
                f"{peak_gb(loader.device):.1f} GB); the same command with --accum {2 * cfg.accum} goes on "
                "from the last save, to the same result; a smaller --batch needs another --out")
+    if reached < steps:
+        print(f"{name}: evaluated as it is after {reached} of {steps} steps")
+    return ema, reached
 
 
 def leave():
@@ -1926,9 +1941,7 @@ def main(argv):
               f"\n{cfg.ae_steps}, {cfg.ldm_steps}, {cfg.steps} steps for stages A, B, C; bars show the time "
               f"left. The demo takes about 9 minutes on 2 CPU cores.\n"
               f"out: {out}/; stop at any time, the same command goes on", flush=True)
-        M.write_atomically(out / "config.json", json.dumps(dataclasses.asdict(cfg), indent=1).encode())
-        if not cfg.eval:
-            M.write_atomically(out / "ldae.py", Path(__file__).read_bytes())
+        record(cfg)
 
     # A checkpoint must agree on these: nobody it was trained on may be tested on, whatever the split is now.
     who = hashlib.sha256("\n".join(sorted(set(data.subject[train]))).encode()).hexdigest()[:16]

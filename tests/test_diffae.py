@@ -383,6 +383,7 @@ def test_whole_run_leaves_results_and_pictures(tiny, tmp_path, capsys):
     out = tmp_path / "out"
     main("--data", tiny, "--out", out, *FLAGS)
     printed = capsys.readouterr().out
+    assert "has changed" not in printed and "evaluated as" not in printed
     assert "12x" not in printed and "16x16" in printed and "recon_ssim" in printed
     results = json.loads((out / "results.json").read_text())
     assert results["script"] == "diffae" and results["n"] == {"train": 8, "val": 2, "test": 2}
@@ -400,7 +401,10 @@ def test_whole_run_leaves_results_and_pictures(tiny, tmp_path, capsys):
     assert (out / "diffae.py").read_text() == (ROOT / "diffae.py").read_text()
     assert json.loads((out / "config.json").read_text())["z_dim"] == 8
     before = (out / "ckpt.pt").read_bytes()
-    main("--data", tiny, "--out", out, *FLAGS, "--eval")                   # changes nothing, gives the same numbers
+    (out / "diffae.py").write_text("# as it was when the weights were made\n")
+    main("--data", tiny, "--out", out, *FLAGS, "--eval", "--steps=20")     # changes nothing, gives the same numbers
+    told = capsys.readouterr().out
+    assert "diffae.py has changed" in told and "ckpt: evaluated as it is after 12 of 20 steps" in told
     again = json.loads((out / "results.json").read_text())
     assert (out / "ckpt.pt").read_bytes() == before
     assert again["metrics"]["recon_ssim"] == results["metrics"]["recon_ssim"]
