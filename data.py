@@ -295,9 +295,14 @@ def read_columns(path, warnings):
             if name in ("image", "mask"):
                 columns[name] = d.shape
                 continue
+            text = h5py.check_string_dtype(d.dtype)
+            if name in ("subject", "sex", "split") and not text and d.dtype.kind not in "iu":
+                fail(f"{path}: {name}: type {d.dtype}, expected text or whole numbers")   # 1.0 is not "1"
             try:
-                x = d.asstr()[:] if h5py.check_string_dtype(d.dtype) else d[:]
-            except (OSError, UnicodeDecodeError, TypeError) as error:
+                x = d.asstr("utf-8")[:] if text else d[:]
+            except UnicodeDecodeError:
+                fail(f"{path}: {name}: not utf-8; write the texts again as Python's str")
+            except (OSError, TypeError) as error:
                 fail(f"{path}: {name}: cannot be read, write the file again: {error}")
             columns[name] = check_column(path, name, x, warnings)
     return columns, attrs
@@ -311,9 +316,11 @@ def check_column(path, name, x, warnings):
             fail(f"{path}: {name}[{row}]: {x[row]!s:.40} {why} ({int(bad.sum())} such rows)")
 
     if name in ("subject", "sex", "split"):
-        x = np.array([str(v).strip() for v in x])
+        texts = [str(v).strip() for v in x]
+        refuse(np.array([len(t) > 200 for t in texts]), "... is longer than 200 characters")
+        x = np.array(texts)
         if name == "subject":
-            refuse(x == "", "is an empty id; every row needs its subject")
+            refuse(np.isin(x, ["", "nan", "NaN", "None"]), "is an empty id; every row needs its subject")
         if name == "split":
             refuse(~np.isin(x, ["train", "val", "test"]), "is none of train, val, test")
         return x

@@ -146,6 +146,10 @@ def test_names_missing_values_and_strings(tmp_path):
         f["label"].attrs["label_names"] = ["healthy", "ill"]
         f.create_group("extra")
     d = data.load(path)
+    with h5py.File(path, "a") as f:
+        del f["subject"]
+        f["subject"] = np.repeat([s.encode() for s in ("a", "b", "c", "é")], 3)    # declared as ASCII
+    assert data.load(path).fingerprint == d.fingerprint
     assert list(d.subject[::3]) == ["a", "b", "c", "é"] and d.label_names == ["healthy", "ill"]
     assert d.columns["score"][5] == 5 and d.columns["sex"][1] == "F" and len(d) == N
     assert any("age: 1 of 12" in w for w in d.warnings) and any("extra" in w for w in d.warnings)
@@ -374,6 +378,10 @@ def row(values, i, v):
     (dict(mask=np.zeros((N, H, H + 1), np.uint8)), ["mask", "(12, 16, 17)"]),
     (dict(mask=np.zeros((N, H, H), np.int32)), ["mask", "int32"]),
     (dict(subject=row(np.repeat(["aa", "b"], 6), 5, " ")), ["subject[5]", "empty"]),
+    (dict(subject=row(np.repeat(["aaa", "b"], 6), 5, "nan")), ["subject[5]: nan", "empty"]),
+    (dict(subject=row(np.arange(N) + 0.0, 5, np.nan)), ["subject", "float", "text or whole numbers"]),
+    (dict(sex=row(np.ones(N), 5, np.nan)), ["sex", "float", "text or whole numbers"]),
+    (dict(subject=row(np.repeat(["a" * 300, "b"], 6), 5, "c")), ["subject[0]: aaaa", "longer than 200"]),
     (dict(split=np.array(["train", "val"] * 6)), ["split", "a, b, c, d"]),
     (dict(subject=np.array(["a", "a "] * 6), split=np.array(["train", "val"] * 6)), ["1 subjects", " a;"]),
     (dict(split=row(["train"] * N, 3, "dev")), ["split[3]", "dev"]),
