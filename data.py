@@ -327,9 +327,9 @@ def check_column(path, name, x, warnings):
     if x.dtype.kind not in "biuf":
         fail(f"{path}: {name}: type {x.dtype}, expected numbers")
     x = x.astype(np.uint8) if x.dtype == bool else x
-    refuse(np.isinf(x), "is infinite")
+    refuse(abs(x.astype(float)) > 3e38, "is infinite")   # as the float32 that it becomes
     if name in ("label", "event"):
-        refuse(~np.isfinite(x) | (x != np.floor(x)) | (x < 0), "is not a whole number >= 0")
+        refuse(~((x == np.floor(x)) & (x >= 0) & (x < 2 ** 31)), "is not a whole number from 0 to 2147483647")
         if name == "event":
             refuse(x > 1, "is neither 0 (censored) nor 1")
         return x.astype(np.int64 if name == "label" else np.uint8)
@@ -338,6 +338,9 @@ def check_column(path, name, x, warnings):
     missing = int(np.isnan(x).sum())
     if missing:
         warnings.append(f"{path}: {name}: {missing} of {len(x)} rows are NaN, taken as missing")
+    odd = np.count_nonzero((x < 0) | (x > 120)) if name == "age" else 0
+    if odd:
+        warnings.append(f"{path}: age: {odd} of {len(x)} rows are not between 0 and 120, in years")
     return x.astype(np.float32) if name in ("age", "session", "time") else x
 
 
