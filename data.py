@@ -171,7 +171,7 @@ class Rows:
                 if bad.any():
                     row = int(np.argmax(bad.reshape(len(x), -1).any(1)))
                     fail(f"{path}: {self.name}[{first + row}]: {int(bad[row].sum())} values {what} "
-                         f"(first {x[row][bad[row]][0]:g}); rescale the image to [0,1]")
+                         f"(first {x[row][bad[row]][0]:.9g}); rescale the image to [0,1], or clip it")
             x = x.astype(np.float32) * 255
         if self.size:
             x = resize(x, self.size, nearest=self.name == "mask")

@@ -373,6 +373,7 @@ def row(values, i, v):
     (dict(image=np.zeros((N, H, H), np.int16)), ["image", "int16", "uint8"]),
     (dict(image=nan), ["image[7]", "3 values NaN or Inf"]),
     (dict(image=wide), ["image[4]", "1.5", "outside [0,1]"]),
+    (dict(image=wide / 1.5 * np.float32(1.000001)), ["image[4]", "1.00000", "outside [0,1]"]),
     (dict(image=np.full((N, H, H), 9, np.uint8)), ["image", "every image is constant"]),
     (dict(label=np.zeros(N - 1, int)), ["label", "(11,)", "12 rows"]),
     (dict(mask=np.zeros((N, H, H + 1), np.uint8)), ["mask", "(12, 16, 17)"]),
