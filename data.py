@@ -246,10 +246,21 @@ class Dataset:
 
 
 def as_python(value):
-    """An HDF5 attribute as str, number or list."""
+    """An HDF5 attribute as str, number or list of them."""
     value = value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
     value = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
-    return value if isinstance(value, (str, int, float, list)) else str(value)
+    if isinstance(value, list):
+        return [as_python(v) for v in value]
+    return value if isinstance(value, (str, int, float)) else str(value)
+
+
+def read_attrs(thing):
+    """Attributes of a file or dataset -> dict. *_names are lists of str, also where "a, b, c" is stored."""
+    attrs = {k: as_python(v) for k, v in thing.attrs.items()}
+    for k, v in attrs.items():
+        if k.endswith("_names"):
+            attrs[k] = [str(n).strip() for n in (v.split(",") if isinstance(v, str) else np.ravel(v).tolist())]
+    return attrs
 
 
 def read_columns(path, warnings):
@@ -257,7 +268,10 @@ def read_columns(path, warnings):
     known = ("image", "mask", "subject", "split", "label", "age", "sex", "session", "time", "event")
     columns = {}
     with open_h5(path) as file:
-        names, attrs = list(file), {k: as_python(v) for k, v in file.attrs.items()}
+        try:
+            names, attrs = list(file), read_attrs(file)
+        except (OSError, TypeError, ValueError) as error:  # text that is not utf-8, types of the far future
+            fail(f"{path}: its names or attributes cannot be read: {error}")
         for need in ("image", "subject"):
             if need not in names:
                 near = [n for n in names if n.lower().rstrip("s") == need]
@@ -291,7 +305,7 @@ def read_columns(path, warnings):
             if d.nbytes > 50e9 and d.nbytes > 2000 * stored:
                 fail(f"{path}: {name}: declares {d.nbytes / 1e9:.0f} GB but stores {stored / 1e6:.3g} MB; "
                      "refused as damaged or hostile")
-            attrs.update({k: as_python(v) for k, v in d.attrs.items() if k.endswith("_names")})
+            attrs.update({k: v for k, v in read_attrs(d).items() if k.endswith("_names")})
             if name in ("image", "mask"):
                 columns[name] = d.shape
                 continue
@@ -357,13 +371,16 @@ def load(path, size=None, max_gb=4.0, square=False):
             fail(f"{path}: a folder without .h5 files")
     for p in tqdm(paths, "opening", delay=2, leave=False, disable=None):
         parts.append(read_columns(p, warnings))
-        (here, _), (first, attrs) = parts[-1], parts[0]
+        (here, mine), (first, attrs) = parts[-1], parts[0]
         shape = first["image"][1:]
         if here["image"][1:] != shape:
             fail(f"{p}: image: {here['image'][1:]} but {shape} in {paths[0]}; all files need one size")
         if set(here) != set(first):
             fail(f"{p}: {', '.join(sorted(set(here) ^ set(first)))}: only in this file or only in "
                  f"{paths[0]}; all files need the same datasets")
+        for k in ("label_names", "mask_names"):
+            if mine.get(k) != attrs.get(k):
+                fail(f"{p}: {k} {mine.get(k)} but {attrs.get(k)} in {paths[0]}; all files need the same")
     if size and len(shape) == 3:
         fail(f"{path}: image: volumes {shape} are not resized; drop --size or convert them again")
     if square and shape[0] != shape[1]:
@@ -393,10 +410,8 @@ def load(path, size=None, max_gb=4.0, square=False):
         digest.update(image[rows].tobytes())
     for line in warnings:
         print("warning:", line, file=sys.stderr)
-    names = attrs.get("label_names", [])
-    names = [n.strip() for n in names.split(",")] if isinstance(names, str) else names
-    return Dataset(path, image, mask, subject, columns, split, attrs, names, digest.hexdigest()[:16],
-                   warnings)
+    return Dataset(path, image, mask, subject, columns, split, attrs, attrs.get("label_names", []),
+                   digest.hexdigest()[:16], warnings)
 
 
 def warn_constant(path, image, warnings):
@@ -470,6 +485,9 @@ def load_study(path, test="", size=None, seed=0, square=True, fractions=(0.7, 0.
         fail(f"{test}: image: {other.image.shape[1:]} but {path} has {data.image.shape[1:]}; give --size")
     if isinstance(data.image, Rows) or isinstance(other.image, Rows):
         fail(f"{path}, {test}: too large to join in memory; put both into one folder, with a split column")
+    names = data.label_names, other.label_names
+    if any(n in names[1] and names[1].index(n) != k for k, n in enumerate(names[0])):
+        fail(f"{test}: label_names {names[1]} but {path} has {names[0]}; one class needs one number")
     part = split(data, seed, (0.85, 0.15, 0)) if data.split is None else \
         np.where(data.split == "val", "val", "train")
 

@@ -508,6 +508,35 @@ def test_nothing_outside_the_file_is_read(tmp_path, kind):
     assert str(path) in lines[0] and "image: a " in lines[0] and "refused" in lines[0]
 
 
+@pytest.mark.parametrize("stored", [
+    ["none", "scar"], "none, scar", np.bytes_(b"none,scar"), np.array([b"none", b"scar"])])
+def test_names_are_a_list_of_text_however_they_are_stored(tmp_path, stored, capsys):
+    path = make(tmp_path / "a.h5", mask=columns()["mask"] % 2)
+    with h5py.File(path, "a") as f:
+        f["mask"].attrs["mask_names"] = f.attrs["label_names"] = stored
+    d = data.load(path)
+    assert d.attrs["mask_names"] == d.label_names == ["none", "scar"]
+    data.summary(path)
+    assert "label: none 6, scar 6" in capsys.readouterr().out
+    with h5py.File(path, "a") as f:
+        f["mask"].attrs["mask_names"] = f.attrs["label_names"] = 5
+        f.attrs["empty_names"] = h5py.Empty("S1")
+    data.summary(path)
+
+
+def test_a_class_has_one_number_in_all_files(tmp_path, capsys):
+    """[healthy, ill] in one file and [ill, healthy] in the other would train on half of the labels inverted."""
+    a, b = make(tmp_path / "a.h5"), make(tmp_path / "b.h5", subject=np.repeat(["e", "f", "g", "h"], 3))
+    for path, names in ((a, ["healthy", "ill"]), (b, ["ill", "healthy"])):
+        with h5py.File(path, "a") as f:
+            f.attrs["label_names"] = names
+    one_error(capsys, lambda: data.load(tmp_path), "b.h5", "label_names", "['ill', 'healthy']", "a.h5")
+    one_error(capsys, lambda: data.load_study(a, b), "b.h5", "label_names", "['ill', 'healthy']", "a.h5")
+    with h5py.File(b, "a") as f:
+        f.attrs["label_names"] = ["healthy", "infarct"]     # other words for the same number: their choice
+    assert len(data.load_study(a, b)[0]) == 2 * N
+
+
 def test_folder_of_mixed_files(tmp_path, capsys):
     make(tmp_path / "a.h5")
     make(tmp_path / "b.h5", image=columns()["image"][:, :8, :8], mask=None)
