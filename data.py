@@ -288,6 +288,8 @@ def read_columns(path, warnings):
             fail(f"{path}: image: type {image.dtype}, expected uint8 or float in [0,1]")
         if 0 in shape:
             fail(f"{path}: image: shape {shape} holds no pixel")
+        if shape[0] > 1e7:
+            fail(f"{path}: image: {shape[0]} rows, at most 10 million are read")
         for name in names:
             d = plain(file, path, name)
             if name not in known and (d is None or d.ndim != 1 or d.dtype.kind not in "biuf"):
@@ -302,6 +304,9 @@ def read_columns(path, warnings):
             stored = d.id.get_storage_size()
             if stored == 0:
                 fail(f"{path}: {name}: declared but never written; write the file again")
+            each = d.dtype.itemsize * np.prod(d.shape[1:], dtype=float)
+            if each > (4e9 if name in ("image", "mask") else 1000):
+                fail(f"{path}: {name}: every row declares {each:.3g} bytes; refused as damaged or hostile")
             if d.nbytes > 50e9 and d.nbytes > 2000 * stored:
                 fail(f"{path}: {name}: declares {d.nbytes / 1e9:.0f} GB but stores {stored / 1e6:.3g} MB; "
                      "refused as damaged or hostile")

@@ -453,7 +453,28 @@ def bomb(path):  # a few kB that declare 4 TB
         f["subject"] = ["a"] * N
 
 
+def wide_bomb(path):  # 20 kB that inflate to 100 GB an image
+    with h5py.File(path, "w") as f:
+        f.create_dataset("image", (2, 100_000, 1_000_000), "u1", chunks=(1, 1000, 1000), compression="gzip")[0, 0, 0] = 1
+        f["subject"] = ["a", "b"]
+
+
+def name_bomb(path):  # ids of 1 GB each
+    make(path)
+    with h5py.File(path, "a") as f:
+        del f["subject"]
+        f.create_dataset("subject", (N,), "S1000000000", chunks=(1,), compression="gzip").id.set_extent((N,))
+        f["subject"].id.write_direct_chunk((0,), b"x")
+
+
+def many_bomb(path):  # 300 million rows in a few kB
+    with h5py.File(path, "w") as f:
+        for name, shape in (("image", (300_000_000, 1, 1)), ("subject", (300_000_000,))):
+            f.create_dataset(name, shape, "u1", chunks=(1_000_000, *shape[1:]), compression="gzip")[0] = 1
+
+
 @pytest.mark.parametrize("build, words", [
+    (wide_bomb, ["image", "1e+11 bytes"]), (name_bomb, ["subject", "1e+09 bytes"]), (many_bomb, ["300000000 rows"]),
     (lambda path: None, ["no such file"]), (garbage, ["not an HDF5 file"]), (empty, ["empty (0 bytes)"]),
     (eight_bytes, []), (truncated, ["truncated: has", "bytes"]), (flipped, ["image[", "damaged"]),
     (folder, ["without .h5"]), (pipe, ["not a regular file"]), (zero_rows, ["image", "no pixel"]),
