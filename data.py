@@ -115,6 +115,8 @@ def open_h5(path):
 def plain(file, path, name):
     """The dataset `name` of an open file, or None for a group; fails if its bytes lie elsewhere."""
     link = file.get(name, getlink=True)  # looks at the link without following it
+    if link is None:
+        fail(f"{path}: {name}: missing")
     if not isinstance(link, h5py.HardLink):
         fail(f"{path}: {name}: a {type(link).__name__}, refused: nothing outside the file is read; "
              "store the values themselves")
@@ -137,7 +139,7 @@ class Rows:
 
     def __init__(self, name, paths, counts, shape, size=None):
         self.name, self.paths, self.size = name, paths, size
-        self.starts = np.cumsum([0, *counts])
+        self.starts, self.stored = np.cumsum([0, *counts]), tuple(shape)
         self.shape = (int(self.starts[-1]), *((size, size) if size else shape))
         self.nbytes = int(np.prod(self.shape, dtype=object))
 
@@ -153,6 +155,8 @@ class Rows:
             path, here = self.paths[k], np.flatnonzero(owner == k)
             with open_h5(path) as file:
                 dataset = plain(file, path, self.name)
+                if dataset is None or dataset.shape != (np.diff(self.starts)[k], *self.stored):
+                    fail(f"{path}: {self.name}: not what it was when this run began; put that file back")
                 most = max(1, int(64e6 // (dataset.dtype.itemsize * np.prod(dataset.shape[1:]))))
                 cut = (np.diff(wanted[here]) > 1) | (np.arange(1, len(here)) % most == 0)
                 for run in np.split(here, np.flatnonzero(cut) + 1):    # neighbours together, up to 64 MB

@@ -204,6 +204,16 @@ def test_prefetch_raises_in_the_consumer_and_ends_with_it(tmp_path, capsys):
     one_error(capsys, lambda: list(bad.stream([np.array([1]), np.array([9])])), "nan.h5", "image[9]")
 
 
+@pytest.mark.parametrize("change", [
+    dict(image=columns()["image"][:5], mask=None, subject=np.array(["a"] * 5), label=None, age=None),
+    dict(image=columns()["image"][:, :8], mask=None), dict(image=None)])
+def test_a_file_that_changes_during_the_run_is_one_line(tmp_path, capsys, change):
+    path = make(tmp_path / "a.h5")
+    rows = data.load(path, max_gb=0).image
+    make(path, **change)
+    one_error(capsys, lambda: rows[[1, 9]], "a.h5: image")
+
+
 # ---------------------------------------------------------------- phantom hearts
 
 @pytest.fixture(scope="module")
