@@ -21,7 +21,7 @@
     view phase slice  (N,) ints    cine: 0 SA, 1 LA;  0 ED, 1 ES;  from base or apex, as scanned
     anything else (N,) numeric is a probe target; factor_* are the known causes of a phantom
 """
-import argparse, csv, difflib, glob, hashlib, io, json, os, re, shutil, sys
+import argparse, csv, difflib, glob, hashlib, io, json, os, re, shutil, sys, unicodedata
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -406,6 +406,8 @@ def load(path, size=None, max_gb=4.0, square=False):
         if both:
             fail(f"{path}: split: {len(both)} subjects are in more than one part: {', '.join(both[:5])}; "
                  "put each subject in one part")
+    if alike := lookalikes(subject):
+        warnings.append(f"{path}: subject: {alike[0]}: taken as different people, is it one? ({len(alike)} such)")
     counts = [c["image"][0] for c, _ in parts]
     image = Rows("image", paths, counts, shape, size)
     mask = Rows("mask", paths, counts, shape, size) if "mask" in first else None
@@ -421,6 +423,14 @@ def load(path, size=None, max_gb=4.0, square=False):
         print("warning:", line, file=sys.stderr)
     return Dataset(path, image, mask, subject, columns, split, attrs, attrs.get("label_names", []),
                    digest.hexdigest()[:16], warnings)
+
+
+def lookalikes(subject):
+    """-> ids that differ only in case or in the way Unicode spells them, as ["P1, p1"]: one patient, perhaps."""
+    groups = {}
+    for s in np.unique(subject):
+        groups.setdefault(unicodedata.normalize("NFKC", s).casefold(), []).append(s)
+    return [", ".join(g) for g in groups.values() if len(g) > 1]
 
 
 def warn_constant(path, image, warnings):
@@ -486,10 +496,12 @@ def load_study(path, test="", size=None, seed=0, square=True, fractions=(0.7, 0.
     if not more:
         return data, split(data, seed, fractions)
     other = more[0]
+    within = lookalikes(data.subject) + lookalikes(other.subject)
     both = sorted(set(data.subject) & set(other.subject))
+    both += sorted(set(lookalikes([*data.subject, *other.subject])) - set(within))
     if both:
         fail(f"{test}: subject: {len(both)} are also in {path}: "
-             f"{', '.join(both[:5])}; a subject belongs to one part")
+             f"{'; '.join(both[:5])}; a subject belongs to one part")
     if other.image.shape[1:] != data.image.shape[1:]:
         fail(f"{test}: image: {other.image.shape[1:]} but {path} has {data.image.shape[1:]}; give --size")
     if isinstance(data.image, Rows) or isinstance(other.image, Rows):

@@ -636,6 +636,18 @@ def test_study_refuses_a_subject_of_both_files(tmp_path, capsys):
     one_error(capsys, lambda: data.load_study(a, b), "b.h5", "c", "one part")
 
 
+def test_ids_that_differ_in_case_alone(tmp_path, capsys):
+    a = make(tmp_path / "a.h5", subject=np.repeat(["P1", "p1 ", "c", "caf\u00e9"], 3))
+    assert any("P1, p1" in w for w in data.load(a).warnings)
+    b = make(tmp_path / "b.h5", subject=np.repeat(["x", "y", "z", "cafe\u0301"], 3))
+    assert data.load(b).warnings == []
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        data.load_study(a, b)
+    said = capsys.readouterr().err
+    assert "b.h5: subject: 1 are also in" in said and "caf\u00e9" in said
+
+
 def test_study_refuses_what_is_not_square_unless_a_size_is_asked_for(tmp_path, capsys):
     a = make(tmp_path / "a.h5", image=np.random.default_rng(0).integers(0, 255, (N, 16, 24), dtype=np.uint8), mask=None)
     one_error(capsys, lambda: data.load_study(a, size=16, square=True), "a.h5", "--size 16")
