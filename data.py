@@ -375,7 +375,8 @@ def load(path, size=None, max_gb=4.0, square=False):
     path, warnings, parts = str(path), [], []
     paths = [path]
     if os.path.isdir(path):
-        paths = sorted(os.path.join(path, p) for p in os.listdir(path) if p.endswith((".h5", ".hdf5")))
+        paths = sorted(os.path.join(path, p) for p in os.listdir(path)
+                       if p.endswith((".h5", ".hdf5")) and not p.startswith("."))    # a Mac's ._a.h5
         if not paths:
             fail(f"{path}: a folder without .h5 files")
     for p in tqdm(paths, "opening", delay=2, leave=False, disable=None):

@@ -574,6 +574,9 @@ def test_folder_of_mixed_files(tmp_path, capsys):
     one_error(capsys, lambda: data.load(tmp_path), "a.h5", "b.h5", "(8, 8)", "(16, 16)")
     make(tmp_path / "b.h5", age=None)
     one_error(capsys, lambda: data.load(tmp_path), "a.h5", "b.h5", "age")
+    make(tmp_path / "b.h5")
+    (tmp_path / "._b.h5").write_bytes(b"Mac OS X")
+    assert len(data.load(tmp_path)) == 2 * N
 
 
 def test_volumes_and_warnings(tmp_path, capsys):
