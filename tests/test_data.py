@@ -401,7 +401,7 @@ def row(values, i, v):
     (dict(age=row(np.ones(N), 6, np.inf)), ["age[6]", "inf"]),
     (dict(age=row(np.ones(N, np.longdouble), 6, 1e39)), ["age[6]", "infinite"]),    # as a float32
     (dict(label=row(np.zeros(N, np.uint64), 2, 2 ** 63)), ["label[2]", "9223372036854775808"]),
-    (dict(label=row(np.zeros(N, np.longdouble), 2, 1e300)), ["label[2]", "1e+300"]),
+    (dict(label=row(np.zeros(N, np.longdouble), 2, 2.0 ** 70)), ["label[2]", "1180591620717411303424"]),
     (dict(age=np.array(["old"] * N)), ["age", "expected numbers"]),
     (dict(event=row(np.zeros(N, int), 8, 2), time=np.ones(N)), ["event[8]"]),
     (dict(event=np.zeros(N, int), time=row(np.ones(N), 1, 0)), ["time[1]"]),
