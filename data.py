@@ -938,8 +938,8 @@ def phantom_hearts(path, subjects=100, seed=0, size=128, jitter=1.0):
     factor_*: x, y (right, up), lv_radius, wall_thickness in mm (the frame is 125 mm wide); rotation in
     degrees; infarct_fraction of the myocardium; transmurality of the wall (deepest point); contrast = blood -
     myocardium of full scale. jitter scales pose only, 0 = aligned. A subject depends on (seed, number)."""
-    if subjects < 1 or size < 16 or jitter < 0:
-        fail(f"{path}: phantom needs subjects >= 1, size >= 16, jitter >= 0")
+    if subjects < 1 or seed < 0 or size < 16 or not 0 <= jitter <= 10:
+        fail(f"{path}: phantom needs subjects >= 1, seed >= 0, size >= 16, jitter from 0 to 10")
     table = []
     for i in tqdm(range(subjects), "hearts", leave=False, disable=None):
         columns = heart(np.random.default_rng([seed, i]), size, jitter, infarcted=i % 3 > 0)
@@ -1103,8 +1103,8 @@ def phantom_views(path, subjects=60, seed=0, size=128):
     factor_*: ejection_fraction in [0,1]; lv_radius (short half-axis in the image) and wall_thickness in mm at
     that phase; x, y in mm (right, up) and rotation in degrees off the view's own place; contrast = blood -
     myocardium of full scale. The frame is FRAME mm wide. A subject depends on (seed, number)."""
-    if subjects < 1 or size < 16:
-        fail(f"{path}: phantom needs subjects >= 1, size >= 16")
+    if subjects < 1 or seed < 0 or size < 16:
+        fail(f"{path}: phantom needs subjects >= 1, seed >= 0, size >= 16")
     table = []
     for i in tqdm(range(subjects), "views", leave=False, disable=None):
         columns = cine(np.random.default_rng([seed, i]), size, i % 3)
@@ -1521,6 +1521,8 @@ def emidec(root, out, spacing=None):
     that of the training file to convert others alike. Grey window: percentiles 0-99.5 of each cropped
     volume. Slices without myocardium are dropped; skipped cases are listed with the reason."""
     need_nibabel("emidec")
+    if spacing is not None and not 0.01 <= spacing <= 100:
+        fail(f"--spacing {spacing}: expected mm per pixel")
     cases = sorted(c for c in (os.listdir(root) if os.path.isdir(root) else [])
                    if re.fullmatch(r"Case_[NP]\d+", c) and os.path.isdir(os.path.join(root, c)))
     if not cases:
@@ -2053,7 +2055,7 @@ def show(path, out):
     print(out)
 
 
-def main():
+def main(flags=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     verify, sheet, phantom, nifti, scans = map(
@@ -2082,7 +2084,10 @@ def main():
     scans.add_argument("--slice", help="axial:mid, coronal:40 (row) or sagittal:-10 (mm from the middle)")
     for p in (parser, verify, sheet, phantom, nifti, scans, *cines):
         p.error = lambda message: fail(f"{message}; see python data.py --help")  # one line, as all errors
-    a = parser.parse_args()
+    a = parser.parse_args(flags)
+    folder = os.path.dirname(getattr(a, "out", ""))
+    if folder and not os.path.isdir(folder):    # said before the work, not after it
+        fail(f"{a.out}: no folder {folder}; make it first")
     if a.command == "check":
         summary(a.path)
     elif a.command == "show":
@@ -2105,4 +2110,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

@@ -1,9 +1,11 @@
 """data.py: splits that cannot leak, batches that do not depend on where they come from, phantoms that keep
 their word, EMIDEC's traps, and one line for every bad file."""
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import h5py
@@ -616,8 +618,26 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     run("show", path, "--out", tmp_path / "s.png")
     assert (tmp_path / "s.png").stat().st_size > 10_000
     for words in (["check"], ["phantom", "lungs", path], ["chck"], ["check", path, "--fast"],
-                  ["phantom", "hearts", path, "--subjects", "0"], ["show", path, "--out", path / "x.png"]):
+                  ["phantom", "hearts", path, "--subjects", "0"], ["show", path, "--out", path / "x.png"],
+                  ["phantom", "hearts", tmp_path / "no" / "x.h5"], ["phantom", "views", path, "--seed", "-1"],
+                  ["phantom", "hearts", path, "--jitter", "nan"], ["emidec", tmp_path, path, "--spacing", "0"]):
         one_error(capsys, lambda: run(*words))
+
+
+def test_a_reader_who_leaves_and_ctrl_c_are_no_traceback(tmp_path):
+    path = make(tmp_path / "a.h5")
+    command = f'{sys.executable} {ROOT / "data.py"} check {path} | true; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stderr == ""
+    words = [sys.executable, "-u", ROOT / "data.py", "phantom", "hearts", tmp_path / "h.h5", "--subjects", "100000"]
+    with subprocess.Popen([sys.executable, "-X", "importtime", *words[1:]], stderr=subprocess.PIPE, text=True) as p:
+        for line in p.stderr:
+            if line.rstrip().endswith("| tqdm"):    # the last import: main is about to start
+                break
+        time.sleep(3)
+        p.send_signal(signal.SIGINT)
+        said = p.stderr.read()
+    assert p.returncode == 130 and "Traceback" not in said and not (tmp_path / "h.h5").exists()
 
 
 # ---------------------------------------------------------------- load_study
