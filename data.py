@@ -2024,7 +2024,8 @@ def summary(path):
 
 
 def show(path, out):
-    """Contact sheet: up to 12 subjects as rows, 8 of their images (middle of volumes), mask contours."""
+    """Contact sheet: up to 12 subjects as rows, 8 of their images (middle of volumes); with masks 4, each
+    bare and with contours."""
     data = load(path)
     subjects = np.sort(np.random.default_rng(0).permutation(np.unique(data.subject))[:12])
     zoom = max(1, 192 // data.image.shape[-1])
@@ -2033,23 +2034,28 @@ def show(path, out):
     sheet = Image.new("RGB", (8 * w, len(subjects) * (h + 14)))
     for r, subject in enumerate(subjects):
         rows = np.flatnonzero(data.subject == subject)
-        rows = rows[np.unique(np.linspace(0, len(rows) - 1, 8).astype(int))]
+        rows = rows[np.unique(np.linspace(0, len(rows) - 1, 8 if data.mask is None else 4).astype(int))]
+        tiles = []
         known = [f"{k} {data.columns[k][rows[0]]:.4g}" for k in ("label", "age") if k in data.columns]
         ImageDraw.Draw(sheet).text((4, r * (h + 14) + 1), ", ".join([subject, *known]), fill="white")
-        for c, row in enumerate(rows):
+        for row in rows:
             image, *mask = (a[[row]][0] for a in (data.image, data.mask) if a is not None)
             if image.ndim == 3:
                 image, *mask = (a[len(a) // 2] for a in (image, *mask))
             tile = np.array(Image.fromarray(image).resize((w, h), Image.BICUBIC).convert("RGB"))
+            tiles.append(tile)
             for m in mask:
+                tile = tile.copy()
+                tiles.append(tile)
                 m = np.pad(m.repeat(zoom, 0).repeat(zoom, 1), 1, "edge")
                 inner = m[1:-1, 1:-1]
                 edge = np.any([inner != n for n in (m[2:, 1:-1], m[:-2, 1:-1], m[1:-1, 2:], m[1:-1, :-2])], 0)
                 for value in np.unique(inner[inner > 0]):
                     tile[edge & (inner == value)] = colours[value % 5]
+        for c, tile in enumerate(tiles):
             sheet.paste(Image.fromarray(tile), (c * w, r * (h + 14) + 14))
     try:
-        sheet.save(out)
+        sheet.crop((0, 0, sheet.getbbox()[2], sheet.height)).save(out)
     except (OSError, ValueError) as error:
         fail(f"{out}: cannot be written: {error}")
     print(out)
