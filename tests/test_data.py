@@ -1,11 +1,9 @@
 """data.py: splits that cannot leak, batches that do not depend on where they come from, phantoms that keep
 their word, EMIDEC's traps, and one line for every bad file."""
 import os
-import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import h5py
@@ -403,7 +401,7 @@ def row(values, i, v):
     (dict(age=row(np.ones(N), 6, np.inf)), ["age[6]", "inf"]),
     (dict(age=row(np.ones(N, np.longdouble), 6, 1e39)), ["age[6]", "infinite"]),    # as a float32
     (dict(label=row(np.zeros(N, np.uint64), 2, 2 ** 63)), ["label[2]", "9223372036854775808"]),
-    (dict(label=row(np.zeros(N, np.longdouble), 2, 2.0 ** 70)), ["label[2]", "1180591620717411303424"]),
+    (dict(label=row(np.zeros(N, np.longdouble), 2, 2.0 ** 70)), ["label[2]", "1.18059", "2147483647"]),
     (dict(age=np.array(["old"] * N)), ["age", "expected numbers"]),
     (dict(event=row(np.zeros(N, int), 8, 2), time=np.ones(N)), ["event[8]"]),
     (dict(event=np.zeros(N, int), time=row(np.ones(N), 1, 0)), ["time[1]"]),
@@ -624,20 +622,11 @@ def test_command_line(tmp_path, capsys, monkeypatch):
         one_error(capsys, lambda: run(*words))
 
 
-def test_a_reader_who_leaves_and_ctrl_c_are_no_traceback(tmp_path):
+def test_a_reader_who_leaves_is_no_traceback(tmp_path):
     path = make(tmp_path / "a.h5")
     command = f'{sys.executable} {ROOT / "data.py"} check {path} | true; exit ${{PIPESTATUS[0]}}'
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and done.stderr == ""
-    words = [sys.executable, "-u", ROOT / "data.py", "phantom", "hearts", tmp_path / "h.h5", "--subjects", "100000"]
-    with subprocess.Popen([sys.executable, "-X", "importtime", *words[1:]], stderr=subprocess.PIPE, text=True) as p:
-        for line in p.stderr:
-            if line.rstrip().endswith("| tqdm"):    # the last import: main is about to start
-                break
-        time.sleep(3)
-        p.send_signal(signal.SIGINT)
-        said = p.stderr.read()
-    assert p.returncode == 130 and "Traceback" not in said and not (tmp_path / "h.h5").exists()
 
 
 # ---------------------------------------------------------------- load_study
