@@ -263,7 +263,8 @@ def read_attrs(thing):
     attrs = {k: as_python(v) for k, v in thing.attrs.items()}
     for k, v in attrs.items():
         if k.endswith("_names"):
-            attrs[k] = [str(n).strip() for n in (v.split(",") if isinstance(v, str) else np.ravel(v).tolist())]
+            v = v.split(",") if isinstance(v, str) else np.ravel(v).tolist()
+            attrs[k] = [str(n).strip() for n in v]
     return attrs
 
 
@@ -408,7 +409,7 @@ def load(path, size=None, max_gb=4.0, square=False):
             fail(f"{path}: split: {len(both)} subjects are in more than one part: {', '.join(both[:5])}; "
                  "put each subject in one part")
     if alike := lookalikes(subject):
-        warnings.append(f"{path}: subject: {alike[0]}: taken as different people, is it one? ({len(alike)} such)")
+        warnings.append(f"{path}: subject: {alike[0]}: taken as different people ({len(alike)} such); is it one?")
     counts = [c["image"][0] for c, _ in parts]
     image = Rows("image", paths, counts, shape, size)
     mask = Rows("mask", paths, counts, shape, size) if "mask" in first else None
@@ -427,7 +428,7 @@ def load(path, size=None, max_gb=4.0, square=False):
 
 
 def lookalikes(subject):
-    """-> ids that differ only in case or in the way Unicode spells them, as ["P1, p1"]: one patient, perhaps."""
+    """-> ids that differ only in case or in the way Unicode spells them, as ["P1, p1"]: perhaps one patient."""
     groups = {}
     for s in np.unique(subject):
         groups.setdefault(unicodedata.normalize("NFKC", s).casefold(), []).append(s)
