@@ -409,7 +409,7 @@ def load(path, size=None, max_gb=4.0, square=False):
             fail(f"{path}: split: {len(both)} subjects are in more than one part: {', '.join(both[:5])}; "
                  "put each subject in one part")
     if alike := lookalikes(subject):
-        warnings.append(f"{path}: subject: {alike[0]}: taken as different people ({len(alike)} such); is it one?")
+        warnings.append(f"{path}: subject: {alike[0]}: taken as two people ({len(alike)} such); are they one?")
     counts = [c["image"][0] for c, _ in parts]
     image = Rows("image", paths, counts, shape, size)
     mask = Rows("mask", paths, counts, shape, size) if "mask" in first else None
@@ -428,7 +428,7 @@ def load(path, size=None, max_gb=4.0, square=False):
 
 
 def lookalikes(subject):
-    """-> ids that differ only in case or in the way Unicode spells them, as ["P1, p1"]: perhaps one patient."""
+    """-> ids that differ only in case or in Unicode's spelling, as ["P1, p1"]: one patient, perhaps."""
     groups = {}
     for s in np.unique(subject):
         groups.setdefault(unicodedata.normalize("NFKC", s).casefold(), []).append(s)
