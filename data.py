@@ -409,7 +409,7 @@ def load(path, size=None, max_gb=4.0, square=False):
             fail(f"{path}: split: {len(both)} subjects are in more than one part: {', '.join(both[:5])}; "
                  "put each subject in one part")
     if alike := lookalikes(subject):
-        warnings.append(f"{path}: subject: {alike[0]}: taken as two people ({len(alike)} such); are they one?")
+        warnings.append(f"{path}: subject: {alike[0]}: taken as two people; are they one? ({len(alike)})")
     counts = [c["image"][0] for c, _ in parts]
     image = Rows("image", paths, counts, shape, size)
     mask = Rows("mask", paths, counts, shape, size) if "mask" in first else None
@@ -933,23 +933,27 @@ def infarct_fraction(mask):
     return (mask >= 3).sum((1, 2)) / np.maximum((mask >= 2).sum((1, 2)), 1)
 
 
+def phantom_file(path, kind, subjects, seed, size, draw, flags="", **attrs):
+    """Write what draw(rng, i) -> columns makes of each subject i. A subject depends on (seed, number)."""
+    table = []
+    for i in tqdm(range(subjects), kind, leave=False, disable=None):
+        columns = draw(np.random.default_rng([seed, i]), i)
+        columns["subject"] = np.repeat(f"{kind[:-1]}{seed}-{i:03d}", len(columns["image"]))
+        table.append(columns)
+    source = f"python data.py phantom {kind} --subjects {subjects} --seed {seed} --size {size}{flags}"
+    write(path, table, dict(attrs, source=source, licence="CC0"))
+
+
 def phantom_hearts(path, subjects=100, seed=0, size=128, jitter=1.0):
     """Write LGE short-axis hearts with known causes; two thirds infarcted, mask ids as EMIDEC's.
 
     factor_*: x, y (right, up), lv_radius, wall_thickness in mm (the frame is 125 mm wide); rotation in
     degrees; infarct_fraction of the myocardium; transmurality of the wall (deepest point); contrast = blood -
     myocardium of full scale. jitter scales pose only, 0 = aligned. A subject depends on (seed, number)."""
-    if subjects < 1 or seed < 0 or size < 16 or not 0 <= jitter <= 10:
-        fail(f"{path}: phantom needs subjects >= 1, seed >= 0, size >= 16, jitter from 0 to 10")
-    table = []
-    for i in tqdm(range(subjects), "hearts", leave=False, disable=None):
-        columns = heart(np.random.default_rng([seed, i]), size, jitter, infarcted=i % 3 > 0)
-        columns["subject"] = np.repeat(f"heart{seed}-{i:03d}", len(columns["image"]))
-        table.append(columns)
-    write(path, table,
-          dict(source=f"python data.py phantom hearts --subjects {subjects} --seed {seed} --size {size} "
-                      f"--jitter {jitter:g}", licence="CC0", spacing_mm=[9.0, 125 / size, 125 / size],
-               label_names=["normal", "pathological"], mask_names=HEART))
+    phantom_file(path, "hearts", subjects, seed, size,
+                 lambda rng, i: heart(rng, size, jitter, infarcted=i % 3 > 0), f" --jitter {jitter:g}",
+                 spacing_mm=[9.0, 125 / size, 125 / size], label_names=["normal", "pathological"],
+                 mask_names=HEART)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1104,17 +1108,9 @@ def phantom_views(path, subjects=60, seed=0, size=128):
     factor_*: ejection_fraction in [0,1]; lv_radius (short half-axis in the image) and wall_thickness in mm at
     that phase; x, y in mm (right, up) and rotation in degrees off the view's own place; contrast = blood -
     myocardium of full scale. The frame is FRAME mm wide. A subject depends on (seed, number)."""
-    if subjects < 1 or seed < 0 or size < 16:
-        fail(f"{path}: phantom needs subjects >= 1, seed >= 0, size >= 16")
-    table = []
-    for i in tqdm(range(subjects), "views", leave=False, disable=None):
-        columns = cine(np.random.default_rng([seed, i]), size, i % 3)
-        columns["subject"] = np.repeat(f"view{seed}-{i:03d}", len(columns["image"]))
-        table.append(columns)
-    write(path, table,
-          dict(source=f"python data.py phantom views --subjects {subjects} --seed {seed} --size {size}",
-               licence="CC0", spacing_mm=[10.0, FRAME / size, FRAME / size],
-               label_names=["healthy", "dilated", "hypertrophic"], **CINE_NAMES))
+    phantom_file(path, "views", subjects, seed, size, lambda rng, i: cine(rng, size, i % 3),
+                 spacing_mm=[10.0, FRAME / size, FRAME / size],
+                 label_names=["healthy", "dilated", "hypertrophic"], **CINE_NAMES)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1367,8 +1363,6 @@ def phantom_cohort(path, subjects=1000, patients=220, seed=0, size=128):
     1/0.73 times higher per SD of severity, see survival(). mask 4: where the disease changed this patient's
     own picture by more than 5 % of full scale. The frame is 176 mm wide. A subject depends on (seed, number)
     and on being a patient."""
-    if subjects < 1 or patients < 0 or seed < 0 or size < 16:
-        fail(f"{path}: phantom needs subjects >= 1, patients >= 0, seed >= 0, size >= 16")
     table, voxel = [], 176 / size
     # The level of the thalami. Stylised: the central sulcus, here only its lower end, is cut at full depth.
     x, y, z = grid((1, size, size), voxel)
@@ -1405,13 +1399,12 @@ def phantom_brains(path, subjects=160, seed=0, size=48):
 
     On average, as in life: in AD hippocampi are a quarter smaller and shrink 5 % a year (CN: 1 %), ventricles
     are half larger and grow 8 % a year (CN: 2 to 3 %); people of one age differ by 10 to 25 %."""
-    if subjects < 1 or seed < 0 or size < 16:
-        fail(f"{path}: phantom needs subjects >= 1, seed >= 0, size >= 16")
     shape = size, size * 5 // 32 * 8, size
-    table, voxel = [], 176 / shape[1]
+    voxel = 176 / shape[1]
     frame = grid(shape, voxel)
-    for i in tqdm(range(subjects), "brains", leave=False, disable=None):
-        rng, ill = np.random.default_rng([seed, i]), i % 2
+
+    def visits(rng, i):
+        ill = i % 2
         first, sex = rng.uniform(50, 90), "FM"[rng.integers(2)]
         rate = np.exp(rng.normal(0, 0.3)) * (1 + ill)
         ahead, stage = rng.normal(0, 4), rng.uniform(0.3, 0.8) * ill
@@ -1427,12 +1420,11 @@ def phantom_brains(path, subjects=160, seed=0, size=48):
             rows.append(dict(image=scan(rng, drawn, *here), mask=drawn["mask"], age=first + years, **ml,
                              factor_brain_age=old, factor_alzheimer=ill_now))
         n = len(rows)
-        table.append(dict({k: np.array([row[k] for row in rows]) for k in rows[0]}, session=months,
-                          subject=np.repeat(f"brain{seed}-{i:03d}", n), label=np.full(n, ill),
-                          sex=np.full(n, sex), factor_rate=np.full(n, rate)))
-    write(path, table,
-          dict(source=f"python data.py phantom brains --subjects {subjects} --seed {seed} --size {size}",
-               licence="CC0", spacing_mm=[voxel] * 3, label_names=["CN", "AD"], mask_names=BRAIN))
+        return dict({k: np.array([row[k] for row in rows]) for k in rows[0]}, session=months,
+                    label=np.full(n, ill), sex=np.full(n, sex), factor_rate=np.full(n, rate))
+
+    phantom_file(path, "brains", subjects, seed, size, visits, spacing_mm=[voxel] * 3,
+                 label_names=["CN", "AD"], mask_names=BRAIN)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -2105,6 +2097,10 @@ def main(flags=None):
         for name, kind in (("patients", "cohort"), ("jitter", "hearts")):
             if name in given and a.kind != kind:
                 fail(f"--{name} is for phantom {kind} only")
+        for name, low, high in (("subjects", 1, 1e6), ("patients", 0, 1e6), ("seed", 0, 2 ** 63),
+                                ("size", 16, 4096), ("jitter", 0, 10)):
+            if not low <= given.get(name, low) <= high:
+                fail(f"--{name} {given[name]}: from {low} to {high:g}")
         dict(hearts=phantom_hearts, views=phantom_views, cohort=phantom_cohort,
              brains=phantom_brains)[a.kind](a.out, **given)
         print(a.out)
