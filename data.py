@@ -670,11 +670,11 @@ def canny(image, sigma, low, high, tissue=None):
     return keep[part]
 
 
-def edges(image, sigma=None, low=0.5, high=0.8, shortest=None):
+def edges(image, sigma=None, shortest=None):
     """(N,H,W) uint8 -> (N,H,W) bool: Canny's edges without the noise.
 
-    low, high: quantiles of the slope over the tissue (brighter than 5 % of full scale): padding and air have
-    no say. Against noise and texture: sigma in pixels (None: 1.5 at 256, 1 at 128), and edges of
+    Thresholds are quantiles of the slope over the tissue (brighter than 5 % of full scale): padding and air
+    have no say. Against noise and texture: sigma in pixels (None: 1.5 at 256, 1 at 128), and edges of
     fewer than `shortest` pixels (None: 16 at 256) are dropped."""
     side = max(image.shape[1:])
     sigma, shortest = sigma or max(1.0, side / 170), side // 16 if shortest is None else shortest
@@ -682,15 +682,15 @@ def edges(image, sigma=None, low=0.5, high=0.8, shortest=None):
     for k, x in enumerate(image):
         tissue = x > 13
         if tissue.any():
-            part, count = ndimage.label(canny(x / 255.0, sigma, low, high, tissue), np.ones((3, 3)))
+            part, count = ndimage.label(canny(x / 255.0, sigma, 0.5, 0.8, tissue), np.ones((3, 3)))
             keep = np.bincount(part.ravel(), minlength=count + 1) >= shortest
             keep[0] = False
             found[k] = keep[part]
     return found
 
 
-def strokes(found, rng, most=8):
-    """(N,H,W) bool edges -> (N,H,W) bool: 2 to `most` of each image's edges, as a user would draw.
+def strokes(found, rng):
+    """(N,H,W) bool edges -> (N,H,W) bool: 2 to 8 of each image's edges, as a user would draw.
 
     Edges are cut where they branch, and long ones are likelier. The images draw from rng in turn."""
     out = np.zeros_like(found)
@@ -700,7 +700,7 @@ def strokes(found, rng, most=8):
         part, count = ndimage.label(x & (near <= 4), np.ones((3, 3)))    # itself and 3 neighbours: no branch
         length, keep = np.bincount(part.ravel(), minlength=count + 1), np.zeros(count + 1, bool)
         length[0], length[length < max(h, w) // 24] = 0, 0               # nobody draws specks
-        wanted = min(int(rng.integers(2, most + 1)), np.count_nonzero(length))
+        wanted = min(int(rng.integers(2, 9)), np.count_nonzero(length))
         if wanted:
             keep[rng.choice(count + 1, wanted, replace=False, p=length / length.sum())] = True
             out[k] = keep[part]
