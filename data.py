@@ -933,6 +933,12 @@ def infarct_fraction(mask):
     return (mask >= 3).sum((1, 2)) / np.maximum((mask >= 2).sum((1, 2)), 1)
 
 
+def phantom_options(path, subjects, seed, size, patients=0, jitter=0.0):
+    """Fails in one line on what no phantom can be drawn with."""
+    if subjects < 1 or patients < 0 or seed < 0 or size < 16 or not 0 <= jitter <= 10:
+        fail(f"{path}: phantom needs subjects >= 1, patients >= 0, seed >= 0, size >= 16, 0 <= jitter <= 10")
+
+
 def phantom_file(path, kind, subjects, seed, size, draw, flags="", **attrs):
     """Write what draw(rng, i) -> columns makes of each subject i. A subject depends on (seed, number)."""
     table = []
@@ -950,6 +956,7 @@ def phantom_hearts(path, subjects=100, seed=0, size=128, jitter=1.0):
     factor_*: x, y (right, up), lv_radius, wall_thickness in mm (the frame is 125 mm wide); rotation in
     degrees; infarct_fraction of the myocardium; transmurality of the wall (deepest point); contrast = blood -
     myocardium of full scale. jitter scales pose only, 0 = aligned. A subject depends on (seed, number)."""
+    phantom_options(path, subjects, seed, size, jitter=jitter)
     phantom_file(path, "hearts", subjects, seed, size,
                  lambda rng, i: heart(rng, size, jitter, infarcted=i % 3 > 0), f" --jitter {jitter:g}",
                  spacing_mm=[9.0, 125 / size, 125 / size], label_names=["normal", "pathological"],
@@ -1108,6 +1115,7 @@ def phantom_views(path, subjects=60, seed=0, size=128):
     factor_*: ejection_fraction in [0,1]; lv_radius (short half-axis in the image) and wall_thickness in mm at
     that phase; x, y in mm (right, up) and rotation in degrees off the view's own place; contrast = blood -
     myocardium of full scale. The frame is FRAME mm wide. A subject depends on (seed, number)."""
+    phantom_options(path, subjects, seed, size)
     phantom_file(path, "views", subjects, seed, size, lambda rng, i: cine(rng, size, i % 3),
                  spacing_mm=[10.0, FRAME / size, FRAME / size],
                  label_names=["healthy", "dilated", "hypertrophic"], **CINE_NAMES)
@@ -1363,6 +1371,7 @@ def phantom_cohort(path, subjects=1000, patients=220, seed=0, size=128):
     1/0.73 times higher per SD of severity, see survival(). mask 4: where the disease changed this patient's
     own picture by more than 5 % of full scale. The frame is 176 mm wide. A subject depends on (seed, number)
     and on being a patient."""
+    phantom_options(path, subjects, seed, size, patients)
     table, voxel = [], 176 / size
     # The level of the thalami. Stylised: the central sulcus, here only its lower end, is cut at full depth.
     x, y, z = grid((1, size, size), voxel)
@@ -1399,6 +1408,7 @@ def phantom_brains(path, subjects=160, seed=0, size=48):
 
     On average, as in life: in AD hippocampi are a quarter smaller and shrink 5 % a year (CN: 1 %), ventricles
     are half larger and grow 8 % a year (CN: 2 to 3 %); people of one age differ by 10 to 25 %."""
+    phantom_options(path, subjects, seed, size)
     shape = size, size * 5 // 32 * 8, size
     voxel = 176 / shape[1]
     frame = grid(shape, voxel)
@@ -2097,10 +2107,6 @@ def main(flags=None):
         for name, kind in (("patients", "cohort"), ("jitter", "hearts")):
             if name in given and a.kind != kind:
                 fail(f"--{name} is for phantom {kind} only")
-        for name, low, high in (("subjects", 1, 1e6), ("patients", 0, 1e6), ("seed", 0, 2 ** 63),
-                                ("size", 16, 4096), ("jitter", 0, 10)):
-            if not low <= given.get(name, low) <= high:
-                fail(f"--{name} {given[name]}: from {low} to {high:g}")
         dict(hearts=phantom_hearts, views=phantom_views, cohort=phantom_cohort,
              brains=phantom_brains)[a.kind](a.out, **given)
         print(a.out)
