@@ -1119,7 +1119,7 @@ def load_drawings(path, cfg, maps):
     -> arrays for Loader. edges may be missing if the model knows drawings without, a mask if not read."""
     with D.open_h5(path) as file:
         read = {k: D.plain(file, path, k)[...] for k in ("edges", "mask", "view", "phase") if k in file}
-        attrs = D.read_attrs(file) | D.read_attrs(file.get("mask", file))
+        attrs = {k: D.as_python(v) for x in (file, file.get("mask", file)) for k, v in x.attrs.items()}
     need = [k for k, v in (("edges", cfg.edges in ("full", "sparse")), ("mask", maps)) if v and k not in read]
     if need or not {"edges", "mask"} & set(read):
         D.fail(f"{path}: {' and '.join(need or ['edges', 'mask'])} missing; this model draws from "
