@@ -21,7 +21,7 @@
     view phase slice  (N,) ints    cine: 0 SA, 1 LA;  0 ED, 1 ES;  from base or apex, as scanned
     anything else (N,) numeric is a probe target; factor_* are the known causes of a phantom
 """
-import argparse, csv, difflib, glob, hashlib, io, json, os, re, shutil, sys
+import argparse, csv, difflib, glob, hashlib, io, json, os, re, shutil, sys, unicodedata
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -115,6 +115,8 @@ def open_h5(path):
 def plain(file, path, name):
     """The dataset `name` of an open file, or None for a group; fails if its bytes lie elsewhere."""
     link = file.get(name, getlink=True)  # looks at the link without following it
+    if link is None:
+        fail(f"{path}: {name}: missing")
     if not isinstance(link, h5py.HardLink):
         fail(f"{path}: {name}: a {type(link).__name__}, refused: nothing outside the file is read; "
              "store the values themselves")
@@ -137,7 +139,7 @@ class Rows:
 
     def __init__(self, name, paths, counts, shape, size=None):
         self.name, self.paths, self.size = name, paths, size
-        self.starts = np.cumsum([0, *counts])
+        self.starts, self.stored = np.cumsum([0, *counts]), tuple(shape)
         self.shape = (int(self.starts[-1]), *((size, size) if size else shape))
         self.nbytes = int(np.prod(self.shape, dtype=object))
 
@@ -153,6 +155,8 @@ class Rows:
             path, here = self.paths[k], np.flatnonzero(owner == k)
             with open_h5(path) as file:
                 dataset = plain(file, path, self.name)
+                if dataset is None or dataset.shape != (np.diff(self.starts)[k], *self.stored):
+                    fail(f"{path}: {self.name}: not what it was when this run began; put that file back")
                 most = max(1, int(64e6 // (dataset.dtype.itemsize * np.prod(dataset.shape[1:]))))
                 cut = (np.diff(wanted[here]) > 1) | (np.arange(1, len(here)) % most == 0)
                 for run in np.split(here, np.flatnonzero(cut) + 1):    # neighbours together, up to 64 MB
@@ -171,7 +175,7 @@ class Rows:
                 if bad.any():
                     row = int(np.argmax(bad.reshape(len(x), -1).any(1)))
                     fail(f"{path}: {self.name}[{first + row}]: {int(bad[row].sum())} values {what} "
-                         f"(first {x[row][bad[row]][0]:g}); rescale the image to [0,1]")
+                         f"(first {x[row][bad[row]][0]:.9g}); rescale the image to [0,1], or clip it")
             x = x.astype(np.float32) * 255
         if self.size:
             x = resize(x, self.size, nearest=self.name == "mask")
@@ -246,10 +250,22 @@ class Dataset:
 
 
 def as_python(value):
-    """An HDF5 attribute as str, number or list."""
+    """An HDF5 attribute as str, number or list of them."""
     value = value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
     value = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
-    return value if isinstance(value, (str, int, float, list)) else str(value)
+    if isinstance(value, list):
+        return [as_python(v) for v in value]
+    return value if isinstance(value, (str, int, float)) else str(value)
+
+
+def read_attrs(thing):
+    """Attributes of a file or dataset -> dict. *_names are lists of str, also where "a, b, c" is stored."""
+    attrs = {k: as_python(v) for k, v in thing.attrs.items()}
+    for k, v in attrs.items():
+        if k.endswith("_names"):
+            v = v.split(",") if isinstance(v, str) else np.ravel(v).tolist()
+            attrs[k] = [str(n).strip() for n in v]
+    return attrs
 
 
 def read_columns(path, warnings):
@@ -257,7 +273,10 @@ def read_columns(path, warnings):
     known = ("image", "mask", "subject", "split", "label", "age", "sex", "session", "time", "event")
     columns = {}
     with open_h5(path) as file:
-        names, attrs = list(file), {k: as_python(v) for k, v in file.attrs.items()}
+        try:
+            names, attrs = list(file), read_attrs(file)
+        except (OSError, TypeError, ValueError) as error:  # text that is not utf-8, types of the far future
+            fail(f"{path}: its names or attributes cannot be read: {error}")
         for need in ("image", "subject"):
             if need not in names:
                 near = [n for n in names if n.lower().rstrip("s") == need]
@@ -274,6 +293,8 @@ def read_columns(path, warnings):
             fail(f"{path}: image: type {image.dtype}, expected uint8 or float in [0,1]")
         if 0 in shape:
             fail(f"{path}: image: shape {shape} holds no pixel")
+        if shape[0] > 1e7:
+            fail(f"{path}: image: {shape[0]} rows, at most 10 million are read")
         for name in names:
             d = plain(file, path, name)
             if name not in known and (d is None or d.ndim != 1 or d.dtype.kind not in "biuf"):
@@ -288,16 +309,24 @@ def read_columns(path, warnings):
             stored = d.id.get_storage_size()
             if stored == 0:
                 fail(f"{path}: {name}: declared but never written; write the file again")
+            each = d.dtype.itemsize * np.prod(d.shape[1:], dtype=float)
+            if each > (4e9 if name in ("image", "mask") else 1000):
+                fail(f"{path}: {name}: every row declares {each:.3g} bytes; refused as damaged or hostile")
             if d.nbytes > 50e9 and d.nbytes > 2000 * stored:
                 fail(f"{path}: {name}: declares {d.nbytes / 1e9:.0f} GB but stores {stored / 1e6:.3g} MB; "
                      "refused as damaged or hostile")
-            attrs.update({k: as_python(v) for k, v in d.attrs.items() if k.endswith("_names")})
+            attrs.update({k: v for k, v in read_attrs(d).items() if k.endswith("_names")})
             if name in ("image", "mask"):
                 columns[name] = d.shape
                 continue
+            text = h5py.check_string_dtype(d.dtype)
+            if name in ("subject", "sex", "split") and not text and d.dtype.kind not in "iu":
+                fail(f"{path}: {name}: type {d.dtype}, expected text or whole numbers")   # 1.0 is not "1"
             try:
-                x = d.asstr()[:] if h5py.check_string_dtype(d.dtype) else d[:]
-            except (OSError, UnicodeDecodeError, TypeError) as error:
+                x = d.asstr("utf-8")[:] if text else d[:]
+            except UnicodeDecodeError:
+                fail(f"{path}: {name}: not utf-8; write the texts again as Python's str")
+            except (OSError, TypeError) as error:
                 fail(f"{path}: {name}: cannot be read, write the file again: {error}")
             columns[name] = check_column(path, name, x, warnings)
     return columns, attrs
@@ -311,18 +340,20 @@ def check_column(path, name, x, warnings):
             fail(f"{path}: {name}[{row}]: {x[row]!s:.40} {why} ({int(bad.sum())} such rows)")
 
     if name in ("subject", "sex", "split"):
-        x = np.array([str(v).strip() for v in x])
+        texts = [str(v).strip() for v in x]
+        refuse(np.array([len(t) > 200 for t in texts]), "... is longer than 200 characters")
+        x = np.array(texts)
         if name == "subject":
-            refuse(x == "", "is an empty id; every row needs its subject")
+            refuse(np.isin(x, ["", "nan", "NaN", "None"]), "is an empty id; every row needs its subject")
         if name == "split":
             refuse(~np.isin(x, ["train", "val", "test"]), "is none of train, val, test")
         return x
     if x.dtype.kind not in "biuf":
         fail(f"{path}: {name}: type {x.dtype}, expected numbers")
     x = x.astype(np.uint8) if x.dtype == bool else x
-    refuse(np.isinf(x), "is infinite")
+    refuse(abs(x.astype(float)) > 3e38, "is infinite")   # as the float32 that it becomes
     if name in ("label", "event"):
-        refuse(~np.isfinite(x) | (x != np.floor(x)) | (x < 0), "is not a whole number >= 0")
+        refuse(~((x == np.floor(x)) & (x >= 0) & (x < 2 ** 31)), "is not a whole number from 0 to 2147483647")
         if name == "event":
             refuse(x > 1, "is neither 0 (censored) nor 1")
         return x.astype(np.int64 if name == "label" else np.uint8)
@@ -331,6 +362,9 @@ def check_column(path, name, x, warnings):
     missing = int(np.isnan(x).sum())
     if missing:
         warnings.append(f"{path}: {name}: {missing} of {len(x)} rows are NaN, taken as missing")
+    odd = np.count_nonzero((x < 0) | (x > 120)) if name == "age" else 0
+    if odd:
+        warnings.append(f"{path}: age: {odd} of {len(x)} rows are not between 0 and 120, in years")
     return x.astype(np.float32) if name in ("age", "session", "time") else x
 
 
@@ -342,18 +376,22 @@ def load(path, size=None, max_gb=4.0, square=False):
     path, warnings, parts = str(path), [], []
     paths = [path]
     if os.path.isdir(path):
-        paths = sorted(os.path.join(path, p) for p in os.listdir(path) if p.endswith((".h5", ".hdf5")))
+        paths = sorted(os.path.join(path, p) for p in os.listdir(path)
+                       if p.endswith((".h5", ".hdf5")) and not p.startswith("."))    # a Mac's ._a.h5
         if not paths:
             fail(f"{path}: a folder without .h5 files")
     for p in tqdm(paths, "opening", delay=2, leave=False, disable=None):
         parts.append(read_columns(p, warnings))
-        (here, _), (first, attrs) = parts[-1], parts[0]
+        (here, mine), (first, attrs) = parts[-1], parts[0]
         shape = first["image"][1:]
         if here["image"][1:] != shape:
             fail(f"{p}: image: {here['image'][1:]} but {shape} in {paths[0]}; all files need one size")
         if set(here) != set(first):
             fail(f"{p}: {', '.join(sorted(set(here) ^ set(first)))}: only in this file or only in "
                  f"{paths[0]}; all files need the same datasets")
+        for k in ("label_names", "mask_names"):
+            if mine.get(k) != attrs.get(k):
+                fail(f"{p}: {k} {mine.get(k)} but {attrs.get(k)} in {paths[0]}; all files need the same")
     if size and len(shape) == 3:
         fail(f"{path}: image: volumes {shape} are not resized; drop --size or convert them again")
     if square and shape[0] != shape[1]:
@@ -370,6 +408,8 @@ def load(path, size=None, max_gb=4.0, square=False):
         if both:
             fail(f"{path}: split: {len(both)} subjects are in more than one part: {', '.join(both[:5])}; "
                  "put each subject in one part")
+    if alike := lookalikes(subject):
+        warnings.append(f"{path}: subject: {alike[0]}: taken as two people; are they one? ({len(alike)})")
     counts = [c["image"][0] for c, _ in parts]
     image = Rows("image", paths, counts, shape, size)
     mask = Rows("mask", paths, counts, shape, size) if "mask" in first else None
@@ -383,10 +423,16 @@ def load(path, size=None, max_gb=4.0, square=False):
         digest.update(image[rows].tobytes())
     for line in warnings:
         print("warning:", line, file=sys.stderr)
-    names = attrs.get("label_names", [])
-    names = [n.strip() for n in names.split(",")] if isinstance(names, str) else names
-    return Dataset(path, image, mask, subject, columns, split, attrs, names, digest.hexdigest()[:16],
-                   warnings)
+    return Dataset(path, image, mask, subject, columns, split, attrs, attrs.get("label_names", []),
+                   digest.hexdigest()[:16], warnings)
+
+
+def lookalikes(subject):
+    """-> ids that differ only in case or in Unicode's spelling, as ["P1, p1"]: one patient, perhaps."""
+    groups = {}
+    for s in np.unique(subject):
+        groups.setdefault(unicodedata.normalize("NFKC", s).casefold(), []).append(s)
+    return [", ".join(g) for g in groups.values() if len(g) > 1]
 
 
 def warn_constant(path, image, warnings):
@@ -452,14 +498,19 @@ def load_study(path, test="", size=None, seed=0, square=True, fractions=(0.7, 0.
     if not more:
         return data, split(data, seed, fractions)
     other = more[0]
+    within = lookalikes(data.subject) + lookalikes(other.subject)
     both = sorted(set(data.subject) & set(other.subject))
+    both += sorted(set(lookalikes([*data.subject, *other.subject])) - set(within))
     if both:
         fail(f"{test}: subject: {len(both)} are also in {path}: "
-             f"{', '.join(both[:5])}; a subject belongs to one part")
+             f"{'; '.join(both[:5])}; a subject belongs to one part")
     if other.image.shape[1:] != data.image.shape[1:]:
         fail(f"{test}: image: {other.image.shape[1:]} but {path} has {data.image.shape[1:]}; give --size")
     if isinstance(data.image, Rows) or isinstance(other.image, Rows):
         fail(f"{path}, {test}: too large to join in memory; put both into one folder, with a split column")
+    names = data.label_names, other.label_names
+    if any(n in names[1] and names[1].index(n) != k for k, n in enumerate(names[0])):
+        fail(f"{test}: label_names {names[1]} but {path} has {names[0]}; one class needs one number")
     part = split(data, seed, (0.85, 0.15, 0)) if data.split is None else \
         np.where(data.split == "val", "val", "train")
 
@@ -619,11 +670,11 @@ def canny(image, sigma, low, high, tissue=None):
     return keep[part]
 
 
-def edges(image, sigma=None, low=0.5, high=0.8, shortest=None):
+def edges(image, sigma=None, shortest=None):
     """(N,H,W) uint8 -> (N,H,W) bool: Canny's edges without the noise.
 
-    low, high: quantiles of the slope over the tissue (brighter than 5 % of full scale): padding and air have
-    no say. Against noise and texture: sigma in pixels (None: 1.5 at 256, 1 at 128), and edges of
+    Thresholds are quantiles of the slope over the tissue (brighter than 5 % of full scale): padding and air
+    have no say. Against noise and texture: sigma in pixels (None: 1.5 at 256, 1 at 128), and edges of
     fewer than `shortest` pixels (None: 16 at 256) are dropped."""
     side = max(image.shape[1:])
     sigma, shortest = sigma or max(1.0, side / 170), side // 16 if shortest is None else shortest
@@ -631,15 +682,15 @@ def edges(image, sigma=None, low=0.5, high=0.8, shortest=None):
     for k, x in enumerate(image):
         tissue = x > 13
         if tissue.any():
-            part, count = ndimage.label(canny(x / 255.0, sigma, low, high, tissue), np.ones((3, 3)))
+            part, count = ndimage.label(canny(x / 255.0, sigma, 0.5, 0.8, tissue), np.ones((3, 3)))
             keep = np.bincount(part.ravel(), minlength=count + 1) >= shortest
             keep[0] = False
             found[k] = keep[part]
     return found
 
 
-def strokes(found, rng, most=8):
-    """(N,H,W) bool edges -> (N,H,W) bool: 2 to `most` of each image's edges, as a user would draw.
+def strokes(found, rng):
+    """(N,H,W) bool edges -> (N,H,W) bool: 2 to 8 of each image's edges, as a user would draw.
 
     Edges are cut where they branch, and long ones are likelier. The images draw from rng in turn."""
     out = np.zeros_like(found)
@@ -649,7 +700,7 @@ def strokes(found, rng, most=8):
         part, count = ndimage.label(x & (near <= 4), np.ones((3, 3)))    # itself and 3 neighbours: no branch
         length, keep = np.bincount(part.ravel(), minlength=count + 1), np.zeros(count + 1, bool)
         length[0], length[length < max(h, w) // 24] = 0, 0               # nobody draws specks
-        wanted = min(int(rng.integers(2, most + 1)), np.count_nonzero(length))
+        wanted = min(int(rng.integers(2, 9)), np.count_nonzero(length))
         if wanted:
             keep[rng.choice(count + 1, wanted, replace=False, p=length / length.sum())] = True
             out[k] = keep[part]
@@ -882,23 +933,34 @@ def infarct_fraction(mask):
     return (mask >= 3).sum((1, 2)) / np.maximum((mask >= 2).sum((1, 2)), 1)
 
 
+def phantom_options(path, subjects, seed, size, patients=0, jitter=0.0):
+    """Fails in one line on what no phantom can be drawn with."""
+    if subjects < 1 or patients < 0 or seed < 0 or size < 16 or not 0 <= jitter <= 10:
+        fail(f"{path}: phantom needs subjects >= 1, patients >= 0, seed >= 0, size >= 16, 0 <= jitter <= 10")
+
+
+def phantom_file(path, kind, subjects, seed, size, draw, flags="", **attrs):
+    """Write what draw(rng, i) -> columns makes of each subject i. A subject depends on (seed, number)."""
+    table = []
+    for i in tqdm(range(subjects), kind, leave=False, disable=None):
+        columns = draw(np.random.default_rng([seed, i]), i)
+        columns["subject"] = np.repeat(f"{kind[:-1]}{seed}-{i:03d}", len(columns["image"]))
+        table.append(columns)
+    source = f"python data.py phantom {kind} --subjects {subjects} --seed {seed} --size {size}{flags}"
+    write(path, table, dict(attrs, source=source, licence="CC0"))
+
+
 def phantom_hearts(path, subjects=100, seed=0, size=128, jitter=1.0):
     """Write LGE short-axis hearts with known causes; two thirds infarcted, mask ids as EMIDEC's.
 
     factor_*: x, y (right, up), lv_radius, wall_thickness in mm (the frame is 125 mm wide); rotation in
     degrees; infarct_fraction of the myocardium; transmurality of the wall (deepest point); contrast = blood -
     myocardium of full scale. jitter scales pose only, 0 = aligned. A subject depends on (seed, number)."""
-    if subjects < 1 or size < 16 or jitter < 0:
-        fail(f"{path}: phantom needs subjects >= 1, size >= 16, jitter >= 0")
-    table = []
-    for i in tqdm(range(subjects), "hearts", leave=False, disable=None):
-        columns = heart(np.random.default_rng([seed, i]), size, jitter, infarcted=i % 3 > 0)
-        columns["subject"] = np.repeat(f"heart{seed}-{i:03d}", len(columns["image"]))
-        table.append(columns)
-    write(path, table,
-          dict(source=f"python data.py phantom hearts --subjects {subjects} --seed {seed} --size {size} "
-                      f"--jitter {jitter:g}", licence="CC0", spacing_mm=[9.0, 125 / size, 125 / size],
-               label_names=["normal", "pathological"], mask_names=HEART))
+    phantom_options(path, subjects, seed, size, jitter=jitter)
+    phantom_file(path, "hearts", subjects, seed, size,
+                 lambda rng, i: heart(rng, size, jitter, infarcted=i % 3 > 0), f" --jitter {jitter:g}",
+                 spacing_mm=[9.0, 125 / size, 125 / size], label_names=["normal", "pathological"],
+                 mask_names=HEART)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1053,17 +1115,10 @@ def phantom_views(path, subjects=60, seed=0, size=128):
     factor_*: ejection_fraction in [0,1]; lv_radius (short half-axis in the image) and wall_thickness in mm at
     that phase; x, y in mm (right, up) and rotation in degrees off the view's own place; contrast = blood -
     myocardium of full scale. The frame is FRAME mm wide. A subject depends on (seed, number)."""
-    if subjects < 1 or size < 16:
-        fail(f"{path}: phantom needs subjects >= 1, size >= 16")
-    table = []
-    for i in tqdm(range(subjects), "views", leave=False, disable=None):
-        columns = cine(np.random.default_rng([seed, i]), size, i % 3)
-        columns["subject"] = np.repeat(f"view{seed}-{i:03d}", len(columns["image"]))
-        table.append(columns)
-    write(path, table,
-          dict(source=f"python data.py phantom views --subjects {subjects} --seed {seed} --size {size}",
-               licence="CC0", spacing_mm=[10.0, FRAME / size, FRAME / size],
-               label_names=["healthy", "dilated", "hypertrophic"], **CINE_NAMES))
+    phantom_options(path, subjects, seed, size)
+    phantom_file(path, "views", subjects, seed, size, lambda rng, i: cine(rng, size, i % 3),
+                 spacing_mm=[10.0, FRAME / size, FRAME / size],
+                 label_names=["healthy", "dilated", "hypertrophic"], **CINE_NAMES)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1316,8 +1371,7 @@ def phantom_cohort(path, subjects=1000, patients=220, seed=0, size=128):
     1/0.73 times higher per SD of severity, see survival(). mask 4: where the disease changed this patient's
     own picture by more than 5 % of full scale. The frame is 176 mm wide. A subject depends on (seed, number)
     and on being a patient."""
-    if subjects < 1 or patients < 0 or seed < 0 or size < 16:
-        fail(f"{path}: phantom needs subjects >= 1, patients >= 0, seed >= 0, size >= 16")
+    phantom_options(path, subjects, seed, size, patients)
     table, voxel = [], 176 / size
     # The level of the thalami. Stylised: the central sulcus, here only its lower end, is cut at full depth.
     x, y, z = grid((1, size, size), voxel)
@@ -1354,13 +1408,13 @@ def phantom_brains(path, subjects=160, seed=0, size=48):
 
     On average, as in life: in AD hippocampi are a quarter smaller and shrink 5 % a year (CN: 1 %), ventricles
     are half larger and grow 8 % a year (CN: 2 to 3 %); people of one age differ by 10 to 25 %."""
-    if subjects < 1 or seed < 0 or size < 16:
-        fail(f"{path}: phantom needs subjects >= 1, seed >= 0, size >= 16")
+    phantom_options(path, subjects, seed, size)
     shape = size, size * 5 // 32 * 8, size
-    table, voxel = [], 176 / shape[1]
+    voxel = 176 / shape[1]
     frame = grid(shape, voxel)
-    for i in tqdm(range(subjects), "brains", leave=False, disable=None):
-        rng, ill = np.random.default_rng([seed, i]), i % 2
+
+    def visits(rng, i):
+        ill = i % 2
         first, sex = rng.uniform(50, 90), "FM"[rng.integers(2)]
         rate = np.exp(rng.normal(0, 0.3)) * (1 + ill)
         ahead, stage = rng.normal(0, 4), rng.uniform(0.3, 0.8) * ill
@@ -1376,12 +1430,11 @@ def phantom_brains(path, subjects=160, seed=0, size=48):
             rows.append(dict(image=scan(rng, drawn, *here), mask=drawn["mask"], age=first + years, **ml,
                              factor_brain_age=old, factor_alzheimer=ill_now))
         n = len(rows)
-        table.append(dict({k: np.array([row[k] for row in rows]) for k in rows[0]}, session=months,
-                          subject=np.repeat(f"brain{seed}-{i:03d}", n), label=np.full(n, ill),
-                          sex=np.full(n, sex), factor_rate=np.full(n, rate)))
-    write(path, table,
-          dict(source=f"python data.py phantom brains --subjects {subjects} --seed {seed} --size {size}",
-               licence="CC0", spacing_mm=[voxel] * 3, label_names=["CN", "AD"], mask_names=BRAIN))
+        return dict({k: np.array([row[k] for row in rows]) for k in rows[0]}, session=months,
+                    label=np.full(n, ill), sex=np.full(n, sex), factor_rate=np.full(n, rate))
+
+    phantom_file(path, "brains", subjects, seed, size, visits, spacing_mm=[voxel] * 3,
+                 label_names=["CN", "AD"], mask_names=BRAIN)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1471,6 +1524,8 @@ def emidec(root, out, spacing=None):
     that of the training file to convert others alike. Grey window: percentiles 0-99.5 of each cropped
     volume. Slices without myocardium are dropped; skipped cases are listed with the reason."""
     need_nibabel("emidec")
+    if spacing is not None and not 0.01 <= spacing <= 100:
+        fail(f"--spacing {spacing}: expected mm per pixel")
     cases = sorted(c for c in (os.listdir(root) if os.path.isdir(root) else [])
                    if re.fullmatch(r"Case_[NP]\d+", c) and os.path.isdir(os.path.join(root, c)))
     if not cases:
@@ -1972,7 +2027,8 @@ def summary(path):
 
 
 def show(path, out):
-    """Contact sheet: up to 12 subjects as rows, 8 of their images (middle of volumes), mask contours."""
+    """Contact sheet: up to 12 subjects as rows, 8 of their images (middle of volumes); with masks 4, each
+    bare and with contours."""
     data = load(path)
     subjects = np.sort(np.random.default_rng(0).permutation(np.unique(data.subject))[:12])
     zoom = max(1, 192 // data.image.shape[-1])
@@ -1981,29 +2037,34 @@ def show(path, out):
     sheet = Image.new("RGB", (8 * w, len(subjects) * (h + 14)))
     for r, subject in enumerate(subjects):
         rows = np.flatnonzero(data.subject == subject)
-        rows = rows[np.unique(np.linspace(0, len(rows) - 1, 8).astype(int))]
+        rows = rows[np.unique(np.linspace(0, len(rows) - 1, 8 if data.mask is None else 4).astype(int))]
+        tiles = []
         known = [f"{k} {data.columns[k][rows[0]]:.4g}" for k in ("label", "age") if k in data.columns]
         ImageDraw.Draw(sheet).text((4, r * (h + 14) + 1), ", ".join([subject, *known]), fill="white")
-        for c, row in enumerate(rows):
+        for row in rows:
             image, *mask = (a[[row]][0] for a in (data.image, data.mask) if a is not None)
             if image.ndim == 3:
                 image, *mask = (a[len(a) // 2] for a in (image, *mask))
             tile = np.array(Image.fromarray(image).resize((w, h), Image.BICUBIC).convert("RGB"))
+            tiles.append(tile)
             for m in mask:
+                tile = tile.copy()
+                tiles.append(tile)
                 m = np.pad(m.repeat(zoom, 0).repeat(zoom, 1), 1, "edge")
                 inner = m[1:-1, 1:-1]
                 edge = np.any([inner != n for n in (m[2:, 1:-1], m[:-2, 1:-1], m[1:-1, 2:], m[1:-1, :-2])], 0)
                 for value in np.unique(inner[inner > 0]):
                     tile[edge & (inner == value)] = colours[value % 5]
+        for c, tile in enumerate(tiles):
             sheet.paste(Image.fromarray(tile), (c * w, r * (h + 14) + 14))
     try:
-        sheet.save(out)
+        sheet.crop((0, 0, sheet.getbbox()[2], sheet.height)).save(out)
     except (OSError, ValueError) as error:
         fail(f"{out}: cannot be written: {error}")
     print(out)
 
 
-def main():
+def main(flags=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     verify, sheet, phantom, nifti, scans = map(
@@ -2032,7 +2093,10 @@ def main():
     scans.add_argument("--slice", help="axial:mid, coronal:40 (row) or sagittal:-10 (mm from the middle)")
     for p in (parser, verify, sheet, phantom, nifti, scans, *cines):
         p.error = lambda message: fail(f"{message}; see python data.py --help")  # one line, as all errors
-    a = parser.parse_args()
+    a = parser.parse_args(flags)
+    folder = os.path.dirname(getattr(a, "out", ""))
+    if folder and not os.path.isdir(folder):    # said before the work, not after it
+        fail(f"{a.out}: no folder {folder}; make it first")
     if a.command == "check":
         summary(a.path)
     elif a.command == "show":
@@ -2055,4 +2119,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

@@ -146,6 +146,10 @@ def test_names_missing_values_and_strings(tmp_path):
         f["label"].attrs["label_names"] = ["healthy", "ill"]
         f.create_group("extra")
     d = data.load(path)
+    with h5py.File(path, "a") as f:
+        del f["subject"]
+        f["subject"] = np.repeat([s.encode() for s in ("a", "b", "c", "é")], 3)    # declared as ASCII
+    assert data.load(path).fingerprint == d.fingerprint
     assert list(d.subject[::3]) == ["a", "b", "c", "é"] and d.label_names == ["healthy", "ill"]
     assert d.columns["score"][5] == 5 and d.columns["sex"][1] == "F" and len(d) == N
     assert any("age: 1 of 12" in w for w in d.warnings) and any("extra" in w for w in d.warnings)
@@ -198,6 +202,16 @@ def test_prefetch_raises_in_the_consumer_and_ends_with_it(tmp_path, capsys):
     rows = data.Rows("image", [make(tmp_path / "nan.h5", **c)], [N], (H, H))
     bad = data.Loader(dict(image=rows), "cpu", limit_gb=0)
     one_error(capsys, lambda: list(bad.stream([np.array([1]), np.array([9])])), "nan.h5", "image[9]")
+
+
+@pytest.mark.parametrize("change", [
+    dict(image=columns()["image"][:5], mask=None, subject=np.array(["a"] * 5), label=None, age=None),
+    dict(image=columns()["image"][:, :8], mask=None), dict(image=None)])
+def test_a_file_that_changes_during_the_run_is_one_line(tmp_path, capsys, change):
+    path = make(tmp_path / "a.h5")
+    rows = data.load(path, max_gb=0).image
+    make(path, **change)
+    one_error(capsys, lambda: rows[[1, 9]], "a.h5: image")
 
 
 # ---------------------------------------------------------------- phantom hearts
@@ -369,17 +383,25 @@ def row(values, i, v):
     (dict(image=np.zeros((N, H, H), np.int16)), ["image", "int16", "uint8"]),
     (dict(image=nan), ["image[7]", "3 values NaN or Inf"]),
     (dict(image=wide), ["image[4]", "1.5", "outside [0,1]"]),
+    (dict(image=wide / 1.5 * np.float32(1.000001)), ["image[4]", "1.00000", "outside [0,1]"]),
     (dict(image=np.full((N, H, H), 9, np.uint8)), ["image", "every image is constant"]),
     (dict(label=np.zeros(N - 1, int)), ["label", "(11,)", "12 rows"]),
     (dict(mask=np.zeros((N, H, H + 1), np.uint8)), ["mask", "(12, 16, 17)"]),
     (dict(mask=np.zeros((N, H, H), np.int32)), ["mask", "int32"]),
     (dict(subject=row(np.repeat(["aa", "b"], 6), 5, " ")), ["subject[5]", "empty"]),
+    (dict(subject=row(np.repeat(["aaa", "b"], 6), 5, "nan")), ["subject[5]: nan", "empty"]),
+    (dict(subject=row(np.arange(N) + 0.0, 5, np.nan)), ["subject", "float", "text or whole numbers"]),
+    (dict(sex=row(np.ones(N), 5, np.nan)), ["sex", "float", "text or whole numbers"]),
+    (dict(subject=row(np.repeat(["a" * 300, "b"], 6), 5, "c")), ["subject[0]: aaaa", "longer than 200"]),
     (dict(split=np.array(["train", "val"] * 6)), ["split", "a, b, c, d"]),
     (dict(subject=np.array(["a", "a "] * 6), split=np.array(["train", "val"] * 6)), ["1 subjects", " a;"]),
     (dict(split=row(["train"] * N, 3, "dev")), ["split[3]", "dev"]),
     (dict(label=row(np.zeros(N), 2, 0.5)), ["label[2]", "0.5"]),
     (dict(label=row(np.zeros(N, int), 2, -1)), ["label[2]", "-1"]),
     (dict(age=row(np.ones(N), 6, np.inf)), ["age[6]", "inf"]),
+    (dict(age=row(np.ones(N, np.longdouble), 6, 1e39)), ["age[6]", "infinite"]),    # as a float32
+    (dict(label=row(np.zeros(N, np.uint64), 2, 2 ** 63)), ["label[2]", "9223372036854775808"]),
+    (dict(label=row(np.zeros(N, np.longdouble), 2, 2.0 ** 70)), ["label[2]", "1.18059", "2147483647"]),
     (dict(age=np.array(["old"] * N)), ["age", "expected numbers"]),
     (dict(event=row(np.zeros(N, int), 8, 2), time=np.ones(N)), ["event[8]"]),
     (dict(event=np.zeros(N, int), time=row(np.ones(N), 1, 0)), ["time[1]"]),
@@ -441,7 +463,28 @@ def bomb(path):  # a few kB that declare 4 TB
         f["subject"] = ["a"] * N
 
 
+def wide_bomb(path):  # 20 kB that inflate to 100 GB an image
+    with h5py.File(path, "w") as f:
+        f.create_dataset("image", (2, 100_000, 1_000_000), "u1", chunks=(1, 1000, 1000), compression="gzip")[0, 0, 0] = 1
+        f["subject"] = ["a", "b"]
+
+
+def name_bomb(path):  # ids of 1 GB each
+    make(path)
+    with h5py.File(path, "a") as f:
+        del f["subject"]
+        f.create_dataset("subject", (N,), "S1000000000", chunks=(1,), compression="gzip").id.set_extent((N,))
+        f["subject"].id.write_direct_chunk((0,), b"x")
+
+
+def many_bomb(path):  # 300 million rows in a few kB
+    with h5py.File(path, "w") as f:
+        for name, shape in (("image", (300_000_000, 1, 1)), ("subject", (300_000_000,))):
+            f.create_dataset(name, shape, "u1", chunks=(1_000_000, *shape[1:]), compression="gzip")[0] = 1
+
+
 @pytest.mark.parametrize("build, words", [
+    (wide_bomb, ["image", "1e+11 bytes"]), (name_bomb, ["subject", "1e+09 bytes"]), (many_bomb, ["300000000 rows"]),
     (lambda path: None, ["no such file"]), (garbage, ["not an HDF5 file"]), (empty, ["empty (0 bytes)"]),
     (eight_bytes, []), (truncated, ["truncated: has", "bytes"]), (flipped, ["image[", "damaged"]),
     (folder, ["without .h5"]), (pipe, ["not a regular file"]), (zero_rows, ["image", "no pixel"]),
@@ -496,12 +539,44 @@ def test_nothing_outside_the_file_is_read(tmp_path, kind):
     assert str(path) in lines[0] and "image: a " in lines[0] and "refused" in lines[0]
 
 
+@pytest.mark.parametrize("stored", [
+    ["none", "scar"], "none, scar", np.bytes_(b"none,scar"), np.array([b"none", b"scar"])])
+def test_names_are_a_list_of_text_however_they_are_stored(tmp_path, stored, capsys):
+    path = make(tmp_path / "a.h5", mask=columns()["mask"] % 2)
+    with h5py.File(path, "a") as f:
+        f["mask"].attrs["mask_names"] = f.attrs["label_names"] = stored
+    d = data.load(path)
+    assert d.attrs["mask_names"] == d.label_names == ["none", "scar"]
+    data.summary(path)
+    assert "label: none 6, scar 6" in capsys.readouterr().out
+    with h5py.File(path, "a") as f:
+        f["mask"].attrs["mask_names"] = f.attrs["label_names"] = 5
+        f.attrs["empty_names"] = h5py.Empty("S1")
+    data.summary(path)
+
+
+def test_a_class_has_one_number_in_all_files(tmp_path, capsys):
+    """[healthy, ill] in one file and [ill, healthy] in the other would train on half of the labels inverted."""
+    a, b = make(tmp_path / "a.h5"), make(tmp_path / "b.h5", subject=np.repeat(["e", "f", "g", "h"], 3))
+    for path, names in ((a, ["healthy", "ill"]), (b, ["ill", "healthy"])):
+        with h5py.File(path, "a") as f:
+            f.attrs["label_names"] = names
+    one_error(capsys, lambda: data.load(tmp_path), "b.h5", "label_names", "['ill', 'healthy']", "a.h5")
+    one_error(capsys, lambda: data.load_study(a, b), "b.h5", "label_names", "['ill', 'healthy']", "a.h5")
+    with h5py.File(b, "a") as f:
+        f.attrs["label_names"] = ["healthy", "infarct"]     # other words for the same number: their choice
+    assert len(data.load_study(a, b)[0]) == 2 * N
+
+
 def test_folder_of_mixed_files(tmp_path, capsys):
     make(tmp_path / "a.h5")
     make(tmp_path / "b.h5", image=columns()["image"][:, :8, :8], mask=None)
     one_error(capsys, lambda: data.load(tmp_path), "a.h5", "b.h5", "(8, 8)", "(16, 16)")
     make(tmp_path / "b.h5", age=None)
     one_error(capsys, lambda: data.load(tmp_path), "a.h5", "b.h5", "age")
+    make(tmp_path / "b.h5")
+    (tmp_path / "._b.h5").write_bytes(b"Mac OS X")
+    assert len(data.load(tmp_path)) == 2 * N
 
 
 def test_volumes_and_warnings(tmp_path, capsys):
@@ -541,8 +616,17 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     run("show", path, "--out", tmp_path / "s.png")
     assert (tmp_path / "s.png").stat().st_size > 10_000
     for words in (["check"], ["phantom", "lungs", path], ["chck"], ["check", path, "--fast"],
-                  ["phantom", "hearts", path, "--subjects", "0"], ["show", path, "--out", path / "x.png"]):
+                  ["phantom", "hearts", path, "--subjects", "0"], ["show", path, "--out", path / "x.png"],
+                  ["phantom", "hearts", tmp_path / "no" / "x.h5"], ["phantom", "views", path, "--seed", "-1"],
+                  ["phantom", "hearts", path, "--jitter", "nan"], ["emidec", tmp_path, path, "--spacing", "0"]):
         one_error(capsys, lambda: run(*words))
+
+
+def test_a_reader_who_leaves_is_no_traceback(tmp_path):
+    path = make(tmp_path / "a.h5")
+    command = f'{sys.executable} {ROOT / "data.py"} check {path} | true; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stderr == ""
 
 
 # ---------------------------------------------------------------- load_study
@@ -562,6 +646,18 @@ def test_study_refuses_a_subject_of_both_files(tmp_path, capsys):
     a = make(tmp_path / "a.h5")
     b = make(tmp_path / "b.h5", subject=np.repeat(["x", "y", "c", "z"], 3))
     one_error(capsys, lambda: data.load_study(a, b), "b.h5", "c", "one part")
+
+
+def test_ids_that_differ_in_case_alone(tmp_path, capsys):
+    a = make(tmp_path / "a.h5", subject=np.repeat(["P1", "p1 ", "c", "caf\u00e9"], 3))
+    assert any("P1, p1" in w for w in data.load(a).warnings)
+    b = make(tmp_path / "b.h5", subject=np.repeat(["x", "y", "z", "cafe\u0301"], 3))
+    assert data.load(b).warnings == []
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        data.load_study(a, b)
+    said = capsys.readouterr().err
+    assert "b.h5: subject: 1 are also in" in said and "caf\u00e9" in said
 
 
 def test_study_refuses_what_is_not_square_unless_a_size_is_asked_for(tmp_path, capsys):
