@@ -516,7 +516,10 @@ def load_study(path, test="", size=None, seed=0, square=True, fractions=(0.7, 0.
 
     def join(a, b):
         return None if a is None or b is None else np.concatenate([a, b])
-    columns = {k: join(v, other.columns[k]) for k, v in data.columns.items() if k in other.columns}
+    # A healthy --data has no survival: it is unknown there, and must not hide that of the patients tested.
+    unknown = {"time": np.full(len(data), np.nan, np.float32), "event": np.zeros(len(data), np.uint8)}
+    columns = {k: join((unknown | data.columns)[k], v) for k, v in other.columns.items()
+               if k in unknown | data.columns}
     joined = Dataset(f"{path} + {test}", join(data.image, other.image), join(data.mask, other.mask),
                      join(data.subject, other.subject), columns, None, data.attrs, data.label_names,
                      data.fingerprint, data.warnings + other.warnings)

@@ -642,6 +642,16 @@ def test_study_with_a_test_file_trains_on_one_and_tests_on_the_other(tmp_path):
     assert np.array_equal(part, data.split(alone, 0))
 
 
+def test_healthy_people_without_survival_do_not_hide_that_of_the_patients_tested(tmp_path):
+    died = dict(time=np.arange(1, N + 1, dtype=np.float32), event=np.arange(N) % 2)
+    a = make(tmp_path / "a.h5", subject=np.array([f"a{i}" for i in range(N)]))
+    b = make(tmp_path / "b.h5", subject=np.array([f"b{i}" for i in range(N)]), **died)
+    columns_of = data.load_study(a, b)[0].columns
+    assert np.isnan(columns_of["time"][:N]).all() and np.array_equal(columns_of["time"][N:], died["time"])
+    assert np.array_equal(columns_of["event"], [*[0] * N, *died["event"]])
+    assert {"time", "event"}.isdisjoint(data.load_study(b, a)[0].columns)
+
+
 def test_study_refuses_a_subject_of_both_files(tmp_path, capsys):
     a = make(tmp_path / "a.h5")
     b = make(tmp_path / "b.h5", subject=np.repeat(["x", "y", "c", "z"], 3))
