@@ -1158,11 +1158,12 @@ def check_config(c):
     for key, known in CHOICES.items():
         if getattr(c, key) not in known:
             D.fail(f"--{key} {getattr(c, key)}: choose from {', '.join(known)}")
-    if c.seed >= 2 ** 32 or c.device.split(":")[0] not in ("cuda", "mps", "cpu") or not c.out:
-        D.fail(f"--seed {c.seed} --device {c.device} --out {c.out}: below 2**32; cuda, mps, cpu; a folder")
-    if c.S > c.T or not c.lr or c.ema >= 1 or c.dropout >= 1:
-        D.fail(f"--S {c.S} --lr {c.lr} --ema {c.ema} --dropout {c.dropout}: needed are S <= T = {c.T}, "
-               "lr > 0, ema and dropout < 1")
+    for key, fine, wanted in (("seed", c.seed < 2 ** 32, "below 2**32"), ("out", c.out, "a folder's name"),
+                              ("device", c.device.startswith(("cuda", "mps", "cpu")), "cuda, mps or cpu"),
+                              ("S", c.S <= c.T, f"at most T = {c.T}"), ("lr", c.lr > 0, "above 0"),
+                              ("ema", c.ema < 1, "below 1"), ("dropout", c.dropout < 1, "below 1")):
+        if not fine:
+            D.fail(f"--{key} {getattr(c, key)}: must be {wanted}")
     if c.batch % (ranks()[1] * c.accum):
         D.fail(f"--batch {c.batch}: not divisible by {ranks()[1]} processes x --accum {c.accum}")
     try:

@@ -490,7 +490,7 @@ def test_paper_recipe_on_a_test_file(tiny, tmp_path):
 
 @pytest.mark.parametrize("flags, word", [
     (["--cnod=seed"], "did you mean --cond"), (["--cond=both"], "conv, seed"), (["--edges=some"], "mixed, full"),
-    (["--size=18"], "such as"), (["--heads=5"], "must divide"), (["--groups=7"], "must divide"), (["--S=2000"], "S <= T"),
+    (["--size=18"], "such as"), (["--heads=5"], "must divide"), (["--groups=7"], "must divide"), (["--S=2000"], "at most T"),
     (["--sampler=euler"], "ddim"), (["--drop=1.5"], "from 0 to 1"), (["--vq=/no/such.pt"], "no such file"),
     (["--unet=16"], "two levels"), (["--data=/no/such.h5"], "no such file"), (["--eval"], "without --eval trains it"),
     (["--eval_images=1"], "1 test slices"), (["--gan_channels=8,8,8,8,8"], "halved 4 times"),

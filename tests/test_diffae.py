@@ -440,11 +440,11 @@ def test_test_file_is_all_test(tiny, tmp_path):
 
 @pytest.mark.parametrize("flags, word", [
     (["--stesp=3"], "did you mean --steps"), (["--steps=many"], "not of the form"), (["--steps"], "needs a value"),
-    (["--preset=huge"], "demo"), (["--recipe=theirs"], "ours"), (["--size=30"], "such as"), (["--S=2000"], "S <= T"),
+    (["--preset=huge"], "demo"), (["--recipe=theirs"], "ours"), (["--size=30"], "such as"), (["--S=2000"], "at most T"),
     (["--device=tpu9"], "--device"), (["--mult=1,b"], "1,2,4"), (["--batch=0"], "at least 1"), (["--lr=-1"], "number >= 0"),
     (["--data=/no/such.h5"], "no such file"), (["--head=nose"], "position"), (["steps"], "unknown flag"),
     (["--groups=7"], "multiples of the groups"), (["--eval=maybe"], "true or false"),
-    (["--seed=4294967296"], "2**32"), (["--device=meta"], "cuda, mps, cpu"), (["--out="], "a folder"),
+    (["--seed=4294967296"], "2**32"), (["--device=meta"], "cuda, mps or cpu"), (["--out="], "a folder"),
 ])
 def test_bad_flags(flags, word, tmp_path, capsys):
     assert word in error_of(capsys, "--out", tmp_path / "out", *FLAGS, *flags)

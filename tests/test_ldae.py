@@ -471,7 +471,7 @@ def test_linear_numbers_of_codes_and_of_direct_scores():
     (["--base=40"], "divisible"), (["--dae_base=56"], "divisible"), (["--disc_base=60"], "divisible"),
     (["--head=pool", "--z_dim=100"], "num_heads"), (["--disc_layers=3"], "at least 3 * 2^3"), (["--dae_patch=3"], "multiples of --dae_patch 3"),
     (["--lpips=/no/such"], "/no/such"), (["--T=9"], "T at least 10"), (["--ae_mult=1", "--z_ch=9"], "8 voxels"),
-    (["--S=2000"], "S <= T"), (["--data=/no/such.h5"], "no such file"), (["--z_ch=0"], "at least 1"), (["--kl=-1"], ">= 0"),
+    (["--S=2000"], "at most T"), (["--data=/no/such.h5"], "no such file"), (["--z_ch=0"], "at least 1"), (["--kl=-1"], ">= 0"),
 ])
 def test_bad_flags(flags, word, tiny, tmp_path, capsys):
     assert word in error_of(capsys, "--data", tiny, "--out", tmp_path / "out", *FLAGS, *flags)
