@@ -18,7 +18,8 @@ Preechakul et al., Diffusion Autoencoders, CVPR 2022 (arXiv 2111.15640).
 `--recipe paper` is the published objective, conditioning and sampling, at the size of the preset (`--preset
 paper` is the published network). `--recipe ours`, the default, differs in:
 - predict v, t_power 0.5: the eps loss hardly trains the high noise levels, where z_sem must decide;
-- head position, z_map image: averaging features and scaling channels both lose where things are;
+- head pca, z_map image: averaging features and scaling channels both lose where things are; linear layers
+  between pixels and z_sem, which start as the training images' PCA, know it before the first step;
 - augment 0.5, no flip: small random motions of the training images, and no mirrored hearts;
 - stride trailing: sampling starts at the noisiest level that was trained, T - 1.
 Both warm up lr and EMA, which the original does not. Both are trained, beside a VAE of the same encoder, and
@@ -72,7 +73,8 @@ class Config:
     dropout: float = 0.1      # in the UNet's blocks
     z_dim: int = 512          # numbers in z_sem
     z_scale: float = 1.0      # multiplies z_sem where it conditions the UNet
-    head: str = "position"    # of the encoder: position (flattens the feature map), pool (averages: paper)
+    head: str = "pca"         # of the encoder: pool (averages: paper), position (flattens the feature map),
+                              # pca (position, beside a linear layer of the pixels that starts as their PCA)
     z_map: str = "image"      # a linear layer of z_sem also enters: as an image beside x_t, as a map in the
                               # middle of the UNet, or none (paper)
     # objective
@@ -105,7 +107,7 @@ class Config:
 PRESETS = {
     "paper": {},
     "demo": dict(size=48, patch=2, base=32, mult=(1, 2, 4), enc_mult=(1, 2, 4, 4), blocks=1, attention=6,
-                 groups=0, dropout=0.0, z_dim=128, steps=800, batch=32, lr=1e-3, save_every=200,
+                 groups=0, dropout=0.0, z_dim=128, steps=600, batch=32, lr=1e-3, save_every=200,
                  eval_images=60, prior_steps=3000, prior_width=256,
                  prior_layers=4),
 }
@@ -118,7 +120,7 @@ RECIPES = {
 FREE = {"data", "test", "out", "preset", "device", "target", "eval", "rivals", "steps", "accum", "bf16",
         "compile", "save_every", "log_every", "S", "stride", "draws", "eval_images", "prior_steps"}
 # The words that a field may hold.
-CHOICES = dict(predict=("v", "eps"), head=("position", "pool"), z_map=("image", "middle", "none"),
+CHOICES = dict(predict=("v", "eps"), head=("pca", "position", "pool"), z_map=("image", "middle", "none"),
                stride=("trailing", "leading"))
 
 
@@ -271,9 +273,12 @@ class ResBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Half a UNet that never sees noise or t. x0 (B,ch,H,W) -> (B,ch_out). Head "pool" loses position"""
+    """Half a UNet that never sees noise or t. x0 (B,ch,H,W) -> (B,ch_out).
+
+    Head "pool" loses position. Head "pca": start_from_pca() fills the linear layer, the rest begins at 0."""
     def __init__(self, ch, width, base, mult, blocks, attention, groups, head, ch_out):
         super().__init__()
+        self.linear = zero(nn.Linear(ch * width * width, ch_out)) if head == "pca" else None
         layers, c = [nn.Conv2d(ch, base, 3, padding=1)], base
         for i, m in enumerate(mult):
             for _ in range(blocks):
@@ -288,10 +293,13 @@ class Encoder(nn.Module):
         self.trunk = nn.Sequential(*layers, norm(c, groups), nn.SiLU())
         self.head = head
         self.out = nn.Linear(c if head == "pool" else c * width * width, ch_out)
+        if head == "pca":
+            zero(self.out)
 
     def forward(self, x):
         h = self.trunk(x)
-        return self.out(h.mean((2, 3)) if self.head == "pool" else h.flatten(1))
+        z = self.out(h.mean((2, 3)) if self.head == "pool" else h.flatten(1))
+        return z if self.linear is None else z + self.linear(x.flatten(1))
 
 
 class UNet(nn.Module):
@@ -358,8 +366,9 @@ class UNet(nn.Module):
 
 class Decoder(nn.Module):
     """The VAE's decoder: the encoder's trunk mirrored. z (B,z_dim) -> (B,ch,H,W)."""
-    def __init__(self, ch, width, base, mult, blocks, groups, z_dim):
+    def __init__(self, ch, width, base, mult, blocks, groups, head, z_dim):
         super().__init__()
+        self.z_image = nn.Linear(z_dim, ch * width * width) if head == "pca" else None
         self.width = width // 2 ** (len(mult) - 1)
         self.c = c = mult[-1] * base
         self.fc = nn.Linear(z_dim, c * self.width ** 2)
@@ -371,9 +380,12 @@ class Decoder(nn.Module):
             if i > 0:
                 layers.append(EncoderBlock(c, c, groups, "up"))
         self.trunk = nn.Sequential(*layers, norm(c, groups), nn.SiLU(), nn.Conv2d(c, ch, 3, padding=1))
+        if head == "pca":
+            zero(self.trunk[-1])
 
     def forward(self, z):
-        return self.trunk(self.fc(z).view(-1, self.c, self.width, self.width))
+        x = self.trunk(self.fc(z).view(-1, self.c, self.width, self.width))
+        return x if self.z_image is None else x + self.z_image(z).view(x.shape)
 
 
 class Prior(nn.Module):
@@ -469,7 +481,8 @@ class VAE(nn.Module):
         ch, width = cfg.patch ** 2, cfg.size // cfg.patch
         self.encoder = Encoder(ch, width, cfg.base, cfg.enc_mult, cfg.blocks, cfg.attention, cfg.groups,
                                cfg.head, 2 * cfg.z_dim)
-        self.decoder = Decoder(ch, width, cfg.base, cfg.enc_mult, cfg.blocks, cfg.groups, cfg.z_dim)
+        self.decoder = Decoder(ch, width, cfg.base, cfg.enc_mult, cfg.blocks, cfg.groups, cfg.head,
+                               cfg.z_dim)
 
     def posterior(self, x0):
         """x0 (B,1,H,W) -> mean and log variance of q(z|x0), each (B,z_dim) float32."""
@@ -490,6 +503,27 @@ class VAE(nn.Module):
         recon = self.decode(mean + (logvar / 2).exp() * randn_like(mean, g))
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(1).mean()
         return (recon - x0).square().mean() + self.cfg.vae_beta * kl / x0[0].numel()
+
+
+def start_from_pca(model, images):
+    """Head "pca": the linear layers, pixels to z_sem and back, start as the PCA of images (N,1,H,W). -> model
+
+    The axes are turned at random: then all of z_sem's numbers vary alike, on average with variance 1."""
+    decoder = model.decoder if isinstance(model, VAE) else model.unet
+    if model.cfg.head == "pca":
+        x = F.pixel_unshuffle(images, model.cfg.patch).flatten(1).cpu()
+        pca = M.pca(model.cfg.z_dim, x)
+        axes, mean = torch.from_numpy(pca.components_), torch.from_numpy(pca.mean_)
+        sd = math.sqrt(pca.explained_variance_.sum() / model.cfg.z_dim)
+        turn = torch.linalg.qr(torch.randn(model.cfg.z_dim, model.cfg.z_dim))[0][:, :len(axes)]
+        encode, decode = model.encoder.linear, decoder.z_image
+        with torch.no_grad():     # the VAE's mean comes first, its log variance stays 0
+            encode.weight[:model.cfg.z_dim, :len(mean)] = turn @ axes / sd
+            encode.bias[:model.cfg.z_dim] = -turn @ axes @ mean / sd
+            if decode is not None:
+                decode.weight.copy_(sd * (turn @ axes).T)
+                decode.bias.copy_(mean)
+    return model
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -1228,9 +1262,11 @@ def main(argv):
     images, unseen = (D.Loader({"image": data.image}, device, rows) for rows in (train, val))
     watch = watcher(cfg, unseen, data.subject[val]) if len(val) else None
     models = {}
-    models[""], reached = stage("ckpt", Model, cfg, cfg.steps, images, facts, watch)
+    some = images.batch(np.linspace(0, len(train) - 1, min(len(train), 5000)).astype(int))["image"]
+    diffusion, vae = (lambda c: start_from_pca(Model(c), some)), (lambda c: start_from_pca(VAE(c), some))
+    models[""], reached = stage("ckpt", diffusion, cfg, cfg.steps, images, facts, watch)
     if cfg.rivals:     # for as many steps, also when the run was longer once
-        models["vae"], _ = stage("ckpt_vae", VAE, cfg, reached, images, facts)
+        models["vae"], _ = stage("ckpt_vae", vae, cfg, reached, images, facts)
         if cfg.recipe == "ours":
             published = dataclasses.replace(cfg, recipe="paper", **RECIPES["paper"])
             watch = watcher(published, unseen, data.subject[val]) if len(val) else None

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.decomposition import PCA
 
 import data as D
 import diffae as m
@@ -91,7 +92,7 @@ def test_diffae_eq7_adagn():
 def test_vae_eq10_kl():
     """The KL term against torch.distributions, through the loss: two betas differ by their KL."""
     torch.manual_seed(0)
-    vae = m.VAE(replace(TINY, augment=0.0))
+    vae = m.VAE(replace(TINY, augment=0.0, head="position"))     # its log variance does not start at 0
     batch = {"image": torch.randn(4, 1, 16, 16)}
     loss = []
     for beta in (0.0, 3.0):
@@ -152,6 +153,29 @@ def test_position_head_sees_position_and_pool_does_not():
         z = m.Encoder(1, 32, 16, (1, 2, 2), 1, 0, 0, head, 8)(x)
         moved[head] = ((z[0] - z[1]).norm() / z.norm()).item()
     assert moved["position"] > 3 * moved["pool"], moved
+
+
+@pytest.mark.parametrize("images", [6, 40])
+def test_head_pca_starts_as_the_pca_of_the_training_images(images):
+    """Before the first step: pixels to z_sem and back is scikit-learn's PCA, also of images that it has not
+    seen; z_sem's numbers vary by 1 on average, and alike: none holds the first component alone. 6: fewer
+    images than numbers."""
+    torch.manual_seed(0)
+    cfg = replace(TINY, patch=2, head="pca")      # below 500 pixels scikit-learn is exact
+    blobs = torch.randn(2 * images, 1, 1, 1) + 0.5 * torch.randn(2 * images, 1, 6, 6)    # brightness leads
+    x, new = F.interpolate(blobs, size=16, mode="bilinear").tanh().chunk(2)
+    model, vae = m.start_from_pca(m.Model(cfg), x), m.start_from_pca(m.VAE(cfg), x)
+    pca = PCA(min(cfg.z_dim, images - 1)).fit(x.flatten(1).numpy())
+    with torch.no_grad():
+        z, log_variance = model.encode({"image": x}), vae.posterior(new)[1]
+        wanted = torch.as_tensor(pca.inverse_transform(pca.transform(new.flatten(1).numpy()))).view_as(new)
+        image = model.unet.z_image(model.encode({"image": new})).view(images, 4, 8, 8)
+        assert (F.pixel_shuffle(image, 2) - wanted).abs().max() < 1e-4
+        assert (vae.decode(vae.encode({"image": new})) - wanted).abs().max() < 1e-4
+        assert log_variance.abs().max() == 0 and z.var(0).mean() == pytest.approx(1, rel=1e-3)
+    if images == 40:
+        first = pca.explained_variance_[0] / pca.explained_variance_.sum() * cfg.z_dim
+        assert z.var(0).max() < 0.7 * first and z.mean(0).abs().max() < 1e-5
 
 
 def test_augment_is_a_rigid_motion_of_the_image():
