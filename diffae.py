@@ -12,7 +12,7 @@ Question: does z_sem, learned without labels, tell an infarcted heart better tha
 
 Preechakul et al., Diffusion Autoencoders, CVPR 2022 (arXiv 2111.15640).
 
-    python diffae.py                     # phantom hearts; 6 to 10 minutes on 2 CPU cores
+    python diffae.py                     # phantom hearts; 5 to 10 minutes on 2 CPU cores
     python diffae.py --data emidec.h5    # your hearts; on a GPU this is the paper's 128x128 network
 
 `--recipe paper` is the published objective, conditioning and sampling, at the size of the preset (`--preset
@@ -1252,7 +1252,7 @@ def main(argv):
               f"torch {torch.__version__}\n"
               f"data: {data.path} at {cfg.size}x{cfg.size}; patients (slices): " +
               ", ".join(f"{p} {n} ({(part == p).sum()})" for p, n in count.items()) +
-              f"\n{cfg.steps} steps a network; bars show the time left. The demo takes 6 to 10 minutes on 2 "
+              f"\n{cfg.steps} steps a network; bars show the time left. The demo takes 5 to 10 minutes on 2 "
               f"CPU cores.\nout: {out}/; stop at any time, the same command goes on", flush=True)
         record(cfg)
 

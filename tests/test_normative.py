@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from sklearn.decomposition import PCA
 
 import data as D
 import metrics as M
@@ -38,6 +39,18 @@ def file_of(tmp_path, name="cohort.h5", **change):
     path = str(tmp_path / name)
     D.write(path, [people(**change)], {})
     return path
+
+
+def test_head_pca_starts_as_the_pca_of_the_images_and_knows_no_age():
+    """tests/test_diffae.py has the rest; here the age enters beside the pixels, and must not at first."""
+    torch.manual_seed(0)
+    x = torch.randn(30, 1, 16, 16).tanh()
+    model, pca = m.start_from_pca(m.Model(replace(TINY, head="pca")), x), PCA(TINY.z_dim).fit(x.flatten(1).numpy())
+    wanted = torch.as_tensor(pca.inverse_transform(pca.transform(x.flatten(1).numpy()))).view_as(x)
+    with torch.no_grad():
+        for age in (20.0, 90.0):
+            z = model.encode({"image": x, "age": torch.full((30,), age)})
+            assert (model.unet.z_image(z).view_as(x) - wanted).abs().max() < 1e-4
 
 
 # ------------------------------------------------------------------------------------ the score
