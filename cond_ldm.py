@@ -1127,8 +1127,10 @@ def load_drawings(path, cfg, maps):
     was trained with --edges mask, or none, gets these whatever was drawn: it has seen no others."""
     names = ("edges", "view", "phase", *(["mask"] if maps else []))
     with D.open_h5(path) as file:
-        read = {k: x[...] for k in names if k in file and (x := D.plain(file, path, k)) is not None}
-        attrs = {k: D.as_python(v) for x in (file, file.get("mask", file)) for k, v in x.attrs.items()}
+        found = [k for k in names if k in list(file)]       # `k in file` would open what a link points to
+        stored = {k: x for k in found if (x := D.plain(file, path, k)) is not None}
+        attrs = {k: D.as_python(v) for x in (file, stored.get("mask", file)) for k, v in x.attrs.items()}
+        read = {k: x[...] for k, x in stored.items()}
     need = [k for k, v in (("edges", cfg.edges in ("full", "sparse")), ("mask", maps)) if v and k not in read]
     if need:
         D.fail(f"{path}: {' and '.join(need)} missing; this model draws from "

@@ -430,7 +430,8 @@ def test_a_users_drawings(tiny, tmp_path, capsys):
     assert np.array_equal(D.load(out / "drawn.h5").mask, mask)
     bad = [(dict(view=view), "mask missing"), (dict(edges=edges), "mask missing"), (dict(mask=0 * mask[:, ::2]), "(6, 16, 16)"),
            (dict(mask=mask[:0]), "expected uint8 (1, 16, 16)"), (dict(mask=np.uint8(1)), "expected uint8 (1, 16, 16)"),
-           (dict(attrs={}, mask=mask), "mask_names"), (dict(mask=mask + 1), "mask[0]"), (dict(mask=mask, edges=edges[1:]), "edges")]
+           (dict(attrs={}, mask=mask), "mask_names"), (dict(mask=mask + 1), "mask[0]"), (dict(mask=mask, edges=edges[1:]), "edges"),
+           (dict(mask=mask, phase=h5py.ExternalLink("gone.h5", "phase")), "refused")]
     for columns, word in bad:
         assert word in error_of(capsys, *short, "--draw", mine(**columns)), word
     assert "no such file" in error_of(capsys, *short, "--draw", tmp_path / "no.h5")
