@@ -1216,7 +1216,7 @@ def evaluate(cfg, data, part, arrays, loader, vq, models, judges):
         made[name] = generate(model, vq, loader, test, m, cfg.w, cfg.seed)
     metrics["gen_img_s"] = M.row(len(ways) * len(test) / (time.perf_counter() - began), unit="1/s")
     made["vq"], used = reconstruct(vq, loader, test)
-    alike = [f"{s} {v}" for s, v in zip(data.subject, view_of(data))]     # short is no guess of long axis
+    alike = np.array([f"{s} {v}" for s, v in zip(data.subject, view_of(data))])   # short is no guess of long
     trivial = M.trivial_images(dataclasses.replace(data, subject=alike), spread(train, 2000), test)
     made |= {"constant": trivial["constant"], "other_slice": trivial["copy"]}
     for name, images in tqdm(made.items(), "evaluate: score", unit="way"):
