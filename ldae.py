@@ -1346,7 +1346,8 @@ def linear_numbers(key, codes, scores, y, part, subject, seed):
                         seed)
         rows[row] = M.logits(probe, code) if classes else probe.predict(code.astype(np.float64))
     if classes:
-        numbers, short = lambda score, truth: M.classify(score, truth, 0.0), {"accuracy": "acc"}
+        numbers = lambda score, truth: M.classify(score, truth, 0.0) | {"auroc": M.auroc(score, truth)}
+        short = {"accuracy": "acc"}
         trivial, keys = {"all_positive": np.full(len(y), np.inf)}, "auroc accuracy precision recall f1"
     else:
         numbers, short = M.regression, {}
