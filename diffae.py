@@ -505,16 +505,17 @@ class VAE(nn.Module):
         return (recon - x0).square().mean() + self.cfg.vae_beta * kl / x0[0].numel()
 
 
-def start_from_pca(model, images):
-    """Head "pca": the linear layers, pixels to z_sem and back, start as the PCA of images (N,1,H,W). -> model
+def start_from_pca(model, loader):
+    """Head "pca": the linear layers, pixels to z_sem and back, start as PCA of the loader's images. -> model
 
     The axes are turned at random: then all of z_sem's numbers vary alike, on average with variance 1."""
     decoder = model.decoder if isinstance(model, VAE) else model.unet
     if model.cfg.head == "pca":
-        x = F.pixel_unshuffle(images, model.cfg.patch).flatten(1).cpu()
+        some = np.linspace(0, len(loader) - 1, min(len(loader), 5000)).astype(int)
+        x = F.pixel_unshuffle(loader.batch(some)["image"], model.cfg.patch).flatten(1).cpu()
         pca = M.pca(model.cfg.z_dim, x)
         axes, mean = torch.from_numpy(pca.components_), torch.from_numpy(pca.mean_)
-        sd = math.sqrt(pca.explained_variance_.sum() / model.cfg.z_dim)
+        sd = max(1e-3, math.sqrt(pca.explained_variance_.sum() / model.cfg.z_dim))   # not 0: all alike
         turn = torch.linalg.qr(torch.randn(model.cfg.z_dim, model.cfg.z_dim))[0][:, :len(axes)]
         encode, decode = model.encoder.linear, decoder.z_image
         with torch.no_grad():     # the VAE's mean comes first, its log variance stays 0
@@ -1262,8 +1263,7 @@ def main(argv):
     images, unseen = (D.Loader({"image": data.image}, device, rows) for rows in (train, val))
     watch = watcher(cfg, unseen, data.subject[val]) if len(val) else None
     models = {}
-    some = images.batch(np.linspace(0, len(train) - 1, min(len(train), 5000)).astype(int))["image"]
-    diffusion, vae = (lambda c: start_from_pca(Model(c), some)), (lambda c: start_from_pca(VAE(c), some))
+    diffusion, vae = (lambda c: start_from_pca(Model(c), images)), (lambda c: start_from_pca(VAE(c), images))
     models[""], reached = stage("ckpt", diffusion, cfg, cfg.steps, images, facts, watch)
     if cfg.rivals:     # for as many steps, also when the run was longer once
         models["vae"], _ = stage("ckpt_vae", vae, cfg, reached, images, facts)

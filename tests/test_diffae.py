@@ -164,7 +164,8 @@ def test_head_pca_starts_as_the_pca_of_the_training_images(images):
     cfg = replace(TINY, patch=2, head="pca")      # below 500 pixels scikit-learn is exact
     blobs = torch.randn(2 * images, 1, 1, 1) + 0.5 * torch.randn(2 * images, 1, 6, 6)    # brightness leads
     x, new = F.interpolate(blobs, size=16, mode="bilinear").tanh().chunk(2)
-    model, vae = m.start_from_pca(m.Model(cfg), x), m.start_from_pca(m.VAE(cfg), x)
+    loader = D.Loader({"image": x.numpy()}, "cpu")
+    model, vae = m.start_from_pca(m.Model(cfg), loader), m.start_from_pca(m.VAE(cfg), loader)
     pca = PCA(min(cfg.z_dim, images - 1)).fit(x.flatten(1).numpy())
     with torch.no_grad():
         z, log_variance = model.encode({"image": x}), vae.posterior(new)[1]
@@ -176,6 +177,14 @@ def test_head_pca_starts_as_the_pca_of_the_training_images(images):
     if images == 40:
         first = pca.explained_variance_[0] / pca.explained_variance_.sum() * cfg.z_dim
         assert z.var(0).max() < 0.7 * first and z.mean(0).abs().max() < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")      # scikit-learn's share of no variance
+@pytest.mark.parametrize("images", [1, 5])
+def test_head_pca_of_images_that_are_all_alike_is_finite(images):
+    loader = D.Loader({"image": np.full((images, 1, 16, 16), 0.3, np.float32)}, "cpu")
+    model = m.start_from_pca(m.Model(replace(TINY, head="pca")), loader)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
 def test_augment_is_a_rigid_motion_of_the_image():

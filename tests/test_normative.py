@@ -45,7 +45,8 @@ def test_head_pca_starts_as_the_pca_of_the_images_and_knows_no_age():
     """tests/test_diffae.py has the rest; here the age enters beside the pixels, and must not at first."""
     torch.manual_seed(0)
     x = torch.randn(30, 1, 16, 16).tanh()
-    model, pca = m.start_from_pca(m.Model(replace(TINY, head="pca")), x), PCA(TINY.z_dim).fit(x.flatten(1).numpy())
+    model = m.start_from_pca(m.Model(replace(TINY, head="pca")), D.Loader({"image": x.numpy()}, "cpu"))
+    pca = PCA(TINY.z_dim).fit(x.flatten(1).numpy())
     wanted = torch.as_tensor(pca.inverse_transform(pca.transform(x.flatten(1).numpy()))).view_as(x)
     with torch.no_grad():
         for age in (20.0, 90.0):
