@@ -12,7 +12,7 @@ Question: does z_sem, learned without labels, tell an infarcted heart better tha
 
 Preechakul et al., Diffusion Autoencoders, CVPR 2022 (arXiv 2111.15640).
 
-    python diffae.py                     # phantom hearts; 5 to 10 minutes on 2 CPU cores
+    python diffae.py                     # phantom hearts; 3 to 6 minutes on 2 CPU cores
     python diffae.py --data emidec.h5    # your hearts; on a GPU this is the paper's 128x128 network
 
 `--recipe paper` is the published objective, conditioning and sampling, at the size of the preset (`--preset
@@ -107,9 +107,8 @@ class Config:
 PRESETS = {
     "paper": {},
     "demo": dict(size=48, patch=2, base=32, mult=(1, 2, 4), enc_mult=(1, 2, 4, 4), blocks=1, attention=6,
-                 groups=0, dropout=0.0, z_dim=128, steps=600, batch=32, lr=1e-3, save_every=200,
-                 eval_images=60, prior_steps=3000, prior_width=256,
-                 prior_layers=4),
+                 groups=0, dropout=0.0, z_dim=128, steps=300, batch=32, lr=1e-3, save_every=100,
+                 eval_images=40, prior_steps=1500, prior_width=256, prior_layers=4),
 }
 RECIPES = {
     "ours": {},
@@ -445,6 +444,7 @@ class Model(nn.Module):
                                cfg.head, cfg.z_dim)
         self.unet = UNet(ch, width, cfg.base, cfg.mult, cfg.blocks, cfg.attention, cfg.groups, cfg.dropout,
                          cfg.z_dim, cfg.z_map)
+        self.register_buffer("left", torch.ones(()))    # what z_sem does not say: variance of a pixel
         self.alpha_bar = linear_alpha_bar(cfg.T)    # stays on the CPU: samplers read single numbers from it
 
     def encode(self, batch):
@@ -452,9 +452,18 @@ class Model(nn.Module):
         return self.encoder(F.pixel_unshuffle(batch["image"], self.cfg.patch))
 
     def output(self, x_t, t, z_sem):
-        """What the UNet predicts, v or eps. -> (B,1,H,W) float32."""
-        out = self.unet(F.pixel_unshuffle(x_t, self.cfg.patch), t, self.cfg.z_scale * z_sem)
-        return F.pixel_shuffle(out.float(), self.cfg.patch)
+        """What is predicted, v or eps, of x_t (B,1,H,W) at levels t (B,). -> like x_t, float32
+
+        Head "pca" with z_map "image": the UNet learns what Bayes' rule misses. If each pixel is N(that of the
+        image made of z_sem, self.left), x0_hat is the mean of x0 given x_t and z_sem."""
+        z, x, p = self.cfg.z_scale * z_sem, F.pixel_unshuffle(x_t, self.cfg.patch), self.cfg.patch
+        out = F.pixel_shuffle(self.unet(x, t, z).float(), p)
+        if self.cfg.head != "pca" or self.cfg.z_map != "image":
+            return out
+        image = F.pixel_shuffle(self.unet.z_image(z).float().view(x.shape), p)
+        a, s = signal_noise(self.alpha_bar, t, x_t.ndim)
+        x0_hat = (s ** 2 * image + a * self.left * x_t) / (s ** 2 + a ** 2 * self.left)
+        return out + (x_t - a * x0_hat if self.cfg.predict == "eps" else a * x_t - x0_hat) / s
 
     def eps(self, x_t, t, z_sem):
         """eps_hat (B,1,H,W) at levels t (B,), whatever the UNet was trained to predict."""
@@ -508,7 +517,8 @@ class VAE(nn.Module):
 def start_from_pca(model, loader):
     """Head "pca": the linear layers, pixels to z_sem and back, start as PCA of the loader's images. -> model
 
-    The axes are turned at random: then all of z_sem's numbers vary alike, on average with variance 1."""
+    The axes are turned at random: then all of z_sem's numbers vary alike, on average with variance 1. What
+    PCA does not say of an image that is new to it, model.left, is measured between halves of the images."""
     decoder = model.decoder if isinstance(model, VAE) else model.unet
     if model.cfg.head == "pca":
         some = np.linspace(0, len(loader) - 1, min(len(loader), 5000)).astype(int)
@@ -524,6 +534,10 @@ def start_from_pca(model, loader):
             if decode is not None:
                 decode.weight.copy_(sd * (turn @ axes).T)
                 decode.bias.copy_(mean)
+        if isinstance(model, Model) and len(x) > 3:
+            seen, new = x.numpy()[:len(x) // 2], x.numpy()[len(x) // 2:]
+            half = M.pca(model.cfg.z_dim, seen)
+            model.left.fill_(max(1e-3, ((half.inverse_transform(half.transform(new)) - new) ** 2).mean()))
     return model
 
 
@@ -987,16 +1001,20 @@ def evaluate(cfg, data, part, loader, models, prior):
         pictures |= {f"z_sem + x_T{label}": recon, f"z_sem, random x_T{label}": draws[0],
                      average + label: np.mean(draws, 0)}
     some = train[np.linspace(0, len(train) - 1, min(len(train), 5000)).astype(int)]
-    pca = M.pca(cfg.z_dim, data.image[some] / 255)
-    pictures["pca"] = M.pca_reconstruct(pca, real)
-    for row, images in {**M.trivial_images(data, some, test), "pca": pictures["pca"]}.items():
+    often = train[np.linspace(0, len(train) - 1, 5000).astype(int)]     # few images: each of them many times
+    moved = in_batches(lambda rows: augment(loader.batch(rows)["image"], cfg.augment, cfg.flip, g), often)
+    linear = {"pca": M.pca(cfg.z_dim, data.image[some] / 255),
+              "pca_moved": M.pca(cfg.z_dim, shown(moved))}              # of what the networks are shown
+    pictures |= {row: M.pca_reconstruct(pca, real) for row, pca in linear.items()}
+    for row, images in {**M.trivial_images(data, some, test), **{k: pictures[k] for k in linear}}.items():
         for key in ("recon", "semantic", "semantic_mean"):
             metrics |= M.image_numbers(key, row, real, images, subject)
 
     # What can be read from the codes, on all the test slices.
     codes = {row: z.cpu().numpy() for row, z in codes.items()}
     chunks = np.array_split(np.arange(len(data)), -(-len(data) // 1000))
-    codes["pca"] = np.concatenate([M.pca_codes(pca, data.image[rows] / 255) for rows in chunks])
+    for row, pca in linear.items():
+        codes[row] = np.concatenate([M.pca_codes(pca, data.image[rows] / 255) for rows in chunks])
     target = cfg.target or next((k for k in ("has_infarct", "label") if k in data.columns), "")
     try:
         y = data.columns.get(target, np.zeros(len(data)))
@@ -1253,7 +1271,7 @@ def main(argv):
               f"torch {torch.__version__}\n"
               f"data: {data.path} at {cfg.size}x{cfg.size}; patients (slices): " +
               ", ".join(f"{p} {n} ({(part == p).sum()})" for p, n in count.items()) +
-              f"\n{cfg.steps} steps a network; bars show the time left. The demo takes 5 to 10 minutes on 2 "
+              f"\n{cfg.steps} steps a network; bars show the time left. The demo takes 3 to 6 minutes on 2 "
               f"CPU cores.\nout: {out}/; stop at any time, the same command goes on", flush=True)
         record(cfg)
 

@@ -75,7 +75,7 @@ class Config:
     z_dim: int = 512          # numbers in z_sem
     z_scale: float = 1.0      # multiplies z_sem where it conditions the UNet
     age: bool = True          # the encoder sees the age
-    head: str = "position"    # of the encoder: pool (averages: paper), position (flattens the feature map),
+    head: str = "pca"         # of the encoder: pool (averages: paper), position (flattens the feature map),
                               # pca (position, beside a linear layer of the pixels that starts as their PCA)
     z_map: str = "image"      # a linear layer of z_sem also enters: as an image beside x_t, as a map in the
                               # middle of the UNet, or none (paper)
@@ -420,6 +420,7 @@ class Model(nn.Module):
                                cfg.groups, cfg.head, cfg.z_dim)
         self.unet = UNet(ch, width, cfg.base, cfg.mult, cfg.blocks, cfg.attention, cfg.groups, cfg.dropout,
                          cfg.z_dim, cfg.z_map)
+        self.register_buffer("left", torch.ones(()))    # what z_sem does not say: variance of a pixel
         self.alpha_bar = linear_alpha_bar(cfg.T)    # stays on the CPU: samplers read single numbers from it
 
     def encode(self, batch):
@@ -431,9 +432,18 @@ class Model(nn.Module):
         return self.encoder(x)
 
     def output(self, x_t, t, z_sem):
-        """What the UNet predicts, v or eps. -> (B,1,H,W) float32."""
-        out = self.unet(F.pixel_unshuffle(x_t, self.cfg.patch), t, self.cfg.z_scale * z_sem)
-        return F.pixel_shuffle(out.float(), self.cfg.patch)
+        """What is predicted, v or eps, of x_t (B,1,H,W) at levels t (B,). -> like x_t, float32
+
+        Head "pca" with z_map "image": the UNet learns what Bayes' rule misses. If each pixel is N(that of the
+        image made of z_sem, self.left), x0_hat is the mean of x0 given x_t and z_sem."""
+        z, x, p = self.cfg.z_scale * z_sem, F.pixel_unshuffle(x_t, self.cfg.patch), self.cfg.patch
+        out = F.pixel_shuffle(self.unet(x, t, z).float(), p)
+        if self.cfg.head != "pca" or self.cfg.z_map != "image":
+            return out
+        image = F.pixel_shuffle(self.unet.z_image(z).float().view(x.shape), p)
+        a, s = signal_noise(self.alpha_bar, t, x_t.ndim)
+        x0_hat = (s ** 2 * image + a * self.left * x_t) / (s ** 2 + a ** 2 * self.left)
+        return out + (x_t - a * x0_hat if self.cfg.predict == "eps" else a * x_t - x0_hat) / s
 
     def eps(self, x_t, t, z_sem):
         """eps_hat (B,1,H,W) at levels t (B,), whatever the UNet was trained to predict."""
@@ -487,7 +497,8 @@ class VAE(nn.Module):
 def start_from_pca(model, loader):
     """Head "pca": the linear layers, pixels to z_sem and back, start as PCA of the loader's images. -> model
 
-    The axes are turned at random: then all of z_sem's numbers vary alike, on average with variance 1."""
+    The axes are turned at random: then all of z_sem's numbers vary alike, on average with variance 1. What
+    PCA does not say of an image that is new to it, model.left, is measured between halves of the images."""
     decoder = model.decoder if isinstance(model, VAE) else model.unet
     if model.cfg.head == "pca":
         some = np.linspace(0, len(loader) - 1, min(len(loader), 5000)).astype(int)
@@ -503,6 +514,10 @@ def start_from_pca(model, loader):
             if decode is not None:
                 decode.weight.copy_(sd * (turn @ axes).T)
                 decode.bias.copy_(mean)
+        if isinstance(model, Model) and len(x) > 3:
+            seen, new = x.numpy()[:len(x) // 2], x.numpy()[len(x) // 2:]
+            half = M.pca(model.cfg.z_dim, seen)
+            model.left.fill_(max(1e-3, ((half.inverse_transform(half.transform(new)) - new) ** 2).mean()))
     return model
 
 
@@ -990,7 +1005,8 @@ def evaluate(cfg, data, part, loader, models):
     g = torch.Generator(loader.device).manual_seed(cfg.seed)
     torch.manual_seed(mix(cfg.seed, 3))
     networks = {row: model for row, model in models.items() if row != "vae"}
-    networks["untrained"] = Model(dataclasses.replace(cfg, age=False)).to(loader.device).eval()
+    random = dataclasses.replace(cfg, age=False, head="position")      # head pca begins at 0
+    networks["untrained"] = Model(random).to(loader.device).eval()
     scores, codes, left = {"": None}, {}, {}
     for row, model in tqdm(networks.items(), "evaluate: scores", unit="model"):
         z = semantic_codes(model, loader)
