@@ -420,7 +420,8 @@ class Model(nn.Module):
                                cfg.groups, cfg.head, cfg.z_dim)
         self.unet = UNet(ch, width, cfg.base, cfg.mult, cfg.blocks, cfg.attention, cfg.groups, cfg.dropout,
                          cfg.z_dim, cfg.z_map)
-        self.register_buffer("left", torch.ones(()))    # what z_sem does not say: variance of a pixel
+        starts = cfg.head == "pca" and cfg.z_map == "image"
+        self.register_buffer("left", torch.ones(()) if starts else None)    # variance of a pixel given z_sem
         self.alpha_bar = linear_alpha_bar(cfg.T)    # stays on the CPU: samplers read single numbers from it
 
     def encode(self, batch):
@@ -438,7 +439,7 @@ class Model(nn.Module):
         image made of z_sem, self.left), x0_hat is the mean of x0 given x_t and z_sem."""
         z, x, p = self.cfg.z_scale * z_sem, F.pixel_unshuffle(x_t, self.cfg.patch), self.cfg.patch
         out = F.pixel_shuffle(self.unet(x, t, z).float(), p)
-        if self.cfg.head != "pca" or self.cfg.z_map != "image":
+        if self.left is None:
             return out
         image = F.pixel_shuffle(self.unet.z_image(z).float().view(x.shape), p)
         a, s = signal_noise(self.alpha_bar, t, x_t.ndim)
@@ -514,7 +515,7 @@ def start_from_pca(model, loader):
             if decode is not None:
                 decode.weight.copy_(sd * (turn @ axes).T)
                 decode.bias.copy_(mean)
-        if isinstance(model, Model) and len(x) > 3:
+        if getattr(model, "left", None) is not None and len(x) > 3:
             seen, new = x.numpy()[:len(x) // 2], x.numpy()[len(x) // 2:]
             half = M.pca(model.cfg.z_dim, seen)
             model.left.fill_(max(1e-3, ((half.inverse_transform(half.transform(new)) - new) ** 2).mean()))
