@@ -172,7 +172,7 @@ def test_residual_score_finds_a_local_lesion_in_a_quiet_place():
 def test_age_reaches_the_code_and_only_through_it():
     torch.manual_seed(0)
     batch = {"image": torch.rand(2, 1, 16, 16) * 2 - 1, "age": torch.tensor([30.0, 70.0])}
-    aged, ageless = m.Model(TINY), m.Model(replace(TINY, age=False))
+    aged, ageless = (m.Model(replace(TINY, head="position", age=age)) for age in (True, False))   # head pca starts at 0
     older = batch | {"age": batch["age"] + 20}
     assert (aged.encode(batch) - aged.encode(older)).abs().max() > 1e-4
     assert torch.equal(ageless.encode(batch), ageless.encode(older))
