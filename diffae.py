@@ -19,7 +19,8 @@ Preechakul et al., Diffusion Autoencoders, CVPR 2022 (arXiv 2111.15640).
 paper` is the published network). `--recipe ours`, the default, differs in:
 - predict v, t_power 0.5: the eps loss hardly trains the high noise levels, where z_sem must decide;
 - head pca, z_map image: averaging features and scaling channels both lose where things are; linear layers
-  between pixels and z_sem, which start as the training images' PCA, know it before the first step;
+  between pixels and z_sem, which start as the training images' PCA, know it before the first step, and the
+  UNet only learns what Bayes' rule misses when it weighs that image against x_t;
 - augment 0.5, no flip: small random motions of the training images, and no mirrored hearts;
 - stride trailing: sampling starts at the noisiest level that was trained, T - 1.
 Both warm up lr and EMA, which the original does not. Both are trained, beside a VAE of the same encoder, and
