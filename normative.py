@@ -13,7 +13,7 @@ the mean z_sem of held-out healthy people; Cox regression asks whether those mor
 Ijishakin et al., Normative Diffusion Autoencoders, 2024 (arXiv 2407.14191). No code or cohort is public;
 what the paper leaves open is as in diffae.py.
 
-    python normative.py                     # phantom cohort; 4 to 8 minutes on 2 CPU cores
+    python normative.py                     # phantom cohort; about 8 minutes on a CPU core
     python normative.py --data cohort.h5    # yours: label (0 healthy), age; for survival also time, event
 
 Who is used for what: healthy people train the network (part "train"), give the healthy mean ("val", called
@@ -1399,8 +1399,8 @@ def main(argv):
               f"torch {torch.__version__}\n"
               f"data: {data.path} at {cfg.size}x{cfg.size}; subjects: " +
               ", ".join(f"{k} {n}" for k, n in count.items()) +
-              f"\n{cfg.steps} steps a network; bars show the time left. The demo takes 4 to 8 minutes on 2 "
-              f"CPU cores.\nout: {out}/; stop at any time, the same command goes on", flush=True)
+              f"\n{cfg.steps} steps a network; bars show the time left. The demo takes about 8 minutes on a "
+              f"CPU core.\nout: {out}/; stop at any time, the same command goes on", flush=True)
         record(cfg)
 
     # A checkpoint must agree on these: nobody it was trained on may be tested on, whatever the split is now.
