@@ -447,7 +447,8 @@ def test_whole_run_leaves_results_and_pictures(tiny, tmp_path, capsys):
                 "train_img_s", "recon_img_s", "peak_gb"):
         entry = results["metrics"][key]
         assert set(entry) == {"value", "ci", "n", "unit", "better"}, key
-    for key in ("recon_ssim.constant", "recon_ssim.copy", "recon_ssim.pca", "recon_ssim.pca_moved", "probe_auroc.pca_moved", "recon_ssim.vae", "recon_ssim.paper_recipe",
+    for key in ("recon_ssim.constant", "recon_ssim.copy", "recon_ssim.pca", "recon_ssim.vae", "recon_ssim.paper_recipe",
+                "recon_ssim.pca_moved", "probe_auroc.pca_moved",
                 "probe_f1.all_positive", "probe_auroc.vae", "probe_auroc.pca", "factor_r2_size.vae", "probe_auroc_gain",
                 "semantic_mean_gain"):
         assert key in results["metrics"], key
