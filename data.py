@@ -21,11 +21,12 @@
     view phase slice  (N,) ints    cine: 0 SA, 1 LA;  0 ED, 1 ES;  from base or apex, as scanned
     anything else (N,) numeric is a probe target; factor_* are the known causes of a phantom
 """
-import argparse, csv, difflib, glob, hashlib, io, json, os, re, shutil, sys, unicodedata
+import argparse, csv, difflib, glob, hashlib, inspect, io, json, os, re, shutil, sys, typing, unicodedata, zipfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -57,29 +58,162 @@ def writing(path):
              "same command goes on from it", 1)
 
 
-class Pipe(io.FileIO):
-    """Standard output or error, whose reader may leave (`| head`): the run goes on, unread."""
-    def write(self, data):
-        try:
-            return super().write(data)
-        except BrokenPipeError:
-            return len(data)
-
-
 def program(main):
-    """main(flags) as the program that was called: what its user or the machine can mend is one line."""
-    for name in ("stdout", "stderr"):
-        if stream := getattr(sys, name):        # None if the shell closed it
-            raw = io.BufferedWriter(Pipe(stream.fileno(), "w", closefd=False))
-            setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, "replace", line_buffering=True))
+    """Run main(flags) with the flags of the command line. What its user can mend is one line, no traceback."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):       # None if the shell closed it
+        stream.reconfigure(errors="replace", line_buffering=True)
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
         sys.exit(130)
-    except torch.OutOfMemoryError:
-        fail("out of GPU memory; a smaller --size or --preset demo needs less. The last save is kept")
+    except BrokenPipeError:         # the reader left, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # Python flushes once more at exit
+        sys.exit(1)
     except OSError as e:
         fail(f"{e.filename or 'output'}: {e.strerror or e}; what was saved before is kept", 1)
+    except (MemoryError, RuntimeError) as e:
+        signs = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed")
+        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and not any(s in str(e) for s in signs):
+            raise
+        fail("out of memory; lower --batch, --size or --base. What was saved before is kept")
+
+
+# ---------------------------------------------------------------------------------------------------
+# What a training script needs besides its data: flags, the order of its batches, checkpoints
+
+def integers(text):
+    """"1,2,4" -> (1, 2, 4)"""
+    return tuple(int(n) for n in text.split(","))
+
+
+def parse(Config, presets, recipes, doc, argv):
+    """The flags in argv -> (Config, set of the keys that were given). Each field of the dataclass is a flag.
+
+    Order: defaults of Config < preset < recipe < flags. The Config holds the device, preset and recipe that
+    were chosen. A wrong flag or value is one line, exit 2."""
+    if {"-h", "--help"} & set(argv):
+        print(doc, inspect.getsource(Config), f"presets: {presets}", f"recipes: {recipes}", sep="\n")
+        raise SystemExit(0)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.error = fail
+    kinds = typing.get_type_hints(Config)
+    for name, kind in kinds.items():
+        choices = {"preset": presets, "recipe": recipes}.get(name) or typing.get_args(kind)
+        if kind is bool:
+            parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction)
+        elif choices:
+            parser.add_argument(f"--{name}", choices=list(choices))
+        else:
+            parser.add_argument(f"--{name}", type=integers if kind is tuple else kind)
+    flags, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{name}" for name in kinds], 1)
+        fail(f"unknown flag {unknown[0]}; " + (f"did you mean {near[0]}? " if near else "") + "see --help")
+
+    given = vars(flags)
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    devices = ["cuda"] * bool(gpus) + ["mps"] * torch.backends.mps.is_available() + ["cpu"] + gpus
+    device = given.get("device") or devices[0]
+    if device not in devices:
+        fail(f"--device {device}: this machine has {', '.join(devices)}")
+    preset = given.get("preset") or ("paper" if device.startswith("cuda") else "demo")
+    recipe = given.get("recipe", Config.recipe)
+    chosen = dict(device=device, preset=preset, recipe=recipe)
+    cfg = Config(**{**presets[preset], **recipes[recipe], **given, **chosen})
+    for name, kind in kinds.items():
+        value = getattr(cfg, name)
+        may_be_0 = kind is float or name in ("seed", "attention", "groups") or name.endswith("steps")
+        if kind in (int, float, tuple) and np.min(value) < (0 if may_be_0 else 1):
+            fail(f"--{name} {value}: must be at least {0 if may_be_0 else 1}")
+        if kind is float and not np.isfinite(value) or name.endswith("lr") and value == 0:
+            fail(f"--{name} {value}: must be a finite number above 0")
+    if cfg.seed >= 2 ** 32:
+        fail(f"--seed {cfg.seed}: must be below 2**32")
+    return cfg, set(given)
+
+
+def batch_rows(n, batch, seed, step):
+    """The `batch` row numbers of a step: an endless chain of permutations of 0..n-1, a new one each epoch."""
+    if batch > n:
+        fail(f"--batch {batch}: there are only {n} training images; choose at most {n}")
+    at = np.arange(step * batch, (step + 1) * batch)
+    order = {e: np.random.default_rng([seed, e]).permutation(n) for e in np.unique(at // n)}
+    return np.array([order[i // n][i % n] for i in at])
+
+
+def save_checkpoint(path, state):
+    """Write `state` beside `path`, then rename: a checkpoint is complete, or the old one is still there."""
+    part = f"{path}.part"
+    with writing(path):
+        try:
+            with open(part, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        finally:
+            if os.path.exists(part):
+                os.remove(part)
+
+
+def read_checkpoint(path, config, defaults, may_change):
+    """The state that save_checkpoint wrote to `path`, on the CPU; None if there is no such file.
+
+    state: step, model, ema, optimizer, config. Exits if the file is damaged, or if its config differs from
+    `config` in a key that is not in may_change. A key that its config lacks means defaults[key]."""
+    if not os.path.lexists(path):
+        return None
+    try:
+        with zipfile.ZipFile(path) as file:
+            if wrong := file.testzip():     # torch.load does not compare the checksums that torch.save wrote
+                raise ValueError(f"checksum of {wrong}")
+        state = torch.load(path, map_location="cpu", weights_only=True)     # never unpickles code
+        if type(state["step"]) is not int or state["step"] < 0:
+            raise ValueError(f"step {state['step']!r:.40}")
+        for name in ("model", "ema"):
+            if not all(isinstance(v, torch.Tensor) for v in dict(state[name]).values()):
+                raise ValueError(f"{name} holds other things than tensors")
+        state["optimizer"]["state"].items()
+        # Keys that only the checkpoint has are of fields that Config had once. Nobody can set these today,
+        # and if they changed the network, then load_into finds other shapes.
+        was = {**defaults, **state["config"]}
+        differ = [f"{k} {was.get(k)!r} -> {v!r}" for k, v in config.items()
+                  if k not in may_change and was.get(k) != v]
+    except MemoryError:
+        raise
+    except Exception as e:      # what a damaged file raises is of any kind
+        why = e if isinstance(e, (OSError, ValueError)) else type(e).__name__
+        fail(f"{path}: damaged, or not a checkpoint of this program ({why}); put a copy back, delete the file "
+             "to start over, or change --out")
+    if differ:
+        fail(f"{path}: made by another run ({', '.join(differ)}); choose another --out, or delete the file")
+    return state
+
+
+def load_into(state, path, model, ema, optimizer):
+    """Load what read_checkpoint returned into both networks and their Adam. Other shapes or keys exit 2."""
+    for part, net in (("model", model), ("ema", ema)):
+        ours = {k: tuple(v.shape) for k, v in net.state_dict().items()}
+        theirs = {k: tuple(v.shape) for k, v in state[part].items()}
+        for k in {**ours, **theirs}:
+            if ours.get(k) != theirs.get(k):
+                fail(f"{path}: {part}: {k} is {theirs.get(k, 'missing')} in the file, {ours.get(k, 'missing')} "
+                     "in this network (edited source?); choose another --out")
+        net.load_state_dict(state[part])
+    # optimizer.load_state_dict takes tensors of any shape, with which the fused kernel crashes the process.
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = state["optimizer"]["state"]
+    if list(moments) != list(range(len(params))) and state["step"] > 0:
+        fail(f"{path}: optimizer: {len(moments)} parameters in the file, {len(params)} in this network; "
+             "choose another --out")
+    for i, adam in moments.items():
+        p, shapes = params[i], {k: getattr(v, "shape", None) for k, v in dict(adam).items()}
+        if shapes != dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape):
+            fail(f"{path}: optimizer: parameter {i} has other tensors than this network ({shapes}); choose "
+                 "another --out")
+        # The kernel walks raw memory, so each tensor must lie in memory as its parameter does.
+        optimizer.state[p] = {"step": adam["step"].to(p.device, torch.float32)} | {
+            k: torch.empty_like(p).copy_(adam[k]) for k in ("exp_avg", "exp_avg_sq")}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -368,11 +502,11 @@ def check_column(path, name, x, warnings):
     return x.astype(np.float32) if name in ("age", "session", "time") else x
 
 
-def load(path, size=None, max_gb=4.0, square=False):
+def load(path, size=None, max_gb=4.0):
     """Read a file, or a folder of one file per subject -> Dataset. Runs every check, see check().
 
-    size resizes 2D images in-plane; others than squares are padded, or refused if square. What is
-    larger than max_gb stays on disk, as Rows. Warnings go to stderr, a problem is one line and exit 2."""
+    size resizes 2D images in-plane, others than squares are padded first. What is larger than max_gb stays
+    on disk, as Rows. Warnings go to stderr, a problem is one line and exit 2."""
     path, warnings, parts = str(path), [], []
     paths = [path]
     if os.path.isdir(path):
@@ -393,10 +527,10 @@ def load(path, size=None, max_gb=4.0, square=False):
             if mine.get(k) != attrs.get(k):
                 fail(f"{p}: {k} {mine.get(k)} but {attrs.get(k)} in {paths[0]}; all files need the same")
     if size and len(shape) == 3:
-        fail(f"{path}: image: volumes {shape} are not resized; drop --size or convert them again")
-    if square and shape[0] != shape[1]:
-        fail(f"{path}: image: {shape[0]}x{shape[1]} is not square; "
-             f"--size {size or max(shape)} pads and resizes it")
+        fail(f"{path}: image: volumes of {shape}, but this program takes slices; cut them with `python data.py "
+             "volumes TABLE.csv OUT.h5 --slice axial:mid`")
+    if size and shape[0] != shape[1]:
+        print(f"{path}: images of {shape[0]}x{shape[1]} are padded to squares and resized to {size}x{size}")
     size = None if shape == (size, size) else size
     columns = {k: np.concatenate([c[k] for c, _ in parts]) for k in first if k not in ("image", "mask")}
     subject, split = columns.pop("subject"), columns.pop("split", None)
@@ -490,11 +624,11 @@ def split(data, seed=0, fractions=(0.7, 0.1, 0.2)):
     return part[row_of]
 
 
-def load_study(path, test="", size=None, seed=0, square=True, fractions=(0.7, 0.1, 0.2)):
+def load_study(path, test="", size=None, seed=0, fractions=(0.7, 0.1, 0.2)):
     """-> (Dataset, (N,) "train"/"val"/"test"): path by its split; or path to train and all of `test` to test.
 
-    size: images are resized to it; square=True refuses other shapes instead of padding them (exit 2)."""
-    data, *more = [load(p, size, square=square) for p in (path, test) if p]
+    size: slices are resized to it."""
+    data, *more = [load(p, size) for p in (path, test) if p]
     if not more:
         return data, split(data, seed, fractions)
     other = more[0]
@@ -524,6 +658,62 @@ def load_study(path, test="", size=None, seed=0, square=True, fractions=(0.7, 0.
                      join(data.subject, other.subject), columns, None, data.attrs, data.label_names,
                      data.fingerprint, data.warnings + other.warnings)
     return joined, join(part, np.full(len(other), "test"))
+
+
+def cohort(data, part, target, has_test_file):
+    """Check that the data can answer a normative question. -> part, in which patients are only in "test".
+
+    data.columns[target] > 0 are patients. With a test file of their own, those of --data are left out ("").
+    So are images of a patient from before the diagnosis: else the patient would be on both sides."""
+    for need in ("age", target):
+        values = data.columns.get(need, np.array(""))
+        if values.dtype.kind not in "biuf":
+            fail(f"{data.path}: {need}: no such numbers; it has {', '.join(data.columns) or 'no columns'}")
+        missing = np.flatnonzero(np.isnan(values))     # whose label is unknown must not pass for healthy
+        if len(missing):
+            fail(f"{data.path}: {need}: missing in {len(missing)} rows: {', '.join(map(str, missing[:10]))}"
+                 f"{' ...' if len(missing) > 10 else ''}; everybody's is needed: fill in or drop the rows")
+    ill = data.columns[target] > 0
+    part = np.where(ill & (part != "test"), "" if has_test_file else "test", part)
+    before = np.isin(data.subject, data.subject[ill]) & ~ill
+    part[before] = ""
+    if before.any():
+        print(f"warning: {before.sum()} healthy images of people who are also patients are left out",
+              file=sys.stderr)
+    for name, rows, least in (("healthy people to train on", part == "train", 1),
+                              ("held-out healthy people for the reference mean", part == "val", 3),
+                              ("patients to test", ill & (part == "test"), 1)):
+        n = len(np.unique(data.subject[rows]))
+        if n < least:
+            fail(f"{data.path}: {target}: {n} {name}, at least {least} needed (0: healthy, above: ill)")
+    patients, ages = np.flatnonzero(ill & (part == "test")), data.columns["age"][part == "train"]
+    outside = np.sum((data.columns["age"][patients] < ages.min()) | (data.columns["age"][patients] > ages.max()))
+    if outside:
+        print(f"warning: {outside} of {len(patients)} patient images are of ages outside the healthy range, "
+              f"{ages.min():.0f} to {ages.max():.0f}: they are compared with its end", file=sys.stderr)
+    if {"time", "event"} <= set(data.columns):
+        check_survival(data, patients)
+    return part
+
+
+def check_survival(data, patients):
+    """Exit if `time` and `event` of the rows `patients` allow no survival analysis; warn if they allow little."""
+    subject, time, event = (x[patients] for x in (data.subject, data.columns["time"], data.columns["event"]))
+    unknown = np.isnan(time)
+    if unknown.any():
+        print(f"warning: {unknown.sum()} of {len(time)} patient images have no time: survival analysis "
+              "leaves them out", file=sys.stderr)
+    for s in np.unique(subject):
+        mine = subject == s
+        if len(np.unique(time[mine])) > 1 or len(np.unique(event[mine])) > 1:
+            fail(f"{data.path}: time, event: subject {s} has several; one per subject is needed")
+    events = len(np.unique(subject[(event == 1) & ~unknown]))
+    if not events:
+        fail(f"{data.path}: event: all patients are censored, no survival to regress; drop the time column to "
+             "run without")
+    if events < 10:
+        print(f"warning: {events} events: too few for Cox regression, its numbers mean nothing",
+              file=sys.stderr)
 
 
 class Loader:
@@ -767,6 +957,40 @@ def cine_ids(data):
             k = int(np.argmax(odd))
             fail(f"{data.path}: mask[{rows[k]}]: holds {np.unique(mask[k])}, named are only {names}; {need}")
     return table
+
+
+def view_phase(columns, n):
+    """Columns view and phase -> (n,2) float32: -1 for the first (SA, ED), 1 for the second (LA, ES), 0 unknown."""
+    known = [columns.get(k, np.full(n, np.nan)) for k in ("view", "phase")]
+    return np.stack([np.select([k == 0, k == 1], [-1, 1], 0) for k in known], 1).astype(np.float32)
+
+
+def load_drawings(path, size, edges, with_mask):
+    """A user's drawings in HDF5: edges (N,H,W), not 0 on a line; mask (N,H,W) uint8; view, phase (N,).
+
+    edges: what the model was trained on, one of EDGES; with_mask: whether the model reads masks. What the
+    model does not read may be missing. -> {edges, mask: (N,size,size), kind: view_phase} for Loader."""
+    names = ["edges", "view", "phase"] + ["mask"] * with_mask
+    with open_h5(path) as file:
+        found = [k for k in names if k in list(file)]       # `k in file` would open what a link points to
+        stored = {k: x for k in found if (x := plain(file, path, k)) is not None}
+        attrs = read_attrs(file) | read_attrs(stored.get("mask", file))
+        read = {k: x[...] for k, x in stored.items()}
+    need = [k for k, v in (("edges", edges in ("full", "sparse")), ("mask", with_mask)) if v and k not in read]
+    if need:
+        fail(f"{path}: {' and '.join(need)} missing; this model draws from "
+             f"{'a mask and ' if with_mask else ''}edges ({edges})")
+    n = max(1, len(np.atleast_1d(read["mask" if with_mask else "edges"])))
+    for k, x in read.items():
+        shape = (n, size, size) if k in ("edges", "mask") else (n,)
+        if x.shape != shape or x.dtype.kind not in "biuf" or k == "mask" and x.dtype != np.uint8:
+            fail(f"{path}: {k}: {x.dtype} {x.shape}, expected {'uint8' if k == 'mask' else 'numbers'} {shape}")
+    arrays, lines = {"kind": view_phase(read, n)}, read.get("edges", np.zeros((n, size, size))) != 0
+    if with_mask:
+        arrays["mask"] = cine_ids(SimpleNamespace(path=path, mask=read["mask"], attrs=attrs))[read["mask"]]
+    if edges in ("mask", "none"):       # whatever was drawn: the model has seen no other lines
+        lines = edge_map(lines, arrays.get("mask"), edges)
+    return arrays | {"edges": lines.astype(np.uint8)}
 
 
 # ---------------------------------------------------------------------------------------------------
