@@ -6,6 +6,7 @@ need no model (a constant image, another slice, all-positive, PCA): they score h
 
 Numbers come back as numpy float64. Images are in [0,1] (data_range 1), AUROC in [0,1], 0/0 is nan.
 """
+import dataclasses
 import io
 import json
 import os
@@ -33,6 +34,13 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
+
+import data as D
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 def to_numpy(x):
@@ -320,44 +328,40 @@ def subject_folds(task, y, subject, seed=0):
     return [] if one_class else folds
 
 
-def probe(kind, task, z, y, subject, seed=0):
-    """Fits a "linear" or "mlp" probe from z (N,d) to y (N,), training rows only -> scikit-learn Pipeline.
+class OneScale(StandardScaler):
+    """Subtracts each number's mean and divides all numbers by one SD, the root of their mean variance."""
 
-    task "class": y in {0,1}, read it with logits(); "regression": read it with model.predict(z). The L2
-    penalty is the one with the lowest log loss (or squared error) on held-out training subjects.
-    ValueError if task is "class" and y does not have the two."""
+    def fit(self, X, y=None, sample_weight=None):
+        super().fit(X, y, sample_weight)
+        self.scale_ = np.full_like(self.scale_, max(np.sqrt(self.var_.mean()), 1e-12))
+        return self
+
+
+def probe(task, z, y, subject, seed=0):
+    """Fits a linear probe from z (N,d) to y (N,), training rows only -> scikit-learn Pipeline.
+
+    task "class": logistic regression, y in {0,1}, read it with logits(). "regression": ridge, read it with
+    model.predict(z). The penalty and the scaling have the lowest log loss (or squared error) on held-out
+    training subjects. ValueError if task is "class" and y does not have the two values."""
     z, y = to_numpy(z).astype(np.float64), to_numpy(y)
     if task == "class" and not np.array_equal(np.unique(y), [0, 1]):
         raise ValueError(f"probe: needs the classes 0 and 1 in training, got {np.unique(y).tolist()[:5]}")
-
-    def build(penalty, members):
-        if kind == "linear":
-            head = LogisticRegression(C=1 / penalty, max_iter=1000)
-            return make_pipeline(StandardScaler(), head if task == "class" else Ridge(alpha=penalty))
-        # A few hundred rows: lbfgs on all of them, no early stopping (scikit-learn's splits by row: a leak of
-        # subjects). bootstrap=False: the members differ in their initial weights only, and are averaged, so
-        # that the number is not that of a lucky seed.
-        net = dict(hidden_layer_sizes=(32,), solver="lbfgs", max_iter=100, alpha=penalty)
-        bag = dict(n_estimators=members, bootstrap=False, random_state=seed)
-        if task == "class":
-            return make_pipeline(StandardScaler(), BaggingClassifier(MLPClassifier(**net), **bag))
-        head = BaggingRegressor(MLPRegressor(**net), **bag)
-        return make_pipeline(StandardScaler(), TransformedTargetRegressor(head, transformer=StandardScaler()))
-
-    # With ~350 correlated rows and up to 512 dimensions the penalty decides the result, and the best differs
-    # between codes (the VAE's, PCA's, ours): a fixed one would favour some of them. Not above 30 for the MLP:
-    # at 300 all its weights shrink to 0, a fine log loss on hard data, but the order of its scores is noise.
-    penalties = (1, 10, 100, 1000, 10000) if kind == "linear" else (1, 3, 10, 30)
+    # The best penalty and scaling differ between codes. Numbers of z_sem are alike, and each can be divided by
+    # its own SD. Most numbers of a PCA code are noise of small variance, which that would blow up.
+    models = [make_pipeline(scaler(), LogisticRegression(C=1 / penalty, max_iter=1000) if task == "class"
+                            else Ridge(alpha=penalty))
+              for penalty in (100, 1, 10, 1000, 10000) for scaler in (StandardScaler, OneScale)]
     folds = subject_folds(task, y, subject, seed)
     losses = []
     with warnings.catch_warnings(), threadpool_limits(1):    # so small that threads only wait: 8 times slower
-        warnings.simplefilter("ignore", ConvergenceWarning)  # max_iter is part of the regularisation
-        for penalty in penalties if folds else ():
-            method = "predict_proba" if task == "class" else "predict"
-            out = cross_val_predict(build(penalty, 1), z, y, cv=folds, method=method)
-            losses.append(log_loss(y, out[:, 1]) if task == "class" else np.mean((out - y) ** 2))
-        best = penalties[int(np.argmin(losses))] if folds else penalties[len(penalties) // 2]
-        return build(best, 5).fit(z, y)
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        for model in models if folds else ():
+            if task == "class":
+                p = cross_val_predict(model, z, y, cv=folds, method="predict_proba")
+                losses.append(log_loss(y, p[:, 1]))
+            else:
+                losses.append(np.mean((cross_val_predict(model, z, y, cv=folds) - y) ** 2))
+        return models[int(np.argmin(losses)) if folds else 0].fit(z, y)
 
 
 def logits(model, z):
@@ -370,10 +374,8 @@ def direction(model):
     """Unit vector (d,) in z space along which a linear probe's attribute grows; natural step: std of z @ it.
 
     A step along the weights in standardised space, mapped back: sd * w. (The gradient, w / sd, mostly
-    moves the dimensions that vary least, off the data; see Haufe et al. 2014.) ValueError for "mlp"."""
+    moves the dimensions that vary least, off the data; see Haufe et al. 2014.)"""
     scaler, head = model[0], model[-1]
-    if not hasattr(head, "coef_"):
-        raise ValueError('direction: needs a "linear" probe')
     v = scaler.scale_ * np.ravel(head.coef_)
     return v / max(np.linalg.norm(v), 1e-12)
 
@@ -640,18 +642,19 @@ def save_figure(path, figure, caption):
 # ------------------------------------------------------------------------------------------------------------
 # Rows that need no training, or little.
 
-def trivial_images(data, train, test):
-    """Stand-ins for the images data.image[test] that need no model. -> {"constant", "copy": (len(test),H,W)}
+def evenly(rows, n):
+    """At most n of the rows, evenly spaced, the first and the last among them. -> array"""
+    at = np.linspace(0, len(rows) - 1, min(n, len(rows)))
+    return np.asarray(rows)[at.round().astype(int)]
 
-    In [0,1]. constant: the mean training image, the best squared error without looking. copy: the nearest
-    other row of the same subject, the earlier of two; black if it has no other."""
-    near = []
-    for i in test:
-        rest = np.setdiff1d(np.flatnonzero(data.subject == data.subject[i]), i)
-        near.append(rest[np.argmin(abs(rest - i))] if len(rest) else -1)
-    copy = data.image[np.maximum(near, 0)] / 255
-    copy[np.less(near, 0)] = 0
-    return {"constant": np.broadcast_to(data.image[train].mean(0) / 255, copy.shape), "copy": copy}
+
+def other_subject(subject):
+    """For each row a row of another subject, about half the list away. (N,) -> (N,) int
+
+    A row gets itself if there is only one subject."""
+    n = len(subject)
+    far = n // 2 + np.arange(n)
+    return np.array([next((j for j in (i + far) % n if subject[j] != subject[i]), i) for i in range(n)])
 
 
 def pca(z_dim, x_train):
@@ -660,14 +663,36 @@ def pca(z_dim, x_train):
     return PCA(min(z_dim, len(x) - 1, x.shape[1]), random_state=0).fit(x)
 
 
-def pca_codes(model, x):
-    """(N,*S) images -> (N,k) codes."""
-    return model.transform(to_numpy(x).reshape(len(x), -1).astype(np.float32))
+def pca_sample(data, train):
+    """The images data.image[train] in [0,1], float32: at most 5,000 of them, and at most 1 GB."""
+    pixels = int(np.prod(data.image.shape[1:]))
+    return data.image[evenly(train, min(5000, max(2, 2 ** 28 // pixels)))] / np.float32(255)
 
 
-def pca_reconstruct(model, x):
-    """(N,*S) images -> their reconstructions in [0,1], same shape."""
-    return model.inverse_transform(pca_codes(model, x)).reshape(to_numpy(x).shape).clip(0, 1)
+def pca_codes(data, train, z_dim):
+    """The PCA codes of all images, (N,*S) -> (N,k). The PCA is fitted to at most 5,000 training rows."""
+    model = pca(z_dim, pca_sample(data, train))
+    chunks = np.array_split(np.arange(len(data.image)), len(data.image) // 256 + 1)
+    return np.concatenate([model.transform(data.image[rows].reshape(len(rows), -1) / np.float32(255))
+                           for rows in chunks])
+
+
+def trivial_images(data, train, test, z_dim):
+    """Stand-ins for the images data.image[test]. -> {"constant", "copy", "pca": (len(test),*S) in [0,1]}
+
+    constant: the mean training image, the best squared error without looking. copy: the nearest other row of
+    the same subject, the earlier of two; black if it has no other. pca: the reconstruction from z_dim numbers."""
+    near = []
+    for i in test:
+        rest = np.setdiff1d(np.flatnonzero(data.subject == data.subject[i]), i)
+        near.append(rest[np.argmin(abs(rest - i))] if len(rest) else -1)
+    copy = data.image[np.maximum(near, 0)] / 255
+    copy[np.less(near, 0)] = 0
+    some = pca_sample(data, train)
+    model = pca(z_dim, some)
+    flat = data.image[test].reshape(len(test), -1) / np.float32(255)
+    return {"constant": np.broadcast_to(some.mean(0), copy.shape), "copy": copy,
+            "pca": model.inverse_transform(model.transform(flat)).reshape(copy.shape).clip(0, 1)}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -685,50 +710,68 @@ def row_of(statistic, subject, *arrays, unit="", better="higher"):
     return row(**bootstrap(statistic, subject, *arrays), unit=unit, better=better)
 
 
-def image_numbers(key, name, real, fake, subject):
-    """SSIM and MSE of fake against real (N,*S) in [0,1] -> {KEY_ssim[.NAME], KEY_mse[.NAME]: row(..)}"""
-    dot = f".{name}" if name else ""
-    return {f"{key}_ssim{dot}": row_of(np.mean, subject, ssim(real, fake)),
-            f"{key}_mse{dot}": row_of(np.mean, subject, mse(real, fake), better="lower")}
+def to_image(x):
+    """Tensor (B,1,*S) in [-1,1] -> numpy (B,*S) in [0,1], clipped."""
+    return ((to_numpy(x[:, 0].float()) + 1) / 2).clip(0, 1)
+
+
+def image_numbers(key, images, real, subject):
+    """SSIM and MSE of images {row name, "" is ours: (N,*S) in [0,1]} against real (N,*S).
+
+    -> {KEY_ssim[.NAME], KEY_mse[.NAME]: row(..)}"""
+    out = {}
+    for name, x in images.items():
+        dot = f".{name}" if name else ""
+        out[f"{key}_ssim{dot}"] = row_of(np.mean, subject, ssim(real, x))
+        out[f"{key}_mse{dot}"] = row_of(np.mean, subject, mse(real, x), better="lower")
+    return out
 
 
 def probe_numbers(codes, y, part, subject, seed=0):
-    """Reads y (N,) from each of the codes {name, "" is ours: (N,d)}, by probes fitted to training subjects.
+    """Reads y (N,) from each of the codes {row name, "" is ours: (N,d)} by a linear probe of training rows.
 
-    y in {0,1} (nan: left out): probe_auroc, _f1, _precision, _recall of an MLP, slice level, threshold from
-    the validation rows; patient_auroc; linear_auroc. Other y: probe_r2, _mae, _rmse. With the trivial rows.
-    -> (metrics, the linear probe of codes[""]). ValueError if training or test rows cannot answer."""
+    y in {0,1}: probe_auroc, _f1, _precision, _recall of rows (the threshold is from validation rows) and
+    patient_auroc. Other y: probe_r2, _mae, _rmse. probe_auroc_gain.NAME, probe_r2_gain.NAME: ours minus that
+    row. Rows with y nan are left out.
+    -> (metrics, the fitted probe of codes[""]). ValueError if training or test rows cannot answer."""
     y = to_numpy(y).astype(np.float64)
     train, val, test = (np.flatnonzero((part == p) & ~np.isnan(y)) for p in ("train", "val", "test"))
-    if len(np.unique(y[train])) < 2 or not len(test):
-        raise ValueError("the training rows have one value only" if len(test) else "no test row has a value")
+    if not len(test):
+        raise ValueError("no test row has a value")
+    if len(np.unique(y[train])) < 2:
+        raise ValueError("the training rows have one value only")
     task = "class" if set(np.unique(y[train])) == {0, 1} else "regression"
-    who, truth, out, axis, scores = subject[test], y[test], {}, None, {}
+    who, truth = subject[test], y[test]
+    out, fitted, scores = {}, {}, {}
     for name, z in tqdm(codes.items(), "evaluate: probes", unit="code"):
-        name = f".{name}" if name else ""
-        linear, mlp = (probe(k, task, z[train], y[train], subject[train], seed) for k in ("linear", "mlp"))
-        axis = axis if name else linear
+        dot = f".{name}" if name else ""
+        fitted[name] = probe(task, z[train], y[train], subject[train], seed)
         if task == "regression":
-            guess = mlp.predict(z[test])
+            scores[name] = fitted[name].predict(to_numpy(z[test]).astype(np.float64))
             for k, better in (("r2", "higher"), ("mae", "lower"), ("rmse", "lower")):
-                statistic = lambda p, t: regression(p, t)[k]
-                out[f"probe_{k}{name}"] = row_of(statistic, who, guess, truth, better=better)
-                mean = np.full(len(truth), y[train].mean())
-                out[f"probe_{k}.mean"] = row_of(statistic, who, mean, truth, better=better)
+                out[f"probe_{k}{dot}"] = row_of(lambda p, t: regression(p, t)[k], who, scores[name], truth,
+                                                better=better)
             continue
-        score = logits(mlp, z[test])
-        cut = threshold_f1(logits(mlp, z[val]), y[val]) if len(val) else 0.0
-        scores[name] = score
-        out["probe_auroc" + name] = row_of(auroc, who, score, truth)
-        if name == ".vae":      # of a difference, the interval of the difference
-            gain = lambda a, b, t: auroc(a, t) - auroc(b, t)
-            out["probe_auroc_gain"] = row_of(gain, who, scores[""], score, truth)
+        scores[name] = logits(fitted[name], z[test])
+        cut = threshold_f1(logits(fitted[name], z[val]), y[val]) if len(val) else 0.0
+        out[f"probe_auroc{dot}"] = row_of(auroc, who, scores[name], truth)
+        out[f"patient_auroc{dot}"] = row_of(auroc, np.unique(who), *patient_level(scores[name], who, truth))
         for k in ("f1", "precision", "recall"):
-            out[f"probe_{k}{name}"] = row_of(lambda s, t: classify(s, t, cut)[k], who, score, truth)
+            out[f"probe_{k}{dot}"] = row_of(lambda s, t: classify(s, t, cut)[k], who, scores[name], truth)
+    if task == "regression":
+        key, statistic = "probe_r2", lambda p, t: regression(p, t)["r2"]
+        mean = np.full(len(truth), y[train].mean())
+        for k in ("r2", "mae", "rmse"):
+            out[f"probe_{k}.mean"] = row_of(lambda p, t: regression(p, t)[k], who, mean, truth,
+                                            better=out[f"probe_{k}"]["better"])
+    else:
+        key, statistic = "probe_auroc", auroc
+        for k in ("f1", "precision", "recall"):
             out[f"probe_{k}.all_positive"] = row_of(lambda t: classify(0 * t, t, 0)[k], who, truth)
-        out["patient_auroc" + name] = row_of(auroc, np.unique(who), *patient_level(score, who, truth))
-        out["linear_auroc" + name] = row_of(auroc, who, logits(linear, z[test]), truth)
-    return out, axis
+    for name in filter(None, scores):      # of a difference, the interval of the difference
+        gain = lambda a, b, t: statistic(a, t) - statistic(b, t)
+        out[f"{key}_gain.{name}"] = row_of(gain, who, scores[""], scores[name], truth)
+    return out, fitted[""]
 
 
 def factor_numbers(codes, columns, part, subject, seed=0):
@@ -740,7 +783,7 @@ def factor_numbers(codes, columns, part, subject, seed=0):
             known = [rows[~np.isnan(y[rows].astype(float))] for rows in (train, test)]
             if min(map(len, known)) < 2:
                 continue
-            fitted = probe("linear", "regression", z[known[0]], y[known[0]], subject[known[0]], seed)
+            fitted = probe("regression", z[known[0]], y[known[0]], subject[known[0]], seed)
             guess, y, who = fitted.predict(z[known[1]]), y[known[1]], subject[known[1]]
             key = f"factor_r2_{name.removeprefix('factor_')}" + (f".{code}" if code else "")
             out[key] = row_of(lambda p, t: regression(p, t)["r2"], who, guess, y)
@@ -752,7 +795,7 @@ def brain_age_gap(codes, age, train, rows, subject):
 
     Such a guess falls towards the mean age, so the gap falls with age: the line of gap on age over `rows`,
     held-out healthy, is taken off (de Lange & Cole 2020). -> (predict(codes) -> ages, gap)"""
-    model = probe("linear", "regression", codes[train], age[train], subject[train])
+    model = probe("regression", codes[train], age[train], subject[train])
     gap = model.predict(codes) - age
     return model.predict, gap - np.polyval(np.polyfit(age[rows], gap[rows], 1), age)
 
@@ -772,6 +815,52 @@ def write_atomically(path, data):
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def lock(out):
+    """Makes the folder `out` and refuses a second run in it. -> the lock's file: keep it until the run ends.
+
+    The kernel drops the lock when the process ends, however it ends. Windows has no such lock."""
+    safe = getattr(os, "O_NOFOLLOW", 0)  # a link at OUT/.lock must not lead to another file
+    try:
+        os.makedirs(out, exist_ok=True)
+        file = open(Path(out, ".lock"), "ab+", 0, opener=lambda path, flags: os.open(path, flags | safe, 0o644))
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
+    except BlockingIOError:
+        D.fail(f"--out {out}: another run is using this folder; wait for it, or choose another --out")
+    except OSError as e:
+        D.fail(f"--out {out}: cannot be used ({e.strerror}: {e.filename}); choose another --out")
+
+
+def record(cfg, script_path):
+    """Writes OUT/config.json and a copy of the script beside it. cfg: a dataclass with `out`."""
+    config = json.dumps(dataclasses.asdict(cfg), indent=1, default=str)
+    write_atomically(Path(cfg.out, "config.json"), config.encode())
+    write_atomically(Path(cfg.out, Path(script_path).name), Path(script_path).read_bytes())
+
+
+def log_line(path, row):
+    """Appends a dict to a log as one line of JSON."""
+    with D.writing(path), open(path, "a") as f:
+        f.write(json.dumps(row) + "\n")
+
+
+def read_log(path):
+    """The records of a log in order of their step -> list of dicts; [] if there is no such file.
+
+    A broken line (the run was killed) and a foreign one are skipped. A step that was done twice, as a
+    killed run does when it resumes, counts as it was done last."""
+    rows = {}
+    for line in Path(path).read_bytes().splitlines() if Path(path).exists() else ():
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and type(record.get("step")) is int:
+            rows[record["step"]] = record
+    return [rows[step] for step in sorted(rows)]
 
 
 def save_results(path, script, data, n, seconds, config, metrics, device="cpu"):
@@ -806,53 +895,52 @@ def number(v):
 
 
 def cell(m):
-    """A row(...), or {} -> its number and its interval, if it has one, as text."""
+    """A row(..) -> its number and its interval, if it has one, as text. None: ""."""
+    if not m:
+        return ""
     low, high = (number(c) for c in m.get("ci", (None, None)))
     return number(m.get("value")) + ("" if low == high == "-" else f" [{low}, {high}]")
 
 
-def headings(metrics, keys):
-    """-> the keys, each with its unit and which way is better; the ROWs that any of them has, as KEY.ROW"""
-    said = [metrics.get(k, {}) for k in keys]
-    units = [f" ({m['unit']})" if m.get("unit") else "" for m in said]
-    arrows = [{"higher": " ↑", "lower": " ↓"}.get(m.get("better"), "") for m in said]
-    names = dict.fromkeys(m[len(k) + 1:] for k in keys for m in metrics if m.startswith(k + "."))
-    return [k + unit + arrow for k, unit, arrow in zip(keys, units, arrows)], list(names)
+def table(metrics, shown, rows, width=100):
+    """The table that ends a run: one line per row, one column per key, each value with its interval.
+
+    metrics: KEY and KEY.ROW -> row(..). shown: {key: name in words}. rows: {row name, "" is ours: words}.
+    Columns beyond `width` continue in a block below. A row that has none of a block's keys is left out."""
+    find = lambda key, name: metrics.get(f"{key}.{name}" if name else key)
+    columns = []
+    for key, words in shown.items():
+        have = [m for m in (find(key, name) for name in rows) if m]
+        if have:
+            unit = f" ({have[0]['unit']})" if have[0]["unit"] else ""
+            arrow = "↓" if have[0]["better"] == "lower" else "↑"
+            columns.append((textwrap.wrap(f"{words}{unit} {arrow}", 22), {name: cell(find(key, name)) for name in rows}))
+    left = max(map(len, rows.values()))
+    per_block = max(1, (width - left) // 24)
+    lines = []
+    for i in range(0, len(columns), per_block):
+        block = columns[i:i + per_block]
+        for k in range(max(len(head) for head, _ in block)):
+            lines.append([""] + [head[k] if k < len(head) else "" for head, _ in block])
+        for name, words in rows.items():
+            cells = [texts[name] for _, texts in block]
+            if any(cells):
+                lines.append([words] + [text or "-" for text in cells])
+        lines.append([])
+    text = "\n".join("  ".join(t.ljust(22 if k else left) for k, t in enumerate(line)).rstrip() for line in lines)
+    n = [m["n"] for key in shown for m in [metrics.get(key)] if m and m["n"]]
+    return f"{text}\n[ ]: 95 % interval over {min(n, default=0)} subjects. ↑ higher is better, ↓ lower is better."
 
 
-def aligned(lines, width=110):
-    """Lists of texts -> text with columns; those beyond `width` in a block below, after the first again."""
-    columns = [[t.ljust(max(map(len, column))) for t in column] for column in zip(*lines)]
-    blocks = [columns[:1]]
-    for column in columns[1:]:
-        if sum(len(c[0]) + 2 for c in blocks[-1]) + len(column[0]) > width:
-            blocks.append(columns[:1])
-        blocks[-1].append(column)
-    return "\n\n".join("\n".join("  ".join(line).rstrip() for line in zip(*block)) for block in blocks)
+def answer(question, name, ours, other, gain, unit="patients"):
+    """One sentence that ends a run: the question, both numbers, their difference and what it says.
 
-
-def table(metrics, keys, paper, width=110):
-    """The table that ends a run: per key the paper's number, ours with its interval, and every KEY.ROW.
-
-    metrics: key -> row(...); paper: key -> number, text or None. What is missing is "-"."""
-    titles, names = headings(metrics, keys)
-    lines = [["", "n", "paper", "ours [95 % interval]", *names]]
-    for title, k in zip(titles, keys):
-        m, others = metrics.get(k, {}), [metrics.get(f"{k}.{name}", {}).get("value") for name in names]
-        lines.append([title, str(m.get("n") or "-"), number(paper.get(k)), cell(m), *map(number, others)])
-    return aligned(lines, width) + "\n\n↑ higher is better, ↓ lower. Intervals: bootstrap over n subjects."
-
-
-def row_table(metrics, keys, paper):
-    """The same numbers turned: one line per ROW (ours first, as "ours"), one column per key, intervals in it.
-
-    For when many rows are compared by few keys. paper: key -> number, the last line."""
-    titles, names = headings(metrics, keys)
-    lines = [["", *titles]]
-    for name in ["", *names]:
-        lines.append([name or "ours", *(cell(metrics.get(f"{k}.{name}" if name else k, {})) for k in keys)])
-    lines += [["paper", *(number(paper.get(k)) for k in keys)]] if paper else []
-    return aligned(lines)
+    ours, other, gain: row(..); gain is ours minus other. yes or no if its interval excludes 0."""
+    low, high = gain["ci"] if gain["better"] == "higher" else (-gain["ci"][1], -gain["ci"][0])
+    verdict = "yes" if low > 0 else "no" if high < 0 else "undecided"
+    plus = "+" if gain["value"] > 0 else ""
+    return (f"{question} {name} {number(ours['value'])} against {number(other['value'])}, "
+            f"{plus}{cell(gain)}, {gain['n']} {unit}: {verdict}.")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -903,15 +991,14 @@ def curves(path, logs, keys=("loss", "z_gap")):
     from matplotlib.ticker import LogLocator, NullFormatter
     from matplotlib.figure import Figure  # slow to import, used only here; without pyplot: no display needed
 
-    read = {label: [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
-            for label, log in logs.items()}  # a run in progress may have written half of its last line
+    read = {label: read_log(log) for label, log in logs.items()}
     keys = [k for k in keys if any(k in r for log in read.values() for r in log)]
     if not keys:
         return
     figure = Figure(figsize=(5.5 * len(keys), 3.6), layout="constrained")
     for axis, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys):
         for color, (label, log) in enumerate(read.items()):
-            points = [(r["step"] + 1, r[key]) for r in log if r.get(key) is not None]
+            points = [(r["step"] + 1, r[key]) for r in log if isinstance(r.get(key), (int, float))]
             if not points:
                 continue
             step, value = np.array(points, dtype=np.float64).T
