@@ -31,6 +31,7 @@ from types import SimpleNamespace
 import h5py
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from scipy import ndimage
 from tqdm import tqdm
@@ -139,6 +140,37 @@ def batch_rows(n, batch, seed, step):
     at = np.arange(step * batch, (step + 1) * batch)
     order = {e: np.random.default_rng([seed, e]).permutation(n) for e in np.unique(at // n)}
     return np.array([order[i // n][i % n] for i in at])
+
+
+def mix(*numbers):
+    """One well-mixed 63-bit seed from several integers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def describe(data, part):
+    """-> {"train": number of subjects, "val": .., "test": ..}; what a checkpoint must agree on about the data:
+    nobody it was trained on may be tested on, whatever the split is now."""
+    who = {p: np.unique(data.subject[part == p]) for p in ("train", "val", "test")}
+    if not len(who["train"]) or not len(who["test"]):
+        fail(f"{data.path}: {len(who['train'])} training and {len(who['test'])} test subjects; one of each is needed")
+    names = hashlib.sha256("\n".join(who["train"]).encode()).hexdigest()[:16]
+    return {p: len(w) for p, w in who.items()}, {"images": data.fingerprint, "training_subjects": names}
+
+
+def augment(x, strength, flip, g):
+    """Random motion of images (B,1,H,W): at strength 1 uniformly up to 20 degrees, 12 % zoom, 8 % of the
+    width of shift; what enters from outside repeats the border. flip: half are mirrored. -> like x"""
+    u = torch.rand(len(x), 5, generator=g, device=g.device)
+    mirror = torch.where(u[:, 0] < 0.5, -1.0, 1.0) if flip else torch.ones_like(u[:, 0])
+    if strength == 0:
+        return torch.where(mirror.view(-1, 1, 1, 1) < 0, x.flip(3), x)
+    angle, zoom, dx, dy = (strength * (2 * u[:, 1:] - 1)).unbind(1)
+    cos, sin = ((1 + 0.12 * zoom) * f(0.35 * angle) for f in (torch.cos, torch.sin))
+    theta = torch.stack([cos * mirror, -sin, 0.16 * dx, sin * mirror, cos, 0.16 * dy], 1).view(-1, 2, 3)
+    with torch.autocast(x.device.type, enabled=False):    # bfloat16 would round positions to a quarter pixel
+        grid = F.affine_grid(theta, x.shape, align_corners=False)
+        x = F.grid_sample(x, grid, mode="bicubic", padding_mode="border", align_corners=False)
+    return x.clamp(-1, 1)
 
 
 def save_checkpoint(path, state):
