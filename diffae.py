@@ -1,8 +1,8 @@
-"""Diffusion autoencoder (DiffAE) on 2D cardiac MR, with its VAE baseline.
+"""Diffusion autoencoder (DiffAE) on 2D cardiac MR, with a VAE as the baseline.
 
-A semantic encoder compresses an image into a vector z_sem; a diffusion model conditioned on z_sem decodes it.
-What z_sem leaves out, the same model run backwards (deterministic DDIM) stores in a noise image x_T.
-Question: does z_sem, learned without labels, tell an infarcted heart better than a VAE's code does?
+An encoder compresses an image into a short vector, the semantic code z_sem. A diffusion model decodes z_sem.
+The same model, run backwards (deterministic DDIM), stores in a noise image x_T whatever z_sem leaves out.
+Question: does z_sem, learned without labels, see an infarct better than the code of a VAE does?
 
     x0 (B,1,H,W) --Encoder--> z_sem (B,d) --------------------------------> probes, edits, prior
          |                       |      |
@@ -12,24 +12,21 @@ Question: does z_sem, learned without labels, tell an infarcted heart better tha
 
 Preechakul et al., Diffusion Autoencoders, CVPR 2022 (arXiv 2111.15640).
 
-    python diffae.py                     # phantom hearts; 3 to 6 minutes on 2 CPU cores
-    python diffae.py --data emidec.h5    # your hearts; on a GPU this is the paper's 128x128 network
+    python diffae.py                     # phantom hearts, about 5 minutes on 2 CPU cores
+    python diffae.py --data emidec.h5    # your hearts; on a GPU the default is the paper's 128x128 network
 
-`--recipe paper` is the published objective, conditioning and sampling, at the size of the preset (`--preset
-paper` is the published network). `--recipe ours`, the default, differs in:
-- predict v, t_power 0.5: the eps loss hardly trains the high noise levels, where z_sem must decide;
-- head pca, z_map image: averaging features and scaling channels both lose where things are; linear layers
-  between pixels and z_sem, which start as the training images' PCA, know it before the first step, and the
-  UNet only learns what Bayes' rule misses when it weighs that image against x_t;
+`--recipe paper` trains as published (but lr and EMA warm up). `--recipe ours`, the default, changes this:
+- predict v, t_power 0.5: the eps loss hardly trains high noise levels, and only there must z_sem decide;
+- spatial: a face sits where it should, a heart does not. Average pooling forgets where things are, and AdaGN
+  scales whole channels. So the encoder flattens its last feature map, and a linear layer turns z_sem into an
+  image that the UNet sees beside x_t;
 - augment 0.5, no flip: small random motions of the training images, and no mirrored hearts;
-- stride trailing: sampling starts at the noisiest level that was trained, T - 1.
-Both warm up lr and EMA, which the original does not. Both are trained, beside a VAE of the same encoder, and
-every number stands beside theirs and the trivial ones.
+- stride trailing: sampling starts at T - 1, the noisiest level that was trained.
 """
-import copy, dataclasses, datetime, difflib, hashlib, inspect, json, math, os, platform, signal, sys, time
-import zipfile
+import copy, dataclasses, datetime, math, os, signal, sys, time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -41,11 +38,6 @@ from tqdm import tqdm
 import data as D
 import metrics as M
 
-try:
-    import fcntl, resource
-except ImportError:     # Windows: no lock on the output folder, no figure for peak memory
-    fcntl = resource = None
-
 
 # --------------------------------------------------------------------------------------------------------
 # Config: `--key value` changes any line. Order: these defaults < PRESETS < RECIPES < the command line.
@@ -56,12 +48,10 @@ class Config:
     test: str = ""            # second file: train on all of --data, test on all of this one
     out: str = "out/diffae"   # everything the run leaves; the same command again goes on from there
     preset: str = ""          # demo (laptop) or paper (one GPU); empty: paper on CUDA, demo elsewhere
-    recipe: str = "ours"      # ours, or paper: objective, network and sampling times as published
+    recipe: str = "ours"      # ours or paper: objective, network and sampling times as published
     device: str = ""          # cuda, mps, cpu; empty: the first of these that is there
     seed: int = 0             # of the split, the weights, the order of the data and every draw
     target: str = ""          # column that the probe predicts; empty: has_infarct if there, else label
-    eval: bool = False        # only evaluate the checkpoints in --out
-    rivals: bool = True       # also train the VAE and the paper's recipe, as long, for the table
     # images and network
     size: int = 128           # images are resized to size x size
     patch: int = 1            # the networks see patch x patch pixels as channels: 2 is 4x faster, coarser
@@ -70,16 +60,13 @@ class Config:
     enc_mult: tuple = (1, 1, 2, 3, 4, 4)  # the same for the encoder, one level deeper
     blocks: int = 2           # residual blocks per level (one more on the way up)
     attention: int = 16       # self-attention where the feature map is this wide, and in the middle
-    groups: int = 32          # of GroupNorm; 0: one per 16 channels (backward up to 50x faster on a CPU)
+    groups: int = 32          # of GroupNorm; 0: one per 16 channels (backward up to 18x faster on a CPU)
     dropout: float = 0.1      # in the UNet's blocks
     z_dim: int = 512          # numbers in z_sem
-    z_scale: float = 1.0      # multiplies z_sem where it conditions the UNet
-    head: str = "pca"         # of the encoder: pool (averages: paper), position (flattens the feature map),
-                              # pca (position, beside a linear layer of the pixels that starts as their PCA)
-    z_map: str = "image"      # a linear layer of z_sem also enters: as an image beside x_t, as a map in the
-                              # middle of the UNet, or none (paper)
+    z_scale: float = 1.0      # multiplies z_sem where AdaGN reads it (not the image made of z_sem)
+    spatial: bool = True      # the encoder keeps position and the UNet sees an image of z_sem; paper: false
     # objective
-    predict: str = "v"        # what the UNet outputs: v, or eps (paper)
+    predict: Literal["v", "eps"] = "v"    # what the UNet outputs; paper: eps
     t_power: float = 0.5      # times are drawn as T u^t_power: 0.5 favours high noise; paper: 1, uniform
     augment: float = 0.5      # strength of random rotation, zoom and shift of the training images; paper: 0
     flip: bool = False        # random left-right flips (paper: true; but a heart has its left and its right)
@@ -88,40 +75,29 @@ class Config:
     # training
     steps: int = 5000         # optimizer steps; raise it and run again to train longer
     batch: int = 64           # images per step, over all processes
-    accum: int = 1            # passes per step, each on a part of the batch: for a batch that does not fit
     lr: float = 1e-4          # Adam; constant after 100 steps of warm-up
-    ema: float = 0.9999       # decay of the averaged weights, which are what is evaluated
-    bf16: bool = True         # bfloat16 autocast where the machine is fast at it
-    compile: bool = True      # torch.compile, on CUDA
+    ema: float = 0.9999       # decay of the averaged weights; the averaged weights are evaluated
     save_every: int = 500     # steps between checkpoints
-    log_every: int = 20       # steps between lines of the log
     # evaluation
     S: int = 20               # DDIM steps, both ways
-    stride: str = "trailing"  # their times: trailing (the last is T-1) or leading (0, 50, .. 950: paper)
+    stride: Literal["trailing", "leading"] = "trailing"     # DDIM times end at T-1; paper: 0, 50, .. 950
     draws: int = 8            # random x_T over which the mean semantic reconstruction is taken
     eval_images: int = 1000   # at most this many test images are reconstructed
-    prior_steps: int = 10000  # of the latent DDIM that draws new z_sem; 0: none
-    prior_width: int = 2048   # of the MLP that it is
-    prior_layers: int = 10
 
 
 PRESETS = {
     "paper": {},
     "demo": dict(size=48, patch=2, base=32, mult=(1, 2, 4), enc_mult=(1, 2, 4, 4), blocks=1, attention=6,
-                 groups=0, dropout=0.0, z_dim=128, steps=300, batch=32, lr=1e-3, save_every=100,
-                 eval_images=40, prior_steps=1500, prior_width=256, prior_layers=4),
+                 groups=0, dropout=0.0, z_dim=128, steps=700, batch=32, lr=1e-3, save_every=100,
+                 eval_images=40),
 }
 RECIPES = {
     "ours": {},
-    "paper": dict(predict="eps", t_power=1.0, head="pool", z_map="none", augment=0.0, flip=True,
-                  stride="leading"),
+    "paper": dict(predict="eps", t_power=1.0, spatial=False, augment=0.0, flip=True, stride="leading"),
 }
-# What may differ when a run goes on in the same folder: nothing here alters what is learnt, only how far.
-FREE = {"data", "test", "out", "preset", "device", "target", "eval", "rivals", "steps", "accum", "bf16",
-        "compile", "save_every", "log_every", "S", "stride", "draws", "eval_images", "prior_steps"}
-# The words that a field may hold.
-CHOICES = dict(predict=("v", "eps"), head=("pca", "position", "pool"), z_map=("image", "middle", "none"),
-               stride=("trailing", "leading"))
+# These may change when a run goes on in the same folder: none alters what the weights have learned.
+MAY_CHANGE = {"data", "test", "out", "preset", "device", "target", "steps", "save_every", "S", "draws",
+              "eval_images"}
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -134,7 +110,7 @@ def linear_alpha_bar(T):
 
 def signal_noise(alpha_bar, t, ndim):
     """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t) of levels t (B,), as (B,1,..) to multiply ndim-d tensors"""
-    both = torch.stack([alpha_bar, 1 - alpha_bar]).sqrt().to(t.device, torch.float32)
+    both = torch.stack([alpha_bar, 1 - alpha_bar]).sqrt().float().to(t.device, non_blocking=True)
     return both[:, t].view(2, -1, *[1] * (ndim - 1))
 
 
@@ -156,32 +132,10 @@ def eps_from_v(v, x_t, t, alpha_bar):
     return a * v + s * x_t
 
 
-def ranks():
-    """(rank, number of processes): (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-class Source(torch.Generator):
-    """What the networks draw from in training. It is for part k of the n into which processes and --accum cut
-    the batch of a step; first, last: whether this is the first, the last part that its process works on."""
-    part, first, last = (0, 1), True, True
-
-
-def randn_like(x, g):
-    """N(0,1) shaped as x, drawn for the whole batch and cut by part: N processes see the noise of one."""
-    (k, n), b = getattr(g, "part", (0, 1)), len(x)
-    return torch.randn(n * b, *x.shape[1:], generator=g, device=x.device)[k * b:(k + 1) * b]
-
-
-def rand(b, width, g):
-    """U(0,1) of shape (b,width), cut by part as in randn_like."""
-    k, n = getattr(g, "part", (0, 1))
-    return torch.rand(n * b, width, generator=g, device=g.device)[k * b:(k + 1) * b]
-
-
 def random_t(n, T, power, g):
     """n times in 0..T-1: T u^power, u uniform; a power below 1 draws high noise more often. -> (n,)"""
-    return (rand(n, 1, g)[:, 0] ** power * T).long().clamp(max=T - 1)
+    u = torch.rand(n, generator=g, device=g.device)
+    return (u ** power * T).long().clamp(max=T - 1)
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -209,8 +163,7 @@ def time_embedding(t, dim):
 def resample(x, how):
     """Halve ("down", 2x2 mean) or double ("up", each pixel four times) the side of (B,C,H,W).
 
-    Doubling is not F.interpolate, whose inputs torch.compile has given zero gradients, but copies side by
-    side of (B,H,W,C), as channels_last lies in memory: what follows stays in the fast layout."""
+    Doubling copies in channels_last order. (torch.compile has lost the gradient through F.interpolate.)"""
     if how == "down":
         return F.avg_pool2d(x, 2)
     if how == "up":
@@ -252,13 +205,13 @@ class ResBlock(nn.Module):
     """UNet block: t scales and shifts, z_sem scales again (AdaGN, DiffAE eq. 7; the 1 + is their code's).
 
     x (B,C,H,W), emb (B,4*base), z (B,z_dim) -> (B,ch_out,H',W'). The second convolution starts at zero."""
-    def __init__(self, ch_in, ch_out, emb, z_dim, dropout, groups, how=""):
+    def __init__(self, ch_in, ch_out, cfg, how=""):
         super().__init__()
-        self.norm1, self.how = norm(ch_in, groups), how
+        self.norm1, self.how = norm(ch_in, cfg.groups), how
         self.conv1 = nn.Conv2d(ch_in, ch_out, 3, padding=1)
-        self.t_proj = nn.Linear(emb, 2 * ch_out)
-        self.z_proj = nn.Linear(z_dim, ch_out)
-        self.norm2, self.dropout = norm(ch_out, groups), nn.Dropout(dropout)
+        self.t_proj = nn.Linear(4 * cfg.base, 2 * ch_out)
+        self.z_proj = nn.Linear(cfg.z_dim, ch_out)
+        self.norm2, self.dropout = norm(ch_out, cfg.groups), nn.Dropout(cfg.dropout)
         self.conv2 = zero(nn.Conv2d(ch_out, ch_out, 3, padding=1))
         self.skip = nn.Conv2d(ch_in, ch_out, 1) if ch_in != ch_out else nn.Identity()
 
@@ -273,214 +226,179 @@ class ResBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Half a UNet that never sees noise or t. x0 (B,ch,H,W) -> (B,ch_out).
-
-    Head "pool" loses position. Head "pca": start_from_pca() fills the linear layer, the rest begins at 0."""
-    def __init__(self, ch, width, base, mult, blocks, attention, groups, head, ch_out):
+    """Half a UNet that never sees noise or t. x (B,ch_in,H,W) -> (B,ch_out)"""
+    def __init__(self, cfg, ch_in, ch_out):
         super().__init__()
-        self.linear = zero(nn.Linear(ch * width * width, ch_out)) if head == "pca" else None
-        layers, c = [nn.Conv2d(ch, base, 3, padding=1)], base
-        for i, m in enumerate(mult):
-            for _ in range(blocks):
-                layers.append(EncoderBlock(c, m * base, groups))
-                c = m * base
-                if width == attention:
-                    layers.append(Attention(c, groups))
-            if i < len(mult) - 1:
-                layers.append(EncoderBlock(c, c, groups, "down"))
+        self.patch, self.spatial, width, c = cfg.patch, cfg.spatial, cfg.size // cfg.patch, cfg.base
+        layers = [nn.Conv2d(ch_in * cfg.patch ** 2, c, 3, padding=1)]
+        for i, m in enumerate(cfg.enc_mult):
+            for _ in range(cfg.blocks):
+                layers.append(EncoderBlock(c, m * cfg.base, cfg.groups))
+                c = m * cfg.base
+                if width == cfg.attention:
+                    layers.append(Attention(c, cfg.groups))
+            if i < len(cfg.enc_mult) - 1:
+                layers.append(EncoderBlock(c, c, cfg.groups, "down"))
                 width //= 2
-        layers += [EncoderBlock(c, c, groups), Attention(c, groups), EncoderBlock(c, c, groups)]
-        self.trunk = nn.Sequential(*layers, norm(c, groups), nn.SiLU())
-        self.head = head
-        self.out = nn.Linear(c if head == "pool" else c * width * width, ch_out)
-        if head == "pca":
-            zero(self.out)
+        layers += [EncoderBlock(c, c, cfg.groups), Attention(c, cfg.groups), EncoderBlock(c, c, cfg.groups)]
+        self.trunk = nn.Sequential(*layers, norm(c, cfg.groups), nn.SiLU())
+        self.out = nn.Linear(c * width * width if cfg.spatial else c, ch_out)
 
     def forward(self, x):
-        h = self.trunk(x)
-        z = self.out(h.mean((2, 3)) if self.head == "pool" else h.flatten(1))
-        return z if self.linear is None else z + self.linear(x.flatten(1))
+        h = self.trunk(F.pixel_unshuffle(x, self.patch))
+        return self.out(h.flatten(1) if self.spatial else h.mean((2, 3))).float()
 
 
 class UNet(nn.Module):
-    """Denoiser. x_t (B,ch,H,W), t (B,), z_sem (B,z_dim) -> (B,ch,H,W), zero at initialisation."""
-    def __init__(self, ch, width, base, mult, blocks, attention, groups, dropout, z_dim, z_map):
+    """Denoiser. x_t (B,1,H,W), t (B,), z_sem (B,z_dim) -> (B,1,H,W) float32, zero at initialisation."""
+    def __init__(self, cfg):
         super().__init__()
-        self.base, emb = base, 4 * base
-        self.time = nn.Sequential(nn.Linear(base, emb), nn.SiLU(), nn.Linear(emb, emb))
-        # AdaGN scales whole channels: it cannot say where. A map made of z_sem can.
-        self.z_image = nn.Linear(z_dim, ch * width * width) if z_map == "image" else None
-        self.conv_in = nn.Conv2d(2 * ch if z_map == "image" else ch, base, 3, padding=1)
-        skips, c = [base], base
+        self.patch, self.base, self.z_scale = cfg.patch, cfg.base, cfg.z_scale
+        ch, width, c = cfg.patch ** 2, cfg.size // cfg.patch, cfg.base
+        self.time = nn.Sequential(nn.Linear(c, 4 * c), nn.SiLU(), nn.Linear(4 * c, 4 * c))
+        # AdaGN scales whole channels, so it cannot say where. An image made of z_sem can.
+        self.z_image = nn.Linear(cfg.z_dim, ch * width * width) if cfg.spatial else None
+        self.conv_in = nn.Conv2d(2 * ch if cfg.spatial else ch, c, 3, padding=1)
+        skips = [c]
         self.down = nn.ModuleList()   # each entry: a list of layers whose output is kept for the way up
-        for i, m in enumerate(mult):
-            for _ in range(blocks):
-                layers = [ResBlock(c, m * base, emb, z_dim, dropout, groups)]
-                c = m * base
-                if width == attention:
-                    layers.append(Attention(c, groups))
+        for i, m in enumerate(cfg.mult):
+            for _ in range(cfg.blocks):
+                layers = [ResBlock(c, m * cfg.base, cfg)]
+                c = m * cfg.base
+                if width == cfg.attention:
+                    layers.append(Attention(c, cfg.groups))
                 self.down.append(nn.ModuleList(layers))
                 skips.append(c)
-            if i < len(mult) - 1:
-                self.down.append(nn.ModuleList([ResBlock(c, c, emb, z_dim, dropout, groups, "down")]))
+            if i < len(cfg.mult) - 1:
+                self.down.append(nn.ModuleList([ResBlock(c, c, cfg, "down")]))
                 skips.append(c)
                 width //= 2
-        self.z_middle = nn.Linear(z_dim, c * width * width) if z_map == "middle" else None
-        self.middle = nn.ModuleList([ResBlock(c, c, emb, z_dim, dropout, groups), Attention(c, groups),
-                                     ResBlock(c, c, emb, z_dim, dropout, groups)])
+        self.middle = nn.ModuleList([ResBlock(c, c, cfg), Attention(c, cfg.groups), ResBlock(c, c, cfg)])
         self.up = nn.ModuleList()     # each entry: takes one skip
-        for i, m in reversed(list(enumerate(mult))):
-            for j in range(blocks + 1):
-                layers = [ResBlock(c + skips.pop(), m * base, emb, z_dim, dropout, groups)]
-                c = m * base
-                if width == attention:
-                    layers.append(Attention(c, groups))
-                if i > 0 and j == blocks:
-                    layers.append(ResBlock(c, c, emb, z_dim, dropout, groups, "up"))
+        for i, m in reversed(list(enumerate(cfg.mult))):
+            for j in range(cfg.blocks + 1):
+                layers = [ResBlock(c + skips.pop(), m * cfg.base, cfg)]
+                c = m * cfg.base
+                if width == cfg.attention:
+                    layers.append(Attention(c, cfg.groups))
+                if i > 0 and j == cfg.blocks:
+                    layers.append(ResBlock(c, c, cfg, "up"))
                     width *= 2
                 self.up.append(nn.ModuleList(layers))
-        self.norm_out = norm(c, groups)
+        self.norm_out = norm(c, cfg.groups)
         self.conv_out = zero(nn.Conv2d(c, ch, 3, padding=1))
 
-    def forward(self, x, t, z):
+    def forward(self, x_t, t, z_sem):
+        x, z = F.pixel_unshuffle(x_t, self.patch), self.z_scale * z_sem
+        if self.z_image is not None:
+            x = torch.cat([x, self.z_image(z_sem).view(x.shape)], 1)
         emb = self.time(time_embedding(t, self.base))
         run = lambda layer, h: layer(h, emb, z) if isinstance(layer, ResBlock) else layer(h)
-        if self.z_image is not None:
-            x = torch.cat([x, self.z_image(z).view(x.shape)], 1)
         h = self.conv_in(x)
         skips = [h]
         for layers in self.down:
             for layer in layers:
                 h = run(layer, h)
             skips.append(h)
-        if self.z_middle is not None:
-            h = h + self.z_middle(z).view(h.shape)
         for layer in self.middle:
             h = run(layer, h)
         for layers in self.up:
             h = torch.cat([h, skips.pop()], 1)
             for layer in layers:
                 h = run(layer, h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch).float()
 
 
 class Decoder(nn.Module):
-    """The VAE's decoder: the encoder's trunk mirrored. z (B,z_dim) -> (B,ch,H,W)."""
-    def __init__(self, ch, width, base, mult, blocks, groups, head, z_dim):
+    """The VAE's decoder, the encoder's trunk mirrored. z (B,z_dim) -> (B,1,H,W) float32."""
+    def __init__(self, cfg):
         super().__init__()
-        self.z_image = nn.Linear(z_dim, ch * width * width) if head == "pca" else None
-        self.width = width // 2 ** (len(mult) - 1)
-        self.c = c = mult[-1] * base
-        self.fc = nn.Linear(z_dim, c * self.width ** 2)
-        layers = [EncoderBlock(c, c, groups), Attention(c, groups), EncoderBlock(c, c, groups)]
-        for i, m in reversed(list(enumerate(mult))):
-            for _ in range(blocks):
-                layers.append(EncoderBlock(c, m * base, groups))
-                c = m * base
+        self.patch, self.width = cfg.patch, cfg.size // cfg.patch // 2 ** (len(cfg.enc_mult) - 1)
+        c = cfg.enc_mult[-1] * cfg.base
+        self.fc = nn.Linear(cfg.z_dim, c * self.width ** 2)
+        layers = [EncoderBlock(c, c, cfg.groups), Attention(c, cfg.groups), EncoderBlock(c, c, cfg.groups)]
+        for i, m in reversed(list(enumerate(cfg.enc_mult))):
+            for _ in range(cfg.blocks):
+                layers.append(EncoderBlock(c, m * cfg.base, cfg.groups))
+                c = m * cfg.base
             if i > 0:
-                layers.append(EncoderBlock(c, c, groups, "up"))
-        self.trunk = nn.Sequential(*layers, norm(c, groups), nn.SiLU(), nn.Conv2d(c, ch, 3, padding=1))
-        if head == "pca":
-            zero(self.trunk[-1])
+                layers.append(EncoderBlock(c, c, cfg.groups, "up"))
+        self.trunk = nn.Sequential(*layers, norm(c, cfg.groups), nn.SiLU(),
+                                   nn.Conv2d(c, cfg.patch ** 2, 3, padding=1))
 
     def forward(self, z):
-        x = self.trunk(self.fc(z).view(-1, self.c, self.width, self.width))
-        return x if self.z_image is None else x + self.z_image(z).view(x.shape)
+        x = self.trunk(self.fc(z).view(len(z), -1, self.width, self.width))
+        return F.pixel_shuffle(x, self.patch).float()
 
 
 class Prior(nn.Module):
-    """Latent DDIM: z_t (B,d), t (B,) -> eps_hat (B,d). An MLP whose every layer sees z_t (DiffAE app. A).
+    """Latent DDIM: an MLP that denoises standardised z_sem; every layer sees z_t again (DiffAE app. A).
 
-    Its forward is the training loss on a batch of standardised z_sem: L1, constant beta = 0.008."""
-    def __init__(self, cfg):
+    z_t (B,d), t (B,) -> eps_hat (B,d). forward is the training loss: L1 at constant beta = 0.008."""
+    def __init__(self, T, codes, layers=10):
         super().__init__()
-        z_dim, hidden, layers = cfg.z_dim, cfg.prior_width, cfg.prior_layers
-        self.alpha_bar = 0.992 ** torch.arange(1, cfg.T + 1, dtype=torch.float64)
-        self.time = nn.Sequential(nn.Linear(64, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
-        self.lin = nn.ModuleList(nn.Linear(z_dim + hidden * (i > 0), hidden) for i in range(layers))
-        self.scale = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers))
-        self.norm = nn.ModuleList(nn.LayerNorm(hidden) for _ in range(layers))
-        self.out = nn.Linear(hidden + z_dim, z_dim)
+        d, width = codes.shape[1], 4 * codes.shape[1]
+        self.register_buffer("mean", codes.mean(0))
+        self.register_buffer("sd", codes.std(0).clamp(min=1e-6))
+        self.alpha_bar = 0.992 ** torch.arange(1, T + 1, dtype=torch.float64)
+        self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width))
+        self.lin = nn.ModuleList(nn.Linear(d + width * (i > 0), width) for i in range(layers))
+        self.scale = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
+        self.norm = nn.ModuleList(nn.LayerNorm(width) for _ in range(layers))
+        self.out = nn.Linear(width + d, d)
 
     def eps(self, z_t, t):
-        emb = F.silu(self.time(time_embedding(t, 64)))
-        h = z_t
+        emb, h = F.silu(self.time(time_embedding(t, 64))), z_t
         for i, (lin, scale, norm) in enumerate(zip(self.lin, self.scale, self.norm)):
             h = lin(h if i == 0 else torch.cat([h, z_t], 1))
             h = F.silu(norm(h * (1 + scale(emb))))
         return self.out(torch.cat([h, z_t], 1))
 
     def forward(self, batch, g):
-        z0 = batch["z"]
-        t, eps = random_t(len(z0), len(self.alpha_bar), 1.0, g), randn_like(z0, g)
+        z0 = (batch["z"] - self.mean) / self.sd
+        t = random_t(len(z0), len(self.alpha_bar), 1.0, g)
+        eps = torch.randn(z0.shape, generator=g, device=g.device)
         return (self.eps(q_sample(z0, t, eps, self.alpha_bar), t) - eps).abs().mean()
+
+    def sample(self, n, g):
+        """n codes of nobody. -> (n,d)"""
+        z_T = torch.randn(n, len(self.mean), generator=g, device=g.device)
+        eps_fn = lambda z_t, t: self.eps(z_t, torch.full((n,), t, device=g.device))
+        return self.mean + self.sd * ddim_decode(eps_fn, z_T, min(50, len(self.alpha_bar)), self.alpha_bar)
 
 
 # --------------------------------------------------------------------------------------------------------
 # The two models that are compared. forward(batch, g) is the training loss.
-
-def augment(x, strength, flip, g):
-    """Random motion of images (B,1,H,W): at strength 1 uniformly up to 20 degrees, 12 % zoom, 8 % of the
-    width of shift; what enters from outside repeats the border. flip: half are mirrored. -> like x"""
-    u = rand(len(x), 5, g)
-    mirror = torch.where(u[:, 0] < 0.5, -1.0, 1.0) if flip else torch.ones_like(u[:, 0])
-    if strength == 0:
-        return torch.where(mirror.view(-1, 1, 1, 1) < 0, x.flip(3), x)
-    angle, zoom, dx, dy = ((2 * u[:, 1:] - 1) * strength * u.new_tensor([0.35, 0.12, 0.16, 0.16])).unbind(1)
-    cos, sin = angle.cos() * (1 + zoom), angle.sin() * (1 + zoom)
-    theta = torch.stack([cos * mirror, -sin, dx, sin * mirror, cos, dy], 1).view(-1, 2, 3)
-    with torch.autocast(x.device.type, enabled=False):    # bfloat16 would round positions to a quarter pixel
-        grid = F.affine_grid(theta, x.shape, align_corners=False)
-        x = F.grid_sample(x, grid, mode="bicubic", padding_mode="border", align_corners=False)
-    return x.clamp(-1, 1)
-
 
 class Model(nn.Module):
     """Diffusion autoencoder: || UNet(x_t, t, z_sem) - target ||^2, z_sem = Encoder(x0) (DiffAE sec. 3)."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        ch, width = cfg.patch ** 2, cfg.size // cfg.patch
-        self.encoder = Encoder(ch, width, cfg.base, cfg.enc_mult, cfg.blocks, cfg.attention, cfg.groups,
-                               cfg.head, cfg.z_dim)
-        self.unet = UNet(ch, width, cfg.base, cfg.mult, cfg.blocks, cfg.attention, cfg.groups, cfg.dropout,
-                         cfg.z_dim, cfg.z_map)
-        starts = cfg.head == "pca" and cfg.z_map == "image"
-        self.register_buffer("left", torch.ones(()) if starts else None)    # variance of a pixel given z_sem
+        self.encoder = Encoder(cfg, 1, cfg.z_dim)
+        self.unet = UNet(cfg)
         self.alpha_bar = linear_alpha_bar(cfg.T)    # stays on the CPU: samplers read single numbers from it
+        self.to(memory_format=torch.channels_last)
 
     def encode(self, batch):
         """batch["image"] (B,1,H,W) in [-1,1] -> z_sem (B,z_dim)."""
-        return self.encoder(F.pixel_unshuffle(batch["image"], self.cfg.patch))
-
-    def output(self, x_t, t, z_sem):
-        """What is predicted, v or eps, of x_t (B,1,H,W) at levels t (B,). -> like x_t, float32
-
-        Head "pca" with z_map "image": the UNet learns what Bayes' rule misses. If each pixel is N(that of the
-        image made of z_sem, self.left), x0_hat is the mean of x0 given x_t and z_sem."""
-        z, x, p = self.cfg.z_scale * z_sem, F.pixel_unshuffle(x_t, self.cfg.patch), self.cfg.patch
-        out = F.pixel_shuffle(self.unet(x, t, z).float(), p)
-        if self.left is None:
-            return out
-        image = F.pixel_shuffle(self.unet.z_image(z).float().view(x.shape), p)
-        a, s = signal_noise(self.alpha_bar, t, x_t.ndim)
-        x0_hat = (s ** 2 * image + a * self.left * x_t) / (s ** 2 + a ** 2 * self.left)
-        return out + (x_t - a * x0_hat if self.cfg.predict == "eps" else a * x_t - x0_hat) / s
+        return self.encoder(batch["image"])
 
     def eps(self, x_t, t, z_sem):
         """eps_hat (B,1,H,W) at levels t (B,), whatever the UNet was trained to predict."""
-        out = self.output(x_t, t, z_sem)
+        out = self.unet(x_t, t, z_sem)
         return out if self.cfg.predict == "eps" else eps_from_v(out, x_t, t, self.alpha_bar)
 
     def loss(self, x0, z_sem, t, eps):
         """Squared error of the prediction per image. -> (B,)"""
         target = eps if self.cfg.predict == "eps" else v_target(x0, t, eps, self.alpha_bar)
-        out = self.output(q_sample(x0, t, eps, self.alpha_bar), t, z_sem)
+        out = self.unet(q_sample(x0, t, eps, self.alpha_bar), t, z_sem)
         return (out - target).square().mean((1, 2, 3))
 
     def forward(self, batch, g):
-        x0 = augment(batch["image"], self.cfg.augment, self.cfg.flip, g)
-        t, eps = random_t(len(x0), self.cfg.T, self.cfg.t_power, g), randn_like(x0, g)
+        x0 = D.augment(batch["image"], self.cfg.augment, self.cfg.flip, g)
+        t = random_t(len(x0), self.cfg.T, self.cfg.t_power, g)
+        eps = torch.randn(x0.shape, generator=g, device=g.device)
         return self.loss(x0, self.encode(batch | {"image": x0}), t, eps).mean()
 
 
@@ -489,58 +407,25 @@ class VAE(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        ch, width = cfg.patch ** 2, cfg.size // cfg.patch
-        self.encoder = Encoder(ch, width, cfg.base, cfg.enc_mult, cfg.blocks, cfg.attention, cfg.groups,
-                               cfg.head, 2 * cfg.z_dim)
-        self.decoder = Decoder(ch, width, cfg.base, cfg.enc_mult, cfg.blocks, cfg.groups, cfg.head,
-                               cfg.z_dim)
+        self.encoder = Encoder(cfg, 1, 2 * cfg.z_dim)
+        self.decoder = Decoder(cfg)
+        self.to(memory_format=torch.channels_last)
 
     def posterior(self, x0):
-        """x0 (B,1,H,W) -> mean and log variance of q(z|x0), each (B,z_dim) float32."""
-        mean, logvar = self.encoder(F.pixel_unshuffle(x0, self.cfg.patch)).float().chunk(2, 1)
+        """x0 (B,1,H,W) -> mean and log variance of q(z|x0), each (B,z_dim)."""
+        mean, logvar = self.encoder(x0).chunk(2, 1)
         return mean, logvar.clamp(-20, 10)
 
     def encode(self, batch):
         """batch["image"] (B,1,H,W) -> posterior mean (B,z_dim): the code that is probed."""
         return self.posterior(batch["image"])[0]
 
-    def decode(self, z):
-        """z (B,z_dim) -> (B,1,H,W)."""
-        return F.pixel_shuffle(self.decoder(z).float(), self.cfg.patch)
-
     def forward(self, batch, g):
-        x0 = augment(batch["image"], self.cfg.augment, self.cfg.flip, g)
+        x0 = D.augment(batch["image"], self.cfg.augment, self.cfg.flip, g)
         mean, logvar = self.posterior(x0)
-        recon = self.decode(mean + (logvar / 2).exp() * randn_like(mean, g))
+        z = mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=g, device=g.device)
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(1).mean()
-        return (recon - x0).square().mean() + self.cfg.vae_beta * kl / x0[0].numel()
-
-
-def start_from_pca(model, loader):
-    """Head "pca": the linear layers, pixels to z_sem and back, start as PCA of the loader's images. -> model
-
-    The axes are turned at random: then all of z_sem's numbers vary alike, on average with variance 1. What
-    PCA does not say of an image that is new to it, model.left, is measured between halves of the images."""
-    decoder = model.decoder if isinstance(model, VAE) else model.unet
-    if model.cfg.head == "pca":
-        some = np.linspace(0, len(loader) - 1, min(len(loader), 5000)).astype(int)
-        x = F.pixel_unshuffle(loader.batch(some)["image"], model.cfg.patch).flatten(1).cpu()
-        pca = M.pca(model.cfg.z_dim, x)
-        axes, mean = torch.from_numpy(pca.components_), torch.from_numpy(pca.mean_)
-        sd = max(1e-3, math.sqrt(pca.explained_variance_.sum() / model.cfg.z_dim))   # not 0: all alike
-        turn = torch.linalg.qr(torch.randn(model.cfg.z_dim, model.cfg.z_dim))[0][:, :len(axes)]
-        encode, decode = model.encoder.linear, decoder.z_image
-        with torch.no_grad():     # the VAE's mean comes first, its log variance stays 0
-            encode.weight[:model.cfg.z_dim, :len(mean)] = turn @ axes / sd
-            encode.bias[:model.cfg.z_dim] = -turn @ axes @ mean / sd
-            if decode is not None:
-                decode.weight.copy_(sd * (turn @ axes).T)
-                decode.bias.copy_(mean)
-        if getattr(model, "left", None) is not None and len(x) > 3:
-            seen, new = x.numpy()[:len(x) // 2], x.numpy()[len(x) // 2:]
-            half = M.pca(model.cfg.z_dim, seen)
-            model.left.fill_(max(1e-3, ((half.inverse_transform(half.transform(new)) - new) ** 2).mean()))
-    return model
+        return (self.decoder(z) - x0).square().mean() + self.cfg.vae_beta * kl / x0[0].numel()
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -593,278 +478,112 @@ def slerp(a, b, alpha):
     Never NaN: the cosine is clamped, and (anti)parallel samples are joined by a straight line. -> like a"""
     shape, a, b = a.shape, a.flatten(1), b.flatten(1)
     alpha = torch.as_tensor(alpha, dtype=a.dtype, device=a.device).view(-1, 1)
-    cos = F.cosine_similarity(a, b, dim=1).clamp(-1, 1).unsqueeze(1)
-    omega = cos.acos()
-    straight = omega.sin() < 1e-4
-    wa = torch.where(straight, 1 - alpha, ((1 - alpha) * omega).sin() / omega.sin().clamp(min=1e-4))
-    wb = torch.where(straight, alpha, (alpha * omega).sin() / omega.sin().clamp(min=1e-4))
+    omega = F.cosine_similarity(a, b, dim=1).clamp(-1, 1).acos().unsqueeze(1)
+    straight, sin = omega.sin() < 1e-4, omega.sin().clamp(min=1e-4)
+    wa = torch.where(straight, 1 - alpha, ((1 - alpha) * omega).sin() / sin)
+    wb = torch.where(straight, alpha, (alpha * omega).sin() / sin)
     return (wa * a + wb * b).view(shape)
 
 
 # --------------------------------------------------------------------------------------------------------
-# Training. Batch, noise and dropout of step k are functions of (seed, k) alone: there is no random state to
-# save, and a run that is killed and started again ends bitwise with the weights of one that was not.
+# Training. Batch, noise and dropout of step k are functions of (seed, k, rank) alone. So there is no random
+# state to save: a run that was killed and started again ends bitwise with the weights of an unbroken one.
 
-def mix(*numbers):
-    """One well-mixed 63-bit seed from several integers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
-
-def batch_rows(n, batch, seed, step):
-    """The `batch` row numbers of a step: an endless chain of permutations of 0..n-1, a new one each epoch."""
-    at = np.arange(step * batch, (step + 1) * batch)
-    order = {e: np.random.default_rng([seed, e]).permutation(n) for e in np.unique(at // n)}
-    return np.array([order[i // n][i % n] for i in at])
+def ranks():
+    """(rank, number of processes): (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def save(path, state):
-    """Atomic: written beside, fsynced, renamed. When that fails, the checkpoint that was there is kept."""
-    part = path.with_suffix(".part")
-    with D.writing(path):
-        try:
-            with open(part, "wb") as f:
-                torch.save(state, f)
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-
-
-def restore(path, run):
-    """The checkpoint at `path`, or None. Exits if it is damaged, unsafe or not of the `run` described."""
-    if not path.exists():
-        return None
-    try:
-        with zipfile.ZipFile(path) as f:
-            if wrong := f.testzip():     # torch.load does not compare the checksums that torch.save wrote
-                raise ValueError(f"checksum of {wrong}")
-        state = torch.load(path, map_location="cpu", weights_only=True)  # never unpickles code
-        was = state["run"]
-    except Exception as e:    # what a damaged file raises is of any kind
-        why = e if isinstance(e, (OSError, ValueError)) else type(e).__name__
-        D.fail(f"{path}: damaged, or not a checkpoint of this program ({why}); put a copy back, delete it to "
-               "start over, or change --out")
-    differ = [f"{k} {was.get(k)!r} -> {run.get(k)!r}" for k in {**was, **run} if was.get(k) != run.get(k)]
-    if differ:
-        D.fail(f"{path}: made by another run ({', '.join(differ)}); choose another --out, or delete it")
-    return state
-
-
-def compile_checked(model, batch, cfg, g):
-    """torch.compile the networks of `model`, unless one batch's gradients then differ from eager's.
-
-    Releases 2.10 to 2.13 have miscompiled blocks like these silently. The weights are shaken to compare, as a
-    zero-initialised layer hides what lies upstream of it; dropout is off. -> what was done, for the log"""
-    networks = [net for net in model.children() if any(True for _ in net.parameters())]
-    params, training = list(model.parameters()), model.training
-    kept = [p.detach().clone() for p in params]
-
-    def gradients():
-        with amp(cfg, g.device):
-            loss = model.eval()(batch, g.manual_seed(0))
-        return torch.autograd.grad(loss, params)
-
-    try:
-        with torch.no_grad():
-            for p in params:
-                p.add_(0.02 * torch.randn(p.shape, generator=g, device=p.device))
-        eager = gradients()
-        for net in networks:
-            net.compile()
-        scale = max(a.norm() for a in eager)     # a tensor whose gradient is all rounding must not count
-        errors = [(a - b).norm() / (a.norm() + 1e-3 * scale) for a, b in zip(eager, gradients())]
-        worst = float(torch.stack(errors).max())
-        outcome = f"compiled; its gradients are within {100 * worst:.1f} % of eager's"
-        if not worst < 0.3:                      # bfloat16 gives some per cent, the known bugs 100 or NaN
-            raise ArithmeticError(f"gradients off by {100 * worst:.0f} %")
-    except Exception as e:     # no compiler, an unsupported GPU, a miscompilation: slower, but right
-        outcome = f"runs eager, torch.compile failed ({type(e).__name__}: {str(e).splitlines()[0][:80]})"
-        for net in networks:
-            net._compiled_call_impl = None
-    with torch.no_grad():
-        for p, old in zip(params, kept):
-            p.copy_(old)
-    model.train(training)
-    return outcome
-
-
-def amp(cfg, device):
-    """bfloat16 autocast, if cfg wants it and the device is fast at it (CPUs without AVX512-BF16 are not)."""
+def amp(device):
+    """bfloat16 autocast, if the device is fast at it (CPUs without AVX512-BF16 are not)."""
     fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else \
         device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-    return torch.autocast(device.type, torch.bfloat16, enabled=cfg.bf16 and fast)
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
-def peak_gb(device):
-    """The most memory that this process has held, in GB: on the GPU, else in RAM."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0
-    return rss / (1e9 if sys.platform == "darwin" else 1e6)
+def fit(model, loader, cfg, name, steps, facts, watch=None):
+    """Train `model` to step `steps` -> (its EMA, the step reached). model(batch, g) is the loss of a batch.
 
-
-def trim_log(path, step):
-    """Keep the lines of `path` up to `step`: later ones will be made again, one may be cut in half."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    M.write_atomically(path, "".join(line + "\n" for line in kept).encode())
-
-
-def log_line(path, row):
-    """Append a dict to a log as one line of JSON."""
-    with D.writing(path), open(path, "a") as f:
-        f.write(json.dumps(row) + "\n")
-
-
-def fast_layout(model):
-    """Convolution weights, and with them all feature maps, in the memory layout that is fastest. -> model
-
-    Channels last; but on a CPU not in 3D, where GroupNorm would lose more than convolutions gain."""
-    for layer in model.modules():
-        if isinstance(layer, nn.Conv2d):
-            layer.to(memory_format=torch.channels_last)
-        elif isinstance(layer, nn.Conv3d) and layer.weight.is_cuda:
-            layer.to(memory_format=torch.channels_last_3d)
-    return model
-
-
-def backward(net, batch, cfg, g, step):
-    """The gradients of a step, in cfg.accum passes over parts of what this process has of the batch. -> loss
-
-    The parts give what the whole would, up to rounding: only dropout is drawn for each by itself."""
-    (rank, world), share, total = ranks(), len(next(iter(batch.values()))), 0.0
-    accum = math.gcd(cfg.accum, share)       # a stage whose batch is smaller may need fewer
-    for i in range(accum):
-        g.manual_seed(mix(cfg.seed, 1, step))
-        torch.manual_seed(mix(cfg.seed, 2, step, rank * accum + i))      # dropout
-        g.part, g.first, g.last = (rank * accum + i, world * accum), i == 0, i == accum - 1
-        net.require_backward_grad_sync = g.last                          # processes exchange sums, not parts
-        rows = slice(i * share // accum, (i + 1) * share // accum)
-        with amp(cfg, g.device):
-            loss = net({k: v[rows] for k, v in batch.items()}, g) / accum
-        loss.backward()
-        total = total + loss.detach()
-    return total
-
-
-def fit(model, loader, cfg, name, run, steps, watch=None):
-    """Train `model` to step `steps`. -> (its EMA, the step reached). model(batch, g) is the loss of a batch.
-
-    Goes on from OUT/name.pt, which must be of the same `run` (a dict of plain values). watch(ema, step)
-    -> dict joins the log at step 0 and each save. SIGTERM, SIGUSR1, SIGINT: save, exit with 143 or 130."""
-    rank, world = ranks()
-    device = next(model.parameters()).device
-    path, log_path = Path(cfg.out, f"{name}.pt"), Path(cfg.out, f"{name.replace('ckpt', 'log')}.jsonl")
-    fast_layout(model).train()
-    params = [p for p in model.parameters() if p.requires_grad]
+    Goes on from OUT/name.pt, or exits if that file is of another cfg or of other data (facts). watch(ema) is
+    called before the first step and at each save. SIGTERM and Ctrl-C: finish the step, save, exit."""
+    (rank, world), device = ranks(), loader.device
+    path, log = Path(cfg.out, f"{name}.pt"), Path(cfg.out, f"{name.replace('ckpt', 'log')}.jsonl")
+    params = [p for p in model.to(device).train().parameters() if p.requires_grad]
     opt = torch.optim.Adam(params, lr=cfg.lr, fused=True)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     averaged = [e for e, p in zip(ema.parameters(), model.parameters()) if p.requires_grad]
-    step, seen = 0, []     # seen: (loss, gradient norm) of each step since the last line of the log
-    where = f"{device.type}, {torch.get_num_threads()} threads, {world} processes, --accum {cfg.accum}"
-
-    state, fresh = restore(path, run), True
+    config = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(cfg).items()} | facts
+    state = D.read_checkpoint(path, config, dataclasses.asdict(Config()), MAY_CHANGE)
+    step = state["step"] if state else 0
     if state:
-        if rank == 0 and state["step"] < steps and state.get("where", where) != where:
-            tqdm.write(f"{name}: from {state['where']} to {where}: equal up to rounding only")
-        try:
-            model.load_state_dict(state["model"])
-            ema.load_state_dict(state["ema"])
-            opt.load_state_dict(state["optimizer"])
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, ValueError, KeyError):
-            D.fail(f"{path}: its weights do not fit this network (edited source?); choose another --out")
-        for p in params:   # the fused kernel walks raw memory: the state must lie in it as its parameter does
-            opt.state[p] = {k: torch.empty_like(p).copy_(v) if v.shape == p.shape else v
-                            for k, v in opt.state[p].items()}
-        step, seen, state, fresh = state["step"], list(state["seen"].to(device)), None, False
-    if rank == 0:
-        trim_log(log_path, -1 if fresh else step)
+        D.load_into(state, path, model, ema, opt)
     if step >= steps:
         return ema, step
-
-    g = Source(device)
-    mine = slice(rank * cfg.batch // world, (rank + 1) * cfg.batch // world)
-    rows_of = lambda k: batch_rows(len(loader), cfg.batch, cfg.seed, k)[mine]
-    row = dict(step=0)
-    if cfg.compile and device.type == "cuda":
-        row["note"] = compile_checked(model, loader.batch(rows_of(0)), cfg, g)
-        tqdm.write(f"{name}: {row['note']}")
-    if rank == 0 and fresh:    # a fault in watch shows now, and not after hours
-        row |= watch(ema, 0) if watch else {}
-        log_line(log_path, row)
+    if rank == 0:
+        M.record(cfg, __file__)
+        if watch:           # a fault in watch shows now, and not after hours
+            watch(ema)
+    for net in model.children() if device.type == "cuda" else ():
+        net.compile()
     net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-
     caught = []
+    stops = (signal.SIGTERM, signal.SIGINT)
+    handlers = [signal.signal(s, lambda number, frame: caught.append(number)) for s in stops]
 
-    def on_signal(number, frame):
-        if caught:
-            os._exit(128 + number)                       # the second one does not wait
-        caught.append(number)
-    signals = [getattr(signal, s) for s in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, s)]
-    handlers = [signal.signal(s, on_signal) for s in signals]
-
-    bar = tqdm(total=steps, initial=step, desc=name, unit="step", mininterval=1, disable=rank > 0 or None)
-    began, since = time.perf_counter(), step     # no jump of the clock can make a rate negative
-    for batch in loader.stream(rows_of(k) for k in range(step, steps)):
+    g, seen, since, began = torch.Generator(device), [], step, time.perf_counter()
+    mine = slice(rank * cfg.batch // world, (rank + 1) * cfg.batch // world)
+    rows = (D.batch_rows(len(loader), cfg.batch, cfg.seed, k)[mine] for k in range(step, steps))
+    bar = tqdm(total=steps, initial=step, desc=name, unit="step", disable=rank > 0 or None)
+    for batch in loader.stream(rows):
+        g.manual_seed(D.mix(cfg.seed, step, rank, 0))
+        torch.manual_seed(D.mix(cfg.seed, step, rank, 1))      # dropout
         lr = cfg.lr * min(1, (step + 1) / 100)
         for group in opt.param_groups:
             group["lr"] = lr
+        with amp(device):
+            loss = net(batch, g)
         opt.zero_grad()
-        loss = backward(net, batch, cfg, g, step)
+        loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(params, 1.0)
-        opt.found_inf = (~torch.isfinite(grad_norm)).float()     # if so, the fused step skips itself: no sync
         opt.step()
-        with torch.no_grad():      # else the average would remember all of its past, for a gradient
+        with torch.no_grad():
             torch._foreach_lerp_(averaged, params, 1 - min(cfg.ema, (1 + step) / (10 + step)))
-        seen.append(torch.stack([loss, grad_norm]))
+        seen.append(torch.stack([loss.detach(), grad_norm]))
         step += 1
         bar.update()
 
-        stop = bool(caught)
-        if world > 1:                                        # one process was told: all save the same step
-            flag = torch.tensor(float(stop), device=device)
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-            stop = flag.item() > 0
-        due = step % cfg.save_every == 0 or step == steps
-        line = due or step % cfg.log_every == 0
-        if not (line or stop):                               # the rest waits for the device: not every step
+        stop = torch.tensor(len(caught))
+        if world > 1:                       # all stop at one step; a CPU tensor does not wait for the GPU
+            dist.all_reduce(stop)
+        due = bool(stop) or step % cfg.save_every == 0 or step == steps
+        if not due and step % 20:           # what follows waits for the device: not in every step
             continue
-        values = torch.stack(seen)
-        if world > 1:
-            dist.all_reduce(values)
-            values /= world
-        bad = (~torch.isfinite(values)).any(1).nonzero()
-        if len(bad):
-            D.fail(f"loss or gradient not finite at step {step - len(seen) + int(bad[0])}, lr {lr:.2g}: "
-                   f"stopped before the weights changed; {path} is the last save; try a smaller --lr", 1)
-        seen = [] if line else list(values)
-        if line and rank == 0:
-            loss, grad_norm = values.cpu().double().mean(0).tolist()
-            row = dict(step=step, loss=loss, grad_norm=grad_norm, lr=lr, peak_gb=round(peak_gb(device), 3),
-                       img_s=float(f"{(step - since) * cfg.batch / (time.perf_counter() - began):.4g}"))
-            row |= watch(ema, step) if due and watch else {}
-            log_line(log_path, row)
-            bar.set_postfix(loss=f"{loss:.4f}", img_s=row["img_s"])
-            if due and bar.disable:                          # no terminal: a line per save
-                print(f"{name}: step {step} of {steps}, loss {loss:.4f}, {row['img_s']} images/s", flush=True)
-            began, since = time.perf_counter(), step
-        if (due or stop) and rank == 0:
-            seen_yet = torch.stack(seen) if seen else torch.zeros(0, 2)
-            save(path, dict(run=run, where=where, step=step, seen=seen_yet, model=model.state_dict(),
-                            ema=ema.state_dict(), optimizer=opt.state_dict()))
+        loss, grad_norm = torch.stack(seen).mean(0).tolist()
+        if not math.isfinite(loss + grad_norm):
+            D.fail(f"{name}: loss {loss:.3g}, gradient {grad_norm:.3g} in steps {since + 1} to {step}, lr "
+                   f"{lr:.2g}; {path} is of the last save; try a smaller --lr with another --out", 1)
+        speed = (step - since) * cfg.batch / (time.perf_counter() - began)
+        if rank == 0:
+            M.log_line(log, dict(step=step, loss=loss, grad_norm=grad_norm, lr=lr, img_s=round(speed, 2)))
+            bar.set_postfix(loss=f"{loss:.4f}", img_s=f"{speed:.4g}")
+        if due and rank == 0:
+            D.save_checkpoint(path, dict(step=step, config=config, model=model.state_dict(),
+                                         ema=ema.state_dict(), optimizer=opt.state_dict()))
+            if watch:
+                watch(ema)
+            if bar.disable:                 # no terminal: a line per save
+                print(f"{name}: step {step} of {steps}, loss {loss:.4f}, {speed:.4g} images/s", flush=True)
+        seen, since, began = [], step, time.perf_counter()
         if stop:
             break
     bar.close()
-    for s, handler in zip(signals, handlers):
+    for s, handler in zip(stops, handlers):
         signal.signal(s, handler)
     if world > 1:
-        dist.barrier()         # a process that leaves early takes the one that is saving with it
-    if caught or stop:
-        print(f"saved step {step}; resume with the same command", flush=True)
-        sys.exit(130 if caught == [signal.SIGINT] else 143)
+        dist.barrier()      # a process that leaves early would take the one that is saving with it
+    if stop:
+        print(f"saved step {step}; the same command goes on", flush=True)
+        sys.exit(128 + (caught or [signal.SIGTERM])[0])
     return ema, step
 
 
@@ -874,439 +593,204 @@ def fit(model, loader, cfg, name, run, steps, watch=None):
 @torch.inference_mode()
 def in_batches(fn, *tensors, batch=64):
     """fn over slices of the tensors' first axis, concatenated: any number of images in bounded memory."""
-    while True:
-        try:
-            starts = range(0, len(tensors[0]), batch)
-            return torch.cat([fn(*(t[i:i + batch] for t in tensors)) for i in starts])
-        except torch.OutOfMemoryError:      # what was trained with --accum must be evaluated, too
-            if batch == 1:
-                raise
-            batch //= 2
+    with amp(tensors[0].device):
+        return torch.cat([fn(*rows) for rows in zip(*(x.split(batch) for x in tensors))])
 
 
 def semantic_codes(model, loader):
-    """z_sem (the VAE: its mean) of every row, not augmented. -> (N,z_dim) float32"""
-    with amp(model.cfg, loader.device):
-        encode = lambda rows: model.encode(loader.batch(rows)).float()
-        return in_batches(encode, np.arange(len(loader)))
+    """z_sem (the VAE: its mean) of every row, not augmented. -> (N,z_dim)"""
+    rows = torch.arange(len(loader), device=loader.device)
+    return in_batches(lambda rows: model.encode(loader.batch(rows)), rows)
 
 
-def eps_fn(model, z_sem):
-    """model.eps at a fixed z_sem, as the samplers want it: (x_t (B,..), t int) -> eps_hat, like x_t."""
-    def fn(x_t, t):
-        with amp(model.cfg, x_t.device):
-            return model.eps(x_t, torch.full((len(x_t),), t, device=x_t.device), z_sem)
-    return fn
+def walk(sampler, model, x, z_sem):
+    """sampler (ddim_encode or ddim_decode) with model at fixed z_sem (B,z_dim), from x (B,1,H,W). -> like x"""
+    def few(x, z):
+        eps_fn = lambda x_t, t: model.eps(x_t, torch.full((len(x),), t, device=x.device), z)
+        return sampler(eps_fn, x, model.cfg.S, model.alpha_bar, model.cfg.stride, clip=True)
+    return in_batches(few, x, z_sem)
 
 
 def encode_noise(model, x0, z_sem):
     """The x_T from which, with z_sem, decode() comes back to x0. x0 (B,1,H,W) -> same"""
-    c = model.cfg
-    up = lambda x, z: ddim_encode(eps_fn(model, z), x, c.S, model.alpha_bar, c.stride, clip=True)
-    return in_batches(up, x0, z_sem)
+    return walk(ddim_encode, model, x0, z_sem)
 
 
 def decode(model, x_T, z_sem):
     """x_T (B,1,H,W), noise or encoded, and z_sem (B,z_dim) -> images (B,1,H,W) in [-1,1]"""
-    c = model.cfg
-    down = lambda x, z: ddim_decode(eps_fn(model, z), x, c.S, model.alpha_bar, c.stride, clip=True)
-    return in_batches(down, x_T, z_sem)
+    return walk(ddim_decode, model, x_T, z_sem)
 
 
-def shown(x):
-    """(B,1,H,W) in [-1,1] -> numpy (B,H,W) in [0,1]"""
-    return ((x[:, 0].float().cpu().numpy() + 1) / 2).clip(0, 1)
-
-
-def other_patient(subject):
-    """For each row a row of another subject, about half the list away. (N,) -> (N,) int"""
-    n = len(subject)
-    far = (np.arange(n)[:, None] + n // 2 + np.arange(n)) % n
-    return np.array([next((j for j in far[i] if subject[j] != subject[i]), i) for i in range(n)])
-
-
-def z_losses(model, x0, z_sem, z_wrong, g, strata=8):
-    """Is z_sem used? The loss of each image with its z_sem and with a wrong one, t and eps being the same.
-
-    One t in each of the strata. -> two (strata,B), low to high noise. Their difference is z_gap; 0: unused"""
-    out = []
-    for k in range(strata):
-        t = ((k + torch.rand(len(x0), generator=g, device=x0.device)) / strata * model.cfg.T).long()
-        eps = torch.randn(x0.shape, generator=g, device=x0.device)
-        with amp(model.cfg, x0.device):
-            out.append(torch.stack([in_batches(model.loss, x0, z, t, eps) for z in (z_sem, z_wrong)]))
-    return torch.stack(out, 1)
-
-
-def watcher(cfg, loader, subject):
-    """-> watch(ema, step) for fit: z_gap of 16 validation images for the log, preview_*.png to look at."""
-    rows = np.linspace(0, len(loader) - 1, min(16, len(loader))).astype(int)
-    wrong = torch.as_tensor(other_patient(subject[rows]))
-
-    def watch(ema, step):
-        batch, g = loader.batch(rows), torch.Generator(loader.device).manual_seed(0)
-        with torch.inference_mode(), amp(cfg, loader.device):
-            x0, z = batch["image"], ema.encode(batch).float()
-        true, shuffled = z_losses(ema, x0, z, z[wrong.to(z.device)], g, strata=4).mean((1, 2)).tolist()
-        x0, z = x0[::4], z[::4]
-        noise = torch.randn(x0.shape, generator=g, device=x0.device)
-        lines = [x0, decode(ema, encode_noise(ema, x0, z), z), decode(ema, noise, z)]
-        M.grid(Path(cfg.out, f"preview_{cfg.recipe}.png"), [shown(x) for x in lines],
-               ["image", "z_sem + x_T", "z_sem, random x_T"], [], f"validation patients at step {step}")
-        return dict(val_loss=true, val_loss_shuffled=shuffled, z_gap=shuffled - true)
+def preview(cfg, loader):
+    """-> watch(ema) for fit: preview.png of validation images. Row 3 unlike row 1: z_sem is not used yet."""
+    def watch(ema):
+        x0 = loader.batch(M.evenly(np.arange(len(loader)), 6))["image"]
+        with amp(x0.device), torch.inference_mode():
+            z = ema.encode({"image": x0})
+        noise = torch.randn(x0.shape, generator=torch.Generator(x0.device).manual_seed(0), device=x0.device)
+        rows = [x0, decode(ema, encode_noise(ema, x0, z), z), decode(ema, noise, z)]
+        M.grid(Path(cfg.out, "preview.png"), [M.to_image(x) for x in rows],
+               ["image", "z_sem + x_T", "z_sem, random x_T"], [], "Validation images at the last save.")
     return watch
 
 
-def evaluate(cfg, data, part, loader, models, prior):
-    """Every number and picture of a run, on its test patients. -> metrics, as in results.json
+def evaluate(cfg, data, part, models, prior, device):
+    """Every number and picture of a run. -> metrics, as in results.json
 
-    models: {"": the diffusion autoencoder, "vae": .., "paper_recipe": ..}, EMAs; loader: all rows of data."""
-    device, train, test = loader.device, np.flatnonzero(part == "train"), np.flatnonzero(part == "test")
-    test = test[np.linspace(0, len(test) - 1, min(len(test), cfg.eval_images)).astype(int)]
-    subject, real, x0 = data.subject[test], data.image[test] / 255, loader.batch(test)["image"]
-    wrong = torch.as_tensor(other_patient(subject), device=device)
+    models: {"": the diffusion autoencoder, "untrained": the same at step 0, "vae": ..}; prior: a Prior"""
+    out, train = Path(cfg.out), np.flatnonzero(part == "train")
+    loader = D.Loader({"image": data.image}, device)
+    test = M.evenly(np.flatnonzero(part == "test"), cfg.eval_images)
+    who, real, x0 = data.subject[test], data.image[test] / 255, loader.batch(test)["image"]
+    wrong = torch.as_tensor(M.other_subject(who), device=device)
     g = torch.Generator(device).manual_seed(cfg.seed)
     noise = torch.randn(cfg.draws, *x0.shape, generator=g, device=device)
     codes = {row: semantic_codes(model, loader) for row, model in models.items()}
-    metrics, pictures, average = {}, {"test image": real}, f"mean of {cfg.draws} random x_T"
 
-    def put(key, *arrays, statistic=np.mean, better="higher"):
-        metrics[key] = M.row_of(statistic, subject, *arrays, better=better)
-
-    # Images, from z_sem with the encoded x_T and from z_sem alone. A VAE has nothing but its code.
-    for row, model in tqdm(models.items(), "evaluate: images", unit="model"):
-        z, dot, label = codes[row][test], f".{row}" if row else "", f" ({row})" if row else ""
-        if isinstance(model, VAE):
-            pictures["vae"] = shown(in_batches(model.decode, z))
-            for key in ("recon", "semantic", "semantic_mean"):
-                metrics |= M.image_numbers(key, row, real, pictures["vae"], subject)
-            put("semantic_mean_gain", M.ssim(real, pictures[average]) - M.ssim(real, pictures["vae"]))
-            continue
-        began = time.perf_counter()
+    # Images from z_sem with the encoded x_T (recon), and from z_sem alone (mean over random x_T). The VAE and
+    # the trivial rows have one image for both.
+    recon = M.trivial_images(data, train, test, cfg.z_dim)
+    recon["vae"] = M.to_image(in_batches(models["vae"].decoder, codes["vae"][test]))
+    mean, metrics = dict(recon), {}
+    for row in tqdm(("untrained", ""), "evaluate: images", unit="model"):
+        model, z, dot = models[row], codes[row][test], f".{row}" if row else ""
         x_T = encode_noise(model, x0, z)
-        recon = shown(decode(model, x_T, z))
-        if not row:
-            metrics["recon_img_s"] = M.row(len(x0) / (time.perf_counter() - began), unit="1/s")
-        draws = [shown(decode(model, x, z)) for x in noise]
-        shuffled = shown(decode(model, noise[0], z[wrong]))     # another patient's z_sem, if there is one
-        for key, images in (("recon", recon), ("semantic", draws[0]), ("semantic_mean", np.mean(draws, 0)),
-                            ("shuffled", shuffled)):
-            metrics |= M.image_numbers(key, row, real, images, subject)
-        put("semantic_gain" + dot, M.ssim(real, draws[0]) - M.ssim(real, shuffled))
-        x_T_std = x_T.std((1, 2, 3)).cpu().numpy()               # 1 if x_T is the noise it should be
-        put("x_T_std_error" + dot, abs(x_T_std - 1), better="lower")
-        right, bad = z_losses(model, x0, z, z[wrong], g).cpu().numpy()
-        put("z_gap" + dot, (bad - right).mean(0))
-        for k in range(4):    # how much a wrong z_sem raises the loss, by quarter of t, low noise first
-            put(f"z_use_q{k + 1}{dot}", right[2 * k:2 * k + 2].mean(0), bad[2 * k:2 * k + 2].mean(0),
-                statistic=lambda a, b: b.mean() / a.mean() - 1)
-        pictures |= {f"z_sem + x_T{label}": recon, f"z_sem, random x_T{label}": draws[0],
-                     average + label: np.mean(draws, 0)}
-    some = train[np.linspace(0, len(train) - 1, min(len(train), 5000)).astype(int)]
-    often = train[np.linspace(0, len(train) - 1, 5000).astype(int)]     # few images: each of them many times
-    moved = in_batches(lambda rows: augment(loader.batch(rows)["image"], cfg.augment, cfg.flip, g), often)
-    linear = {"pca": M.pca(cfg.z_dim, data.image[some] / 255),
-              "pca_moved": M.pca(cfg.z_dim, shown(moved))}              # of what the networks are shown
-    pictures |= {row: M.pca_reconstruct(pca, real) for row, pca in linear.items()}
-    for row, images in {**M.trivial_images(data, some, test), **{k: pictures[k] for k in linear}}.items():
-        for key in ("recon", "semantic", "semantic_mean"):
-            metrics |= M.image_numbers(key, row, real, images, subject)
+        recon[row] = M.to_image(decode(model, x_T, z))
+        draws = [M.to_image(decode(model, x, z)) for x in noise]
+        mean[row] = np.mean(draws, 0)
+        of_another = M.to_image(decode(model, noise[0], z[wrong]))      # z_sem of another patient
+        gain = M.ssim(real, draws[0]) - M.ssim(real, of_another)
+        metrics["semantic_gain" + dot] = M.row_of(np.mean, who, gain)
+        sd_error = (x_T.std((1, 2, 3)) - 1).abs()                       # x_T should be N(0,1)
+        metrics["x_T_sd_error" + dot] = M.row_of(np.mean, who, sd_error, better="lower")
+    metrics |= M.image_numbers("recon", recon, real, who) | M.image_numbers("semantic_mean", mean, real, who)
+    gain = M.ssim(real, mean[""]) - M.ssim(real, mean["vae"])
+    metrics["semantic_mean_gain.vae"] = M.row_of(np.mean, who, gain)
 
-    # What can be read from the codes, on all the test slices.
-    codes = {row: z.cpu().numpy() for row, z in codes.items()}
-    chunks = np.array_split(np.arange(len(data)), -(-len(data) // 1000))
-    for row, pca in linear.items():
-        codes[row] = np.concatenate([M.pca_codes(pca, data.image[rows] / 255) for rows in chunks])
-    target = cfg.target or next((k for k in ("has_infarct", "label") if k in data.columns), "")
+    # What a linear probe reads from the codes of all test images.
+    z, axis = codes[""], None
+    codes = {row: code.cpu().numpy() for row, code in codes.items()}
+    codes["pca"] = M.pca_codes(data, train, cfg.z_dim)
+    target = cfg.target or ("has_infarct" if "has_infarct" in data.columns else "label")
     try:
-        y = data.columns.get(target, np.zeros(len(data)))
-        if not set(np.unique(y[y == y])) <= {0, 1}:      # y == y: not missing
-            print(f"{target} is not 0 or 1 everywhere: it is regressed, not classified")
-        numbers, axis = M.probe_numbers(codes, y, part, data.subject, cfg.seed)
+        numbers, probe = M.probe_numbers(codes, data.columns[target], part, data.subject, cfg.seed)
         metrics |= numbers
-    except ValueError as e:
-        axis = None
-        print(f"no probe: {f'{target}: {e}' if target else 'no column to predict'}; choose one with --target")
+        axis = torch.as_tensor(M.direction(probe), dtype=z.dtype, device=device)
+        axis = axis * (z[train] @ axis).std()
+    except (KeyError, ValueError) as e:
+        print(f"no probe: {e}; choose a column of numbers with --target")
     metrics |= M.factor_numbers(codes, data.columns, part, data.subject, cfg.seed)
-    z = torch.as_tensor(codes[""], device=device)
-    draw(cfg, data, part, loader, test, models[""], z, pictures, axis, target, prior)
+
+    # Pictures
+    few = [np.flatnonzero(who == p)[sum(who == p) // 2] for p in np.unique(who)[:8]]    # a middle slice each
+    rows = {"test image": real, "z_sem + x_T": recon[""], "z_sem, random x_T": draws[0],
+            f"mean of {cfg.draws} random x_T": mean[""], "VAE": mean["vae"], "PCA": mean["pca"]}
+    M.grid(out / "reconstructions.png", [images[few] for images in rows.values()], list(rows), list(who[few]),
+           f"A middle slice of test patients, whom no network has seen. {cfg.S} DDIM steps.")
+    edits(out, models[""], x_T[few], z[test[few]], axis)
+    new = decode(models[""], torch.randn(8, *x0.shape[1:], generator=g, device=device), prior.sample(8, g))
+    bank = data.image[M.evenly(train, 5000)] / 255
+    _, nearest = M.nearest(M.to_image(new), bank)
+    M.grid(out / "samples.png", [M.to_image(new), bank[nearest]], ["new heart", "nearest training image"], [],
+           "Hearts of nobody: z_sem from the prior, random x_T. Row 2 shows whether they are copies.")
+    M.curves(out / "curves.png", {"diffusion": out / "log.jsonl", "VAE": out / "log_vae.jsonl"})
     return metrics
 
 
-def draw(cfg, data, part, loader, test, model, codes, pictures, axis, target, prior):
-    """The pictures of a run, with captions. `pictures` {row label: (len(test),H,W)} are made already."""
-    out, device, g = Path(cfg.out), loader.device, torch.Generator(loader.device).manual_seed(cfg.seed)
-    patients = np.unique(data.subject[test])[:8]
-    few = np.array([(rows := np.flatnonzero(data.subject[test] == p))[len(rows) // 2] for p in patients])
-    M.grid(out / "reconstructions.png", [v[few] for v in pictures.values()], list(pictures), list(patients),
-           f"The middle slice of test patients, whom no network has seen. {cfg.S} DDIM steps.")
-
-    n, x0, z = len(few), loader.batch(test[few])["image"], codes[test[few]]
-    real, x_T, b = shown(x0), encode_noise(model, x0, z), np.roll(np.arange(n), -1)
-    swapped = [shown(decode(model, x_T, z[b])), shown(decode(model, x_T[b], z))]
-    M.grid(out / "swap.png", [real, real[b], *swapped],
-           ["A", "B", "z_sem of B, x_T of A", "z_sem of A, x_T of B"], [],
-           "Swapped codes. Row 3 should be heart B and row 4 heart A; if they are not, z_sem is not used.")
-
-    alpha, lines = torch.linspace(0, 1, 7, device=device), []
-    for i, j in zip(range(0, n - 1, 2), range(1, n, 2)):
-        noises, zs = slerp(x_T[[i] * 7], x_T[[j] * 7], alpha), torch.lerp(z[[i]], z[[j]], alpha[:, None])
-        lines.append([real[i], *shown(decode(model, noises, zs)), real[j]])
+def edits(out, model, x_T, z, axis):
+    """interpolation.png and manipulation.png. x_T (n,1,H,W), z (n,d); axis (d,): one SD of the training codes
+    along the probe, or None if there is no probe."""
+    alpha = torch.linspace(0, 1, 7, device=z.device)
+    lines = []
+    for i in range(0, len(z) - 1, 2):
+        between = slerp(x_T[[i] * 7], x_T[[i + 1] * 7], alpha), torch.lerp(z[[i]], z[[i + 1]], alpha[:, None])
+        lines.append(M.to_image(decode(model, *between)))
     if lines:
-        M.grid(out / "interpolation.png", lines, [], ["A", *[f"{v:.2f}" for v in alpha.tolist()], "B"],
-               "From one test patient to another: z_sem on a straight line, x_T on the sphere.")
-
-    train = torch.as_tensor(part == "train", device=device)
+        M.grid(out / "interpolation.png", lines, [], [f"{a:.2f}" for a in alpha.tolist()],
+               "From one test patient (0) to another (1): z_sem on a straight line, x_T on the sphere.")
     if axis is not None:
-        v = torch.as_tensor(M.direction(axis), dtype=z.dtype, device=device)
-        moves = torch.tensor([-4, -2, -1, 0, 1, 2, 4], device=device)
-        step = moves[:, None] * (codes[train] @ v).std() * v
-        lines = [[real[i], *shown(decode(model, x_T[[i] * 7], z[[i]] + step))] for i in range(min(n, 6))]
-        M.grid(out / "manipulation.png", lines, list(patients),
-               ["image", *[f"{k:+d} SD" for k in moves.tolist()]],
-               f"z_sem moved along the linear probe of {target}, in SDs of the training codes; x_T kept.")
-    if prior is not None:
-        z_T = torch.randn(8, z.shape[1], generator=g, device=device)
-        with torch.inference_mode():
-            z_new = ddim_decode(lambda z_t, t: prior.eps(z_t, torch.full((8,), t, device=device)), z_T,
-                                min(50, cfg.T), prior.alpha_bar)
-        noise = torch.randn(8, *x0.shape[1:], generator=g, device=device)
-        fake = shown(decode(model, noise, z_new * codes[train].std(0) + codes[train].mean(0)))
-        seen = data.image[np.flatnonzero(part == "train")[:5000]] / 255
-        near = [seen[((seen - x) ** 2).sum((1, 2)).argmin()] for x in fake]
-        M.grid(out / "samples.png", [fake, near], ["new heart", "nearest training image"], [],
-               "Nobody's hearts: z_sem from the latent DDIM prior, x_T fresh noise. Row 2 is there to see "
-               "whether they are copies.")
-    M.curves(out / "curves.png", {p.stem[4:] or cfg.recipe: p for p in sorted(out.glob("log*.jsonl"))
-                                  if "prior" not in p.stem})
+        moved = {f"{k:+d} SD": M.to_image(decode(model, x_T, z + k * axis)) for k in (-4, -2, -1, 0, 1, 2, 4)}
+        M.grid(out / "manipulation.png", list(moved.values()), list(moved), [],
+               "z_sem moved along the probe, in SDs of the training codes; x_T kept. A column a patient.")
 
 
 # --------------------------------------------------------------------------------------------------------
 # The command
 
-def parse(argv):
-    """Flags (`--key value`, `--key=value`, `--key` alone for a switch) -> (Config, the keys that were given).
-
-    Presets and recipes are filled in; an unknown key or a value of the wrong type is one line and exit 2."""
-    if {"-h", "--help"} & set(argv):
-        print(f"{__doc__}\n{inspect.getsource(Config)}\npresets: {PRESETS}\n\nrecipes: {RECIPES}")
-        raise SystemExit(0)
-    kinds = {f.name: type(f.default) for f in dataclasses.fields(Config)}
-    given, words = {}, list(argv)
-    while words:
-        flag, equals, value = words.pop(0).partition("=")
-        key = flag.removeprefix("--").replace("-", "_")
-        if key not in kinds or not flag.startswith("--"):
-            near = difflib.get_close_matches(key, kinds, 1)
-            hint = f"did you mean --{near[0]}? " if near else ""
-            D.fail(f"unknown flag {flag}; {hint}--help lists them all")
-        kind, more = kinds[key], bool(words) and not words[0].startswith("--")
-        if not equals:
-            if not more and kind is not bool:
-                D.fail(f"{flag} needs a value, a {kind.__name__}")
-            value = words.pop(0) if more else "true"
-        try:
-            given[key] = {"true": True, "false": False}[value.lower()] if kind is bool else \
-                tuple(int(v) for v in value.split(",")) if kind is tuple else kind(value)
-        except (KeyError, ValueError):
-            example = {bool: "true or false", tuple: "1,2,4", int: "3", float: "0.5"}[kind]
-            D.fail(f"{flag} {value}: not of the form {example}")
-    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device, recipe = given.get("device") or found, given.get("recipe") or "ours"
-    preset = given.get("preset") or ("paper" if device.startswith("cuda") else "demo")
-    for key, value, known in (("preset", preset, PRESETS), ("recipe", recipe, RECIPES)):
-        if value not in known:
-            D.fail(f"--{key} {value}: choose from {', '.join(known)}")
-    chosen = dict(device=device, preset=preset, recipe=recipe)
-    return Config(**{**PRESETS[preset], **RECIPES[recipe], **given, **chosen}), given
-
-
-def check_config(c):
-    """Refuse impossible values, in one line, before anything is read or written."""
-    for f in dataclasses.fields(c):
-        value = getattr(c, f.name)
-        low = 0 if f.name in ("seed", "attention", "groups", "prior_steps") else 1
-        if type(value) is int and value < low or type(value) is tuple and min(value) < 1:
-            D.fail(f"--{f.name} {value}: must be at least {low}")
-        if type(value) is float and not 0 <= value < math.inf:
-            D.fail(f"--{f.name} {value}: must be a number >= 0")
-    for key, known in CHOICES.items():
-        if getattr(c, key) not in known:
-            D.fail(f"--{key} {getattr(c, key)}: choose from {', '.join(known)}")
-    for key, fine, wanted in (("seed", c.seed < 2 ** 32, "below 2**32"), ("out", c.out, "a folder's name"),
-                              ("device", c.device.startswith(("cuda", "mps", "cpu")), "cuda, mps or cpu"),
-                              ("S", c.S <= c.T, f"at most T = {c.T}"), ("lr", c.lr > 0, "above 0"),
-                              ("ema", c.ema < 1, "below 1"), ("dropout", c.dropout < 1, "below 1")):
-        if not fine:
-            D.fail(f"--{key} {getattr(c, key)}: must be {wanted}")
-    if c.batch % (ranks()[1] * c.accum):
-        D.fail(f"--batch {c.batch}: not divisible by {ranks()[1]} processes x --accum {c.accum}")
-    try:
-        local = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if c.device == "cuda" else c.device
-        torch.empty(1, device=local)
-    except (RuntimeError, AssertionError) as e:
-        D.fail(f"--device {c.device}: {str(e).splitlines()[0][:120]}")
-
-
-def check_network(c):
-    """Refuse sizes that the 2D networks cannot have, and name some that they can."""
-    unit = c.patch * 2 ** (max(len(c.mult), len(c.enc_mult)) - 1)
-    if c.size % unit:
-        near = c.size // unit * unit
-        fits = " or ".join(str(v) for v in (near, near + unit) if v)
-        D.fail(f"--size {c.size}: this network needs a multiple of {unit}, such as {fits}")
-    if c.size < 16:
-        D.fail(f"--size {c.size}: at least 16, SSIM's window is 11 pixels wide")
-    if c.base % 2 or c.groups and any(m * c.base % c.groups for m in (*c.mult, *c.enc_mult)):
-        D.fail(f"--base {c.base} --groups {c.groups}: widths must be even and multiples of the groups")
-
-
-def lock(out):
-    """One run per output folder: the kernel drops the lock when the process ends, even by kill -9. -> file"""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        handle = open(out / ".lock", "a+")
-    except OSError as e:
-        D.fail(f"--out {out}: cannot be written ({e.strerror})")
-    try:
-        if fcntl:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        handle.seek(0)
-        D.fail(f"--out {out}: in use by process {handle.read() or '?'}; wait for it, or choose another --out")
-    handle.truncate(0)
-    handle.write(f"{os.getpid()} on {platform.node()}")
-    handle.flush()
-    for stray in [*out.glob("*.tmp"), *out.glob("*.part")]:     # a run was killed while it wrote them
-        stray.unlink()
-    return handle
+# The table that ends a run: the numbers that answer the question, and the rows beside them.
+SHOWN = {"recon_ssim": "z_sem + x_T, SSIM", "semantic_mean_ssim": "z_sem alone, SSIM",
+         "semantic_gain": "right - wrong z_sem, SSIM", "x_T_sd_error": "SD of x_T, off by",
+         "probe_auroc": "AUROC, slice", "patient_auroc": "AUROC, patient", "probe_f1": "F1, slice",
+         "probe_r2": "R2, slice"}
+ROWS = {"": "ours", "untrained": "untrained network", "vae": "VAE", "pca": "PCA", "copy": "another slice",
+        "constant": "constant image", "all_positive": "all called positive", "mean": "training mean"}
 
 
 def start(argv):
-    """The flags, checked, and the device, made ready. -> (Config, the keys that were given, torch.device)"""
-    if "RANK" in os.environ:           # started by torchrun; hours, as all wait for one that draws or reads
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=6))
-    cfg, given = parse(argv)
-    check_config(cfg)
+    """The flags, and the device made ready. Under torchrun each process takes one GPU. -> Config, device"""
+    cfg, _ = D.parse(Config, PRESETS, RECIPES, __doc__, argv)
     device = torch.device(cfg.device)
-    if device.type == "cpu" and "device" not in given and ranks()[0] == 0:
-        print("no GPU is used:", "torch sees none; is the driver too old, or CUDA_VISIBLE_DEVICES set?"
-              if torch.version.cuda or torch.version.hip else "this torch is built for the CPU alone")
+    if "RANK" in os.environ:       # hours, since all processes wait for the one that draws or reads
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=6))
+        if cfg.batch % dist.get_world_size():
+            D.fail(f"--batch {cfg.batch}: must be a multiple of the {dist.get_world_size()} processes")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
-    return cfg, given, device
-
-
-def record(cfg):
-    """Leaves the configuration and this script beside what they make. Says so if the script has changed."""
-    text, copy = Path(__file__).read_bytes(), Path(cfg.out, Path(__file__).name)
-    M.write_atomically(Path(cfg.out, "config.json"), json.dumps(dataclasses.asdict(cfg), indent=1).encode())
-    if copy.exists() and copy.read_bytes() != text and any(copy.parent.glob("ckpt*.pt")):
-        print(f"{copy.name} has changed since it made the weights in {cfg.out}: they are kept, and go on. To "
-              "train anew, choose another --out")
-    if not cfg.eval:
-        M.write_atomically(copy, text)
-
-
-def stage(name, make, cfg, steps, loader, facts, watch=None):
-    """One network, make(cfg): trained from where it was left to `steps`; --eval: only loaded.
-
-    facts: what else its checkpoint must agree on. -> (EMA, step reached)"""
-    run = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(cfg).items()}
-    run = {k: v for k, v in run.items() if k not in FREE}
-    run |= dict(script=Path(__file__).stem, stage=name, **facts)
-    path = Path(cfg.out, f"{name}.pt")
-    if cfg.eval and not path.exists():
-        D.fail(f"{path}: not there; the same command without --eval trains it")
-    torch.manual_seed(mix(cfg.seed, 3))
-    try:
-        ema, reached = fit(make(cfg).to(loader.device), loader, cfg, name, run, 0 if cfg.eval else steps,
-                           watch)
-    except torch.OutOfMemoryError:
-        D.fail(f"{name}: out of GPU memory with --batch {cfg.batch} --accum {cfg.accum} (peak "
-               f"{peak_gb(loader.device):.1f} GB); the same command with --accum {2 * cfg.accum} goes on "
-               "from the last save, to the same result; a smaller --batch needs another --out")
-    if reached < steps:
-        print(f"{name}: evaluated as it is after {reached} of {steps} steps")
-    return ema, reached
-
-
-def leave():
-    """The rest is the work of one process: True for all others, which are done."""
-    rank, world = ranks()
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-    return rank > 0
-
-
-PAPER = {"recon_ssim": 0.66, "semantic_ssim": 0.20, "probe_f1": 0.78}     # the study's numbers on EMIDEC
+        torch.set_float32_matmul_precision("high")      # TF32
+        torch.backends.cudnn.benchmark = True
+    return cfg, device
 
 
 def main(argv):
     began = time.perf_counter()
-    cfg, given, device = start(argv)
-    check_network(cfg)
+    cfg, device = start(argv)
     out, (rank, world) = Path(cfg.out), ranks()
-    held = lock(out) if rank == 0 else None        # until the process ends
-
+    try:        # settings that do not fit each other are an error before anything is read or written
+        times(cfg.S, cfg.T, cfg.stride)
+        with torch.device("meta"):
+            x0, z, t = torch.empty(2, 1, cfg.size, cfg.size), torch.empty(2, cfg.z_dim), torch.ones(2).long()
+            Model(cfg).unet(x0, t, z), VAE(cfg).decoder(VAE(cfg).posterior(x0)[0])
+    except (ValueError, RuntimeError, OverflowError) as e:
+        D.fail(f"--size {cfg.size}, --patch {cfg.patch}, --base {cfg.base}, --mult: no such network ({e})")
+    held = M.lock(out) if rank == 0 else None           # until the process ends
     path = cfg.data or str(out / "hearts.h5")
     if rank == 0 and not cfg.data and not os.path.exists(path):
         D.phantom_hearts(path)
     if world > 1:
         dist.barrier()
-    data, part = D.load_study(path, cfg.test, cfg.size, cfg.seed, square="size" not in given)
-    train, val = np.flatnonzero(part == "train"), np.flatnonzero(part == "val")
-    if cfg.target and data.columns.get(cfg.target, np.array("")).dtype.kind not in "biuf":
-        names = ", ".join(data.columns) or "none"
-        D.fail(f"--target {cfg.target}: no numbers of that name in {path}, which has {names}")
-    count = {p: len(np.unique(data.subject[part == p])) for p in ("train", "val", "test")}
-    if not count["train"] or not count["test"]:
-        D.fail(f"{path}: {count['train']} training and {count['test']} test subjects; one of each is needed")
+    data, part = D.load_study(path, cfg.test, cfg.size, cfg.seed)
+    count, facts = D.describe(data, part)
     if rank == 0:
-        why = "as asked" if "preset" in given else f"the default on {device.type}"
-        print(f"diffae: preset {cfg.preset} ({why}), recipe {cfg.recipe}, {device}, "
-              f"torch {torch.__version__}\n"
-              f"data: {data.path} at {cfg.size}x{cfg.size}; patients (slices): " +
-              ", ".join(f"{p} {n} ({(part == p).sum()})" for p, n in count.items()) +
-              f"\n{cfg.steps} steps a network; bars show the time left. The demo takes 3 to 6 minutes on 2 "
-              f"CPU cores.\nout: {out}/; stop at any time, the same command goes on", flush=True)
-        record(cfg)
+        print(f"diffae: preset {cfg.preset}, recipe {cfg.recipe}, {device}, torch {torch.__version__}\n"
+              f"data: {data.path} at {cfg.size}x{cfg.size}; {count}\n"
+              f"out: {out}; stop at any time, the same command goes on", flush=True)
 
-    # A checkpoint must agree on these: nobody it was trained on may be tested on, whatever the split is now.
-    who = hashlib.sha256("\n".join(sorted(set(data.subject[train]))).encode()).hexdigest()[:16]
-    facts = dict(data=data.fingerprint, training_subjects=who)
-    images, unseen = (D.Loader({"image": data.image}, device, rows) for rows in (train, val))
-    watch = watcher(cfg, unseen, data.subject[val]) if len(val) else None
-    models = {}
-    diffusion, vae = (lambda c: start_from_pca(Model(c), images)), (lambda c: start_from_pca(VAE(c), images))
-    models[""], reached = stage("ckpt", diffusion, cfg, cfg.steps, images, facts, watch)
-    if cfg.rivals:     # for as many steps, also when the run was longer once
-        models["vae"], _ = stage("ckpt_vae", vae, cfg, reached, images, facts)
-        if cfg.recipe == "ours":
-            published = dataclasses.replace(cfg, recipe="paper", **RECIPES["paper"])
-            watch = watcher(published, unseen, data.subject[val]) if len(val) else None
-            models["paper_recipe"], _ = stage("ckpt_paper", Model, published, reached, images, facts, watch)
-    if leave():
+    rows = [np.flatnonzero(part == p) for p in ("train", "val")]
+    images, unseen = (D.Loader({"image": data.image}, device, r) for r in rows)
+    watch = preview(cfg, unseen) if len(unseen) else None
+    torch.manual_seed(D.mix(cfg.seed, 0))
+    model, vae = Model(cfg), VAE(cfg)
+    models = {"untrained": copy.deepcopy(model).to(device).eval()}
+    models[""], reached = fit(model, images, cfg, "ckpt", cfg.steps, facts, watch)
+    models["vae"], _ = fit(vae, images, cfg, "ckpt_vae", reached, facts)
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    if rank > 0:        # the rest is the work of one process
         return
-    everything, prior = D.Loader({"image": data.image}, device), None
-    if cfg.prior_steps:
-        z = semantic_codes(models[""], everything)[torch.as_tensor(train, device=device)]
-        z = ((z - z.mean(0)) / z.std(0).clamp(min=1e-6)).cpu().numpy()
-        codes = D.Loader({"z": z}, device)
-        prior, _ = stage(f"ckpt_prior_at_{reached}", Prior, cfg, cfg.prior_steps, codes, facts)
-    metrics = evaluate(cfg, data, part, everything, models, prior)
-    log = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
-    metrics["train_img_s"] = M.row(np.median([r["img_s"] for r in log if "img_s" in r]), unit="1/s")
-    metrics["peak_gb"] = M.row(peak_gb(device), unit="GB", better="lower")
-    M.save_results(out / "results.json", "diffae", cfg.data or "phantom hearts", count,
-                   time.perf_counter() - began, dataclasses.asdict(cfg) | {"steps": reached}, metrics, device)
-    print(M.table(metrics, [k for k in metrics if "." not in k], PAPER))
-    print(f"{time.perf_counter() - began:.0f} s. Numbers: {out}/results.json. Pictures: {out}/*.png")
+    z = semantic_codes(models[""], images)
+    codes = D.Loader({"z": z.cpu().numpy()}, device)
+    prior, _ = fit(Prior(cfg.T, z), codes, cfg, f"ckpt_prior_{reached}", cfg.steps, facts)
+    metrics = evaluate(cfg, data, part, models, prior, device)
+    seconds, config = time.perf_counter() - began, dataclasses.asdict(cfg) | {"steps": reached}
+    M.save_results(out / "results.json", "diffae", data.path, count, seconds, config, metrics, device)
+    print(M.table(metrics, SHOWN, ROWS))
+    if "probe_auroc_gain.vae" in metrics:
+        print(M.answer("Does z_sem see infarcts better than the VAE's code?", "AUROC", metrics["probe_auroc"],
+                       metrics["probe_auroc.vae"], metrics["probe_auroc_gain.vae"]))
+    print(f"{seconds:.0f} s. Numbers: {out}/results.json. Pictures: {out}/*.png")
 
 
 if __name__ == "__main__":
