@@ -11,7 +11,6 @@ import io
 import itertools
 import json
 import os
-import statistics
 import subprocess
 import textwrap
 import warnings
@@ -23,16 +22,16 @@ import pandas
 import torch
 from lifelines import CoxPHFitter, KaplanMeierFitter
 from lifelines.plotting import add_at_risk_counts
-from lifelines.statistics import logrank_test
+from lifelines.statistics import multivariate_logrank_test
 from matplotlib.figure import Figure  # without pyplot: no display is needed
 from scipy.ndimage import gaussian_filter, maximum_filter
 from scipy.stats import ks_2samp, norm, rankdata
 from sklearn.covariance import LedoitWolf
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.metrics import log_loss, pairwise_distances_argmin_min, precision_recall_curve
-from sklearn.model_selection import GroupKFold, StratifiedGroupKFold, StratifiedKFold, cross_val_predict
-from sklearn.pipeline import make_pipeline
+from sklearn.metrics import pairwise_distances_argmin_min, precision_recall_curve
+from sklearn.model_selection import GridSearchCV, GroupKFold, StratifiedGroupKFold, StratifiedKFold
+from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
@@ -57,8 +56,7 @@ def to_image(x):
     return ((to_numpy(x[:, 0].float()) + 1) / 2).clip(0, 1)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Images. All take (N,*S) or (N,1,*S) in [0,1], S = (H,W) or (D,H,W), and return one number per image, (N,).
+# ---- Images: (N,*S) or (N,1,*S) in [0,1], S = (H,W) or (D,H,W) -> one number per image, (N,) ---------------
 
 def image_pair(a, b):
     """-> the two as float64 (N,*S) arrays. ValueError on other shapes, or a range that is not [0,1]."""
@@ -111,8 +109,7 @@ def nmse(real, fake):
         return mse(real, fake) / x.var(axis=tuple(range(1, x.ndim)))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Generated images: as a population, against the drawing they were made from, and against the training set.
+# ---- Generated images, as a population and one by one ------------------------------------------------------
 
 def frechet(a, b):
     """Frechet distance of two sets of features (n,d), (m,d) as Gaussians: |mean_a - mean_b|^2 +
@@ -175,12 +172,11 @@ def nearest(x, bank):
     return distance / np.sqrt(x[0].size), row_of_bank
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Intervals, and the entries of results.json.
+# ---- Intervals, and the entries of results.json ------------------------------------------------------------
 
 def bootstrap(statistic, subject, *arrays, n=1000, seed=0):
-    """95 % percentile interval of statistic(*arrays) -> float, resampling subjects with all their rows: slices
-    of one heart are not independent. Resamples where the statistic is nan (one class only) are left out.
+    """95 % percentile interval of statistic(*arrays) -> float, resampling subjects with all their rows: the
+    slices of a heart are not independent. Resamples where the statistic is nan (one class) are left out.
     -> {"value", "ci": [lo, hi], "n": subjects}; ci is nan below 2 subjects. ValueError on unequal lengths."""
     arrays = [to_numpy(a) for a in arrays]
     names, index = np.unique(to_numpy(subject), return_inverse=True)
@@ -218,8 +214,7 @@ def image_numbers(key, images, real, subject):
     return out
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Classification (y = 1 is pathological; a score is a logit, higher = more pathological) and regression.
+# ---- Classification (y = 1 is pathological; a score is a logit: higher = worse) and regression -------------
 
 def auroc(score, y):
     """P(a positive scores above a negative), ties half (Mann-Whitney U / n1 n0). One class only: nan.
@@ -272,8 +267,7 @@ def mahalanobis(z, rows):
     return np.sqrt(LedoitWolf().fit(to_numpy(z)[rows]).mahalanobis(to_numpy(z)))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Probes: what can be read from a frozen z, by a straight line. A probe sees training rows only.
+# ---- Probes: what a straight line reads from a frozen z. A probe sees training rows only -------------------
 
 def subject_folds(task, y, subject, seed=0):
     """Up to 4 (train, held-out) index pairs, no subject on both sides. [] if there are too few subjects."""
@@ -284,7 +278,7 @@ def subject_folds(task, y, subject, seed=0):
         return []
     splitter = (StratifiedGroupKFold if task == "class" else GroupKFold)(k, shuffle=True, random_state=seed)
     folds = list(splitter.split(y, y, subject))
-    one_class = task == "class" and any(len(np.unique(y[train])) < 2 for train, _ in folds)
+    one_class = task == "class" and any(len(np.unique(y[rows])) < 2 for fold in folds for rows in fold)
     return [] if one_class else folds
 
 
@@ -307,22 +301,18 @@ def probe(task, z, y, subject, seed=0):
         raise ValueError(f"probe: needs the classes 0 and 1 in training, got {np.unique(y).tolist()[:5]}")
     # With few hundred rows the penalty and the scaling decide the result, and the best differ between codes.
     # Most numbers of a PCA code are noise of small variance, which a division by their own SD would blow up.
-    models = []
-    for penalty in (100, 1, 10, 1000, 10000):  # the first is for too few subjects to choose
-        for scaler in (StandardScaler, OneScale):
-            head = LogisticRegression(C=1 / penalty, max_iter=1000) if task == "class" else Ridge(penalty)
-            models.append(make_pipeline(scaler(), head))
+    penalty = np.array([1, 10, 100, 1000, 10000])
+    if task == "class":
+        head, choice, loss = LogisticRegression(max_iter=1000), {"head__C": 1 / penalty}, "neg_log_loss"
+    else:
+        head, choice, loss = Ridge(), {"head__alpha": penalty}, "neg_mean_squared_error"
+    model = Pipeline([("scale", StandardScaler()), ("head", head)])
     folds = subject_folds(task, y, subject, seed)
-    losses = []
-    with warnings.catch_warnings(), threadpool_limits(1):    # so small that threads only wait: 8 times slower
-        warnings.simplefilter("ignore")  # 1,000 steps are enough, converged or not
-        for model in models if folds else ():
-            if task == "class":
-                p = cross_val_predict(model, z, y, cv=folds, method="predict_proba")[:, 1]
-                losses.append(log_loss(y, p))
-            else:
-                losses.append(np.mean((cross_val_predict(model, z, y, cv=folds) - y) ** 2))
-        return models[int(np.argmin(losses)) if folds else 0].fit(z, y)
+    with threadpool_limits(1):    # so small that threads only wait: 8 times slower
+        if not folds:
+            return model.fit(z, y)
+        choice["scale"] = [StandardScaler(), OneScale()]
+        return GridSearchCV(model, choice, scoring=loss, cv=folds).fit(z, y).best_estimator_
 
 
 def direction(model):
@@ -409,8 +399,7 @@ def brain_age_gap(codes, age, train, rows, subject):
     return model.predict, gap - np.polyval(np.polyfit(age[rows], gap[rows], 1), age)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Rows that need no training, or little.
+# ---- Rows that need no training, or little -----------------------------------------------------------------
 
 def evenly(rows, n):
     """At most n of the rows, evenly spaced, the first and the last among them. -> array"""
@@ -462,9 +451,8 @@ def trivial_images(data, train, test, z_dim):
             "pca": rebuilt.reshape(copy.shape).clip(0, 1)}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Survival: time in days > 0, event 1 = died, 0 = censored (alive when last seen). Two directions meet here: a
-# score is a similarity, higher = healthier = lives longer, so its hazard ratio is < 1; a risk is the reverse.
+# ---- Survival: time in days > 0, event 1 = died, 0 = censored (alive when last seen) -----------------------
+# A score is a similarity: higher = healthier = lives longer: hazard ratio < 1. A risk is the reverse.
 
 def c_index(risk, time, event, counts=None):
     """Harrell's C: of all pairs in which one is known to have died first, the share in which that one had the
@@ -503,35 +491,17 @@ def cox_risk(time, event, covariates, seed=0):
     return risk
 
 
-def sex_code(sex):
-    """Labels (N,), "" is missing -> (N,): 1 for the most frequent, 0 for others, missing: the mean of these."""
-    sex = np.asarray(sex).astype(str)
-    known = sex != ""
-    code = (sex == statistics.mode(sex[known] if known.any() else sex)) * 1.0
-    return np.where(known, code, code[known].mean() if known.any() else 0)
-
-
-def median_split(score):
-    """(N,) -> bool (N,), True above the median. Never a searched cut: the best of all cuts of a useless score
-    has a log-rank p < 0.05 in 29 % of cohorts. Ties at the median are False; a constant or nan score: all."""
-    return to_numpy(score) > np.median(score)
-
-
-def logrank_p(time, event, high):
-    """Log-rank p of the patients in high (N,) bool against the others; nan if one side is empty."""
-    if high.all() or not high.any():
-        return np.nan
-    return logrank_test(time[high], time[~high], event[high], event[~high]).p_value
-
-
 def survival_numbers(scores, time, event, age, sex, seed=0):
     """How well each of scores {name, "" is ours: (N,), higher = healthier} foretells survival; row = patient.
     KEY[.NAME]: hr_per_sd, hr_p (Cox with age and sex), c_index (of that Cox, out of fold), c_index.age_sex
-    (without a score), logrank_p, ks_p (halves). c_index_gain: over age_sex; c_index_gain.NAME: ours minus
-    NAME. events, power. "" is the primary score; the others have the unit "exploratory": among many scores
-    one has a small p by chance. Intervals: Wald for hr_per_sd, else bootstrap. A failed Cox: nan, a warning."""
+    (without a score), logrank_p, ks_p (halves); c_index_gain.NAME: ours minus NAME; events, power.
+    "" is the primary score. The others are marked as exploratory, by their unit: of many, one has a small p
+    by chance. Intervals: Wald for hr_per_sd, else bootstrap. A Cox that fails: nan and a warning."""
     time, event, n = to_numpy(time).astype(np.float64), to_numpy(event).astype(int), len(time)
-    base = {"age": to_numpy(age).astype(np.float64), "sex": sex_code(sex)}
+    known = np.asarray(sex) != ""
+    most = np.isin(sex, pandas.Series(sex)[known].mode()[:1])  # has the most frequent label
+    base = {"age": to_numpy(age).astype(np.float64),           # unknown: half-way, says nothing about sex
+            "sex": np.where(known, most, most[known].mean() if known.any() else 0)}
     rng = np.random.default_rng(0)  # the same resamples for all: differences are paired
     counts = np.stack([np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(1000)])
     out, values, draws = {}, {}, {}
@@ -553,25 +523,25 @@ def survival_numbers(scores, time, event, age, sex, seed=0):
         out[f"c_index{dot}"] = interval(values[name], draws[name], unit)
         if name == "age_sex":
             continue
-        nothing = {"exp(coef)": np.nan, "exp(coef) lower 95%": np.nan, "exp(coef) upper 95%": np.nan, "p": np.nan}
-        hr, low, high, p = (fitted.get("score", nothing)[k] for k in nothing)
+        hr = ("exp(coef)", "exp(coef) lower 95%", "exp(coef) upper 95%", "p")
+        hr, low, high, p = (fitted["score"][k] if "score" in fitted else np.nan for k in hr)
         out[f"hr_per_sd{dot}"] = row(hr, (low, high), n, unit, "lower")
-        top = median_split(score)
-        # KS compares observed times and IGNORES CENSORING: halves with the same survival, followed for
-        # unequal spans, are "significant". It is here because the paper has it; believe the log-rank test.
+        # Halves at the median, never at a searched cut: the best of all cuts of a useless score has a
+        # log-rank p < 0.05 in 29 % of cohorts. KS compares observed times and IGNORES CENSORING: halves with
+        # the same survival, followed for unequal spans, are "significant". It is here as the paper has it.
+        top = score > np.median(score)
         ks = ks_2samp(time[top], time[~top]).pvalue if 0 < top.sum() < n else np.nan
-        for key, value in {"hr_p": p, "logrank_p": logrank_p(time, event, top), "ks_p": ks}.items():
-            out[f"{key}{dot}"] = row(value, (np.nan, np.nan), n, unit, "lower")
+        logrank = multivariate_logrank_test(time, top, event).p_value
+        for key, value in {"hr_p": p, "logrank_p": logrank, "ks_p": ks}.items():
+            out[f"{key}{dot}"] = row(value, n=n, unit=unit, better="lower")
     for name in filter(None, values):
-        key, unit = ("c_index_gain", "") if name == "age_sex" else (f"c_index_gain.{name}", "exploratory")
-        out[key] = interval(values[""] - values[name], draws[""] - draws[name], unit)
+        out[f"c_index_gain.{name}"] = interval(values[""] - values[name], draws[""] - draws[name], "")
     # Power of a test at the paper's HR of 0.73 per SD (Schoenfeld 1983): events count, 79 of them give 0.80.
     power = norm.cdf(abs(np.log(0.73)) * np.sqrt(event.sum()) - norm.isf(0.025))
     return out | {"events": row(event.sum(), n=n), "power": row(power, n=n)}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What a run leaves in its folder.
+# ---- What a run leaves in its folder -----------------------------------------------------------------------
 
 def lock(out):
     """Makes the folder `out` and refuses a second run in it. -> the lock's file: keep it until the run ends.
@@ -634,15 +604,10 @@ def write_atomically(path, data):
 def save_results(path, script, data, n, seconds, config, metrics, device="cpu"):
     """Writes results.json: what was measured, on what, by which commit. n, config, metrics: dicts.
     metrics: key -> row(...). device: "cpu", "mps", "cuda" (the card's name is added). Strict JSON, atomic."""
-    try:
-        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).resolve().parent,
-                             capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        git = ""  # no git on this machine: the results are still worth having
-    device = str(device)
-    if device.startswith("cuda"):
-        device += f" ({torch.cuda.get_device_name(device)})"
-    results = {"script": script, "data": data, "n": n, "seconds": seconds, "device": device,
+    git = subprocess.run("git rev-parse --short HEAD", shell=True, cwd=Path(__file__).resolve().parent,
+                         capture_output=True, text=True).stdout.strip()  # "" without git
+    name = f" ({torch.cuda.get_device_name(device)})" if str(device).startswith("cuda") else ""
+    results = {"script": script, "data": data, "n": n, "seconds": seconds, "device": f"{device}{name}",
                "torch": torch.__version__, "git": git, "config": config, "metrics": metrics}
     # Numbers of numpy become Python's, paths text; then nan and inf, which strict JSON does not know, null.
     text = json.dumps(results, default=lambda v: v.item() if isinstance(v, np.generic) else str(v))
@@ -650,8 +615,7 @@ def save_results(path, script, data, n, seconds, config, metrics, device="cpu"):
     write_atomically(path, (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The table and the sentence that end a run.
+# ---- The table and the sentence that end a run -------------------------------------------------------------
 
 def number(v):
     """-> text: 3 decimals around 1, fewer for large, 2 digits for tiny; "-" for None, nan and inf."""
@@ -707,8 +671,7 @@ def answer(question, name, ours, other, gain, unit="patients"):
             f"{plus}{cell(gain)}, {gain['n']} {unit}: {verdict}.")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Figures.
+# ---- Figures -----------------------------------------------------------------------------------------------
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")  # Okabe and Ito: safe if colour-blind
 
@@ -757,25 +720,22 @@ def grid(path, rows, row_labels, col_labels, caption):
 def curves(path, logs, keys=("loss", "z_gap")):
     """Writes a PNG, one panel per key: every log's value over step (log axis), raw and as a running mean.
     logs: {label: path of a log.jsonl}. Keys in no record are left out. Nothing to draw: no file."""
-    points = {}  # key -> label -> steps and values, (2,n)
-    for label, path_of_log in logs.items():
-        records = read_log(path_of_log)
-        for key in keys:
-            known = [(r["step"] + 1, r[key]) for r in records if isinstance(r.get(key), (int, float))]
-            if known:
-                points.setdefault(key, {})[label] = np.array(known, np.float64).T
-    if not points:
+    read = {label: pandas.DataFrame(read_log(log)) for label, log in logs.items()}
+    keys = [key for key in keys if any(key in log for log in read.values())]
+    if not keys:
         return
-    figure = Figure(figsize=(5.5 * len(points), 3.6), layout="constrained")
-    for axis, (key, lines) in zip(figure.subplots(1, len(points), squeeze=False)[0], points.items()):
-        for color, (label, (step, value)) in zip(itertools.cycle(COLORS), lines.items()):
-            k = max(1, len(value) // 25)  # the diffusion loss of a batch is mostly the luck of its t
-            axis.plot(step, value, color=color, alpha=0.25, linewidth=0.8)
-            axis.plot(step[k - 1:], np.convolve(value, np.ones(k) / k, "valid"), color=color, label=label)
+    figure = Figure(figsize=(5.5 * len(keys), 3.6), layout="constrained")
+    for axis, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys):
+        for color, (label, log) in zip(itertools.cycle(COLORS), read.items()):
+            if key in log:
+                value = pandas.to_numeric(log.set_index("step")[key], errors="coerce").dropna()
+                mean = value.rolling(max(1, len(value) // 25)).mean()  # a batch's loss is the luck of its t
+                axis.plot(value.index + 1, value, color=color, alpha=0.25, linewidth=0.8)
+                axis.plot(mean.index + 1, mean, color=color, label=label)
         axis.set(xscale="log", xlabel="step", title=key)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    save_figure(path, figure, "Training: " + ", ".join(points) + " over steps, raw and as a running mean.")
+    save_figure(path, figure, "Training: " + ", ".join(keys) + " over steps, raw and as a running mean.")
 
 
 def scatter(path, x, y, groups, xlabel, ylabel, caption):
@@ -795,10 +755,10 @@ def scatter(path, x, y, groups, xlabel, ylabel, caption):
 def survival_curves(path, time, event, score, caption):
     """Writes a PNG: Kaplan-Meier curves of the halves of score (N,) (higher = healthier) with 95 % bands,
     a tick for every censored patient, how many are still at risk below, log-rank p in the legend."""
-    time, event, high = to_numpy(time).astype(np.float64), to_numpy(event) > 0, median_split(score)
+    time, event, score = to_numpy(time).astype(np.float64), to_numpy(event).astype(int), to_numpy(score)
     figure = Figure(figsize=(7, 5.2))
     axis = figure.add_axes([0.15, 0.27, 0.82, 0.58])
-    fitted = []
+    high, fitted = score > np.median(score), []
     for label, half, color in (("more similar", high, COLORS[0]), ("less similar", ~high, COLORS[1])):
         if half.any():  # a constant score has one half
             label = f"{label}: {half.sum()} patients, {event[half].sum()} events"
@@ -807,8 +767,8 @@ def survival_curves(path, time, event, score, caption):
                                               censor_styles={"marker": "|", "ms": 6})
     axis.set(ylim=(0, 1.02), xlim=(0, None), xlabel="days", ylabel="event-free share (Kaplan-Meier)")
     axis.grid(alpha=0.3)
-    p = number(logrank_p(time, event, high))
+    p = number(multivariate_logrank_test(time, high, event).p_value)
     axis.legend(fontsize=9, title=f"halves at the median, log-rank p = {p}")
-    add_at_risk_counts(*fitted, labels=["more", "less"][-len(fitted):], rows_to_show=["At risk"], ypos=-0.6,
-                       ax=axis, fig=figure)
+    add_at_risk_counts(*fitted, labels=["more", "less"][-len(fitted):], rows_to_show=["At risk"], ax=axis,
+                       fig=figure)
     save_figure(path, figure, caption)
