@@ -1,11 +1,11 @@
-"""Data: the HDF5 schema, its checks, subject-level splits, batches, phantoms, converters.
+"""Data: the HDF5 schema and its checks, splits by subject, batches, phantoms, converters; flags and checkpoints.
 
     python data.py check   FILE_OR_FOLDER                  verify, naming file, dataset and row
     python data.py show    FILE_OR_FOLDER [--out X.png]    contact sheet with mask contours
-    python data.py phantom hearts OUT.h5 [--subjects 100 --seed 0 --size 128 --jitter 1]
+    python data.py phantom hearts OUT.h5 [--subjects 100 --seed 0 --size 128]
     python data.py phantom views  OUT.h5 [--subjects 60 --seed 0 --size 128]
     python data.py phantom cohort OUT.h5 [--subjects 1000 --patients 220 --seed 0 --size 128]
-    python data.py phantom brains OUT.h5 [--subjects 120 --seed 0 --size 48]
+    python data.py phantom brains OUT.h5 [--subjects 160 --seed 0 --size 48]
     python data.py emidec  ROOT OUT.h5 [--spacing MM]      EMIDEC's NIfTI folders -> HDF5
     python data.py acdc    ROOT OUTDIR                     ACDC's -> one HDF5 per subject, 256 x 256
     python data.py mms     ROOT OUTDIR                     M&Ms-2's -> the same; run again to go on
@@ -21,8 +21,7 @@
     view phase slice  (N,) ints    cine: 0 SA, 1 LA;  0 ED, 1 ES;  from base or apex, as scanned
     anything else (N,) numeric is a probe target; factor_* are the known causes of a phantom
 """
-import argparse, csv, difflib, glob, hashlib, inspect, io, json, os, re, shutil, sys, typing, unicodedata, zipfile
-from collections import deque
+import argparse, difflib, glob, hashlib, inspect, io, os, re, shutil, sys, typing, unicodedata, warnings, zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,16 +29,12 @@ from types import SimpleNamespace
 
 import h5py
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from scipy import ndimage
 from tqdm import tqdm
-
-try:
-    import fcntl
-except ImportError:     # Windows: no lock on a conversion
-    fcntl = None
 
 
 def fail(message, status=2):
@@ -48,15 +43,40 @@ def fail(message, status=2):
     raise SystemExit(status)
 
 
+def warn(message):
+    """Print `warning: message` on stderr."""
+    print("warning:", message, file=sys.stderr)
+
+
 @contextmanager
 def writing(path):
     """Around whatever writes `path`: a full or broken disk is one line, which tells the room there is."""
     try:
         yield
-    except (OSError, RuntimeError) as e:        # torch.save raises the latter
-        why, free = str(e).splitlines()[0], shutil.disk_usage(os.path.dirname(path) or ".").free / 1e6
-        fail(f"{path}: could not be written ({why}; {free:.0f} MB free); what was saved before is kept, the "
-             "same command goes on from it", 1)
+    except (OSError, RuntimeError) as e:        # torch.save and h5py raise the latter
+        folder = os.path.dirname(path) or "."
+        free = f"{shutil.disk_usage(folder).free / 1e6:.0f} MB free" if os.path.isdir(folder) else "no such folder"
+        fail(f"{path}: could not be written ({str(e).splitlines()[0]}; {free}); what was saved before is kept, "
+             "the same command goes on from there", 1)
+
+
+@contextmanager
+def replacing(path):
+    """Yields the name of a file to write. That file becomes `path` when all went well; else the old one stays."""
+    part = f"{path}.part"
+    if os.path.isdir(path):
+        fail(f"{path}: a folder; name the file to write")
+    with writing(path):
+        if os.path.lexists(part):       # a run was killed here; a link is removed, not followed
+            os.remove(part)
+        try:
+            yield part
+            with open(part, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        finally:
+            if os.path.exists(part):
+                os.remove(part)
 
 
 def program(main):
@@ -123,9 +143,9 @@ def parse(Config, presets, recipes, doc, argv):
     cfg = Config(**{**presets[preset], **recipes[recipe], **given, **chosen})
     for name, kind in kinds.items():
         value = getattr(cfg, name)
-        may_be_0 = kind is float or name in ("seed", "attention", "groups") or name.endswith("steps")
-        if kind in (int, float, tuple) and np.min(value) < (0 if may_be_0 else 1):
-            fail(f"--{name} {value}: must be at least {0 if may_be_0 else 1}")
+        least = 0 if kind is float or name in ("seed", "attention", "groups") or name.endswith("steps") else 1
+        if kind in (int, float, tuple) and np.min(value) < least:
+            fail(f"--{name} {value}: must be at least {least}")
         if kind is float and not np.isfinite(value) or name.endswith("lr") and value == 0:
             fail(f"--{name} {value}: must be a finite number above 0")
     if cfg.seed >= 2 ** 32:
@@ -174,18 +194,9 @@ def augment(x, strength, flip, g):
 
 
 def save_checkpoint(path, state):
-    """Write `state` beside `path`, then rename: a checkpoint is complete, or the old one is still there."""
-    part = f"{path}.part"
-    with writing(path):
-        try:
-            with open(part, "wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        finally:
-            if os.path.exists(part):
-                os.remove(part)
+    """Write `state`, plain values and tensors, to `path`: complete, or the old checkpoint is still there."""
+    with replacing(path) as part:
+        torch.save(state, part)
 
 
 def read_checkpoint(path, config, defaults, may_change):
@@ -205,7 +216,9 @@ def read_checkpoint(path, config, defaults, may_change):
         for name in ("model", "ema"):
             if not all(isinstance(v, torch.Tensor) for v in dict(state[name]).values()):
                 raise ValueError(f"{name} holds other things than tensors")
-        state["optimizer"]["state"].items()
+        adam = [list(moments.values()) for moments in state["optimizer"]["state"].values()]
+        if not all(isinstance(v, torch.Tensor) for moments in adam for v in moments):
+            raise ValueError("optimizer holds other things than tensors")
         # Keys that only the checkpoint has are of fields that Config had once. Nobody can set these today,
         # and if they changed the network, then load_into finds other shapes.
         was = {**defaults, **state["config"]}
@@ -215,8 +228,8 @@ def read_checkpoint(path, config, defaults, may_change):
         raise
     except Exception as e:      # what a damaged file raises is of any kind
         why = e if isinstance(e, (OSError, ValueError)) else type(e).__name__
-        fail(f"{path}: damaged, or not a checkpoint of this program ({why}); put a copy back, delete the file "
-             "to start over, or change --out")
+        fail(f"{path}: damaged, or not a checkpoint of this program ({why}); put a copy back, delete the file to "
+             "start over, or change --out")
     if differ:
         fail(f"{path}: made by another run ({', '.join(differ)}); choose another --out, or delete the file")
     return state
@@ -224,58 +237,57 @@ def read_checkpoint(path, config, defaults, may_change):
 
 def load_into(state, path, model, ema, optimizer):
     """Load what read_checkpoint returned into both networks and their Adam. Other shapes or keys exit 2."""
-    for part, net in (("model", model), ("ema", ema)):
-        ours = {k: tuple(v.shape) for k, v in net.state_dict().items()}
-        theirs = {k: tuple(v.shape) for k, v in state[part].items()}
+    def compare(part, theirs, ours):
         for k in {**ours, **theirs}:
             if ours.get(k) != theirs.get(k):
-                fail(f"{path}: {part}: {k} is {theirs.get(k, 'missing')} in the file, {ours.get(k, 'missing')} "
-                     "in this network (edited source?); choose another --out")
+                fail(f"{path}: {part}: {k} is {theirs.get(k, 'missing')} in the file and "
+                     f"{ours.get(k, 'missing')} in this network (edited source?); choose another --out")
+
+    for part, net in (("model", model), ("ema", ema)):
+        compare(part, *({k: tuple(v.shape) for k, v in d.items()} for d in (state[part], net.state_dict())))
         net.load_state_dict(state[part])
+    if state["step"] == 0:      # Adam has no moments yet
+        return
     # optimizer.load_state_dict takes tensors of any shape, with which the fused kernel crashes the process.
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    moments = state["optimizer"]["state"]
-    if list(moments) != list(range(len(params))) and state["step"] > 0:
-        fail(f"{path}: optimizer: {len(moments)} parameters in the file, {len(params)} in this network; "
-             "choose another --out")
-    for i, adam in moments.items():
-        p, shapes = params[i], {k: getattr(v, "shape", None) for k, v in dict(adam).items()}
-        if shapes != dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape):
-            fail(f"{path}: optimizer: parameter {i} has other tensors than this network ({shapes}); choose "
-                 "another --out")
-        # The kernel walks raw memory, so each tensor must lie in memory as its parameter does.
-        optimizer.state[p] = {"step": adam["step"].to(p.device, torch.float32)} | {
-            k: torch.empty_like(p).copy_(adam[k]) for k in ("exp_avg", "exp_avg_sq")}
+    # That kernel walks raw memory: each tensor must also lie in memory as its parameter does.
+    adam, params = state["optimizer"]["state"], [p for group in optimizer.param_groups for p in group["params"]]
+    for i, p in enumerate(params):
+        shapes = dict(step=(), exp_avg=tuple(p.shape), exp_avg_sq=tuple(p.shape))
+        compare(f"optimizer: parameter {i}", {k: tuple(v.shape) for k, v in adam.get(i, {}).items()}, shapes)
+        optimizer.state[p] = {k: torch.empty_like(p).copy_(adam[i][k]) for k in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p]["step"] = adam[i]["step"].to(p.device, torch.float32)
 
 
 # ---------------------------------------------------------------------------------------------------
 # Reading. libhdf5 will happily read other files through a crafted one (external links, external
 # storage, virtual datasets), so only plain datasets at the top level are ever opened.
 
+@contextmanager
+def guarded(path, what):
+    """Around all that reads through libhdf5: whatever a damaged file raises, of a dozen types, is one line."""
+    try:
+        yield
+    except PermissionError:
+        fail(f"{path}: no permission to read it; try chmod u+r")
+    except Exception as e:
+        if eof := re.search(r"eof = (\d+),.*stored_eof = (\d+)", str(e), re.S):
+            fail(f"{path}: truncated: has {eof[1]} of {eof[2]} bytes; copy it again")
+        if "signature not found" in str(e):
+            fail(f"{path}: not an HDF5 file; `python data.py` lists the converters")
+        fail(f"{path}: {what}: damaged, copy or write the file again ({type(e).__name__}: {e})")
+
+
+@contextmanager
 def open_h5(path):
-    """Open one HDF5 file read-only. Fails in one line that says what is wrong with the file."""
+    """One HDF5 file, open for reading. Fails in one line that says what is wrong with the file."""
     if not os.path.exists(path):
         fail(f"{path}: no such file or folder")
     if not os.path.isfile(path):  # a pipe or device would block
         fail(f"{path}: not a regular file")
     if os.path.getsize(path) == 0:
         fail(f"{path}: the file is empty (0 bytes); copy or convert it again")
-    try:
-        try:
-            return h5py.File(path, "r")
-        except OSError as error:  # locked by a writer, or a network disk that has no locks
-            if not isinstance(error, BlockingIOError) and "unable to lock" not in str(error):
-                raise
-            return h5py.File(path, "r", locking=False)
-    except PermissionError:
-        fail(f"{path}: no permission to read it; try chmod u+r")
-    except OSError as error:
-        eof = re.search(r"eof = (\d+),.*stored_eof = (\d+)", str(error), re.S)
-        if eof:
-            fail(f"{path}: truncated: has {eof[1]} of {eof[2]} bytes; copy it again")
-        if "signature not found" in str(error):
-            fail(f"{path}: not an HDF5 file; `python data.py emidec` converts NIfTI folders")
-        fail(f"{path}: cannot be opened as HDF5, it is damaged: {error}")
+    with guarded(path, "file"), h5py.File(path, "r", locking=False) as file:    # network disks have no locks
+        yield file
 
 
 def plain(file, path, name):
@@ -283,17 +295,35 @@ def plain(file, path, name):
     link = file.get(name, getlink=True)  # looks at the link without following it
     if link is None:
         fail(f"{path}: {name}: missing")
-    if not isinstance(link, h5py.HardLink):
-        fail(f"{path}: {name}: a {type(link).__name__}, refused: nothing outside the file is read; "
-             "store the values themselves")
-    if file.get(name, getclass=True) is not h5py.Dataset:
+    kind = None if isinstance(link, h5py.HardLink) else type(link).__name__
+    if not kind and file.get(name, getclass=True) is not h5py.Dataset:
         return None
-    dataset = file[name]
-    if dataset.is_virtual or dataset.external:
-        kind = "virtual dataset" if dataset.is_virtual else "dataset with external storage"
-        fail(f"{path}: {name}: a {kind}, refused: nothing outside the file is read; "
-             "store the values themselves")
-    return dataset
+    if not kind and file[name].is_virtual:
+        kind = "virtual dataset"
+    if not kind and file[name].external:
+        kind = "dataset with external storage"
+    if kind:
+        fail(f"{path}: {name}: a {kind}, refused: nothing outside the file is read; store the values themselves")
+    return file[name]
+
+
+def read_attrs(thing):
+    """Attributes of a file or dataset -> dict of str, numbers and lists. *_names are lists of str, also where
+    the text "a, b, c" is stored."""
+    def as_python(value):
+        value = value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+        if isinstance(value, list):
+            return [as_python(v) for v in value]
+        if isinstance(value, bytes):
+            return value.decode("utf-8", "replace")
+        return value if isinstance(value, (int, float)) else str(value).encode("utf-8", "replace").decode()
+
+    attrs = {k: as_python(v) for k, v in thing.attrs.items()}
+    for k, v in attrs.items():
+        if k.endswith("_names"):
+            v = v.split(",") if isinstance(v, str) else np.ravel(v).tolist()
+            attrs[k] = [str(n).strip() for n in v]
+    return attrs
 
 
 class Rows:
@@ -327,11 +357,8 @@ class Rows:
                 cut = (np.diff(wanted[here]) > 1) | (np.arange(1, len(here)) % most == 0)
                 for run in np.split(here, np.flatnonzero(cut) + 1):    # neighbours together, up to 64 MB
                     first = int(wanted[run[0]] - self.starts[k])
-                    try:
+                    with guarded(path, f"{self.name}[{first}..{first + len(run) - 1}]"):
                         block = dataset[first:first + len(run)]
-                    except OSError as error:
-                        fail(f"{path}: {self.name}[{first}..{first + len(run) - 1}]: damaged, "
-                             f"copy the file again: {error}")
                     out[run] = self.to_uint8(block, path, first)
         return out[back.reshape(rows.shape)]
 
@@ -415,123 +442,115 @@ class Dataset:
         return len(self.subject)
 
 
-def as_python(value):
-    """An HDF5 attribute as str, number or list of them."""
-    value = value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
-    value = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
-    if isinstance(value, list):
-        return [as_python(v) for v in value]
-    return value if isinstance(value, (str, int, float)) else str(value)
-
-
-def read_attrs(thing):
-    """Attributes of a file or dataset -> dict. *_names are lists of str, also where "a, b, c" is stored."""
-    attrs = {k: as_python(v) for k, v in thing.attrs.items()}
-    for k, v in attrs.items():
-        if k.endswith("_names"):
-            v = v.split(",") if isinstance(v, str) else np.ravel(v).tolist()
-            attrs[k] = [str(n).strip() for n in v]
-    return attrs
+TEXTS = ("subject", "sex", "split")
+KNOWN = ("image", "mask", "label", "age", "session", "time", "event", *TEXTS)
 
 
 def read_columns(path, warnings):
     """Check all of one file but its pixels -> (columns, attrs); image and mask only as shapes."""
-    known = ("image", "mask", "subject", "split", "label", "age", "sex", "session", "time", "event")
     columns = {}
     with open_h5(path) as file:
-        try:
-            names, attrs = list(file), read_attrs(file)
-        except (OSError, TypeError, ValueError) as error:  # text that is not utf-8, types of the far future
-            fail(f"{path}: its names or attributes cannot be read: {error}")
+        names, attrs = list(file), read_attrs(file)
         for need in ("image", "subject"):
             if need not in names:
-                near = [n for n in names if n.lower().rstrip("s") == need]
-                near = near or difflib.get_close_matches(need, names)
-                fail(f"{path}: {need}: missing, the file has {', '.join(names) or 'nothing'}"
+                near = [n for n in map(str, names) if n.lower().rstrip("s") == need]
+                fail(f"{path}: {need}: missing, the file has {', '.join(map(str, names)) or 'nothing'}"
                      + (f"; rename {near[0]} to {need}" if near else ""))
-        image = plain(file, path, "image")
-        shape = getattr(image, "shape", "of a group")
-        if image is None or image.ndim not in (3, 4):
-            fail(f"{path}: image: shape {shape}, expected (N,H,W) or (N,D,H,W)")
-        if image.ndim == 4 and shape[-1] in (1, 3, 4):
-            fail(f"{path}: image: shape {shape} has channels last, expected (N,H,W); keep image[..., 0]")
-        if image.dtype != np.uint8 and image.dtype.kind != "f":
-            fail(f"{path}: image: type {image.dtype}, expected uint8 or float in [0,1]")
-        if 0 in shape:
-            fail(f"{path}: image: shape {shape} holds no pixel")
-        if shape[0] > 1e7:
-            fail(f"{path}: image: {shape[0]} rows, at most 10 million are read")
+        shape = getattr(plain(file, path, "image"), "shape", ())
+        if len(shape) not in (3, 4) or len(shape) == 4 and shape[-1] in (1, 3, 4):
+            fail(f"{path}: image: shape {shape}, expected (N,H,W) or (N,D,H,W); of colours keep image[..., 0]")
+        if 0 in shape or shape[0] > 1e7:
+            fail(f"{path}: image: shape {shape} holds no pixel, or more than 10 million rows")
         for name in names:
-            d = plain(file, path, name)
-            if name not in known and (d is None or d.ndim != 1 or d.dtype.kind not in "biuf"):
-                warnings.append(f"{path}: {name}: ignored, not an (N,) numeric column")
-                continue
-            if d is None:
-                fail(f"{path}: {name}: a group, expected a dataset")
-            if name == "mask" and (d.shape != shape or d.dtype != np.uint8):
-                fail(f"{path}: mask: {d.dtype} {d.shape}, expected uint8 {shape} as image")
-            if name not in ("image", "mask") and d.shape != shape[:1]:
-                fail(f"{path}: {name}: shape {d.shape}, expected {shape[:1]}: image has {shape[0]} rows")
-            stored = d.id.get_storage_size()
-            if stored == 0:
-                fail(f"{path}: {name}: declared but never written; write the file again")
-            each = d.dtype.itemsize * np.prod(d.shape[1:], dtype=float)
-            if each > (4e9 if name in ("image", "mask") else 1000):
-                fail(f"{path}: {name}: every row declares {each:.3g} bytes; refused as damaged or hostile")
-            if d.nbytes > 50e9 and d.nbytes > 2000 * stored:
-                fail(f"{path}: {name}: declares {d.nbytes / 1e9:.0f} GB but stores {stored / 1e6:.3g} MB; "
-                     "refused as damaged or hostile")
-            attrs.update({k: v for k, v in read_attrs(d).items() if k.endswith("_names")})
-            if name in ("image", "mask"):
-                columns[name] = d.shape
-                continue
-            text = h5py.check_string_dtype(d.dtype)
-            if name in ("subject", "sex", "split") and not text and d.dtype.kind not in "iu":
-                fail(f"{path}: {name}: type {d.dtype}, expected text or whole numbers")   # 1.0 is not "1"
-            try:
-                x = d.asstr("utf-8")[:] if text else d[:]
-            except UnicodeDecodeError:
-                fail(f"{path}: {name}: not utf-8; write the texts again as Python's str")
-            except (OSError, TypeError) as error:
-                fail(f"{path}: {name}: cannot be read, write the file again: {error}")
-            columns[name] = check_column(path, name, x, warnings)
+            if isinstance(name, bytes):
+                fail(f"{path}: the name {name} is not utf-8; rename that dataset")
+            with guarded(path, name):
+                x = plain(file, path, name)
+                if name not in KNOWN and (x is None or x.ndim != 1 or x.dtype.kind not in "biuf"):
+                    warnings.append(f"{path}: {name}: ignored, not an (N,) numeric column")
+                    continue
+                if x is None:
+                    fail(f"{path}: {name}: a group, expected a dataset")
+                attrs.update({k: v for k, v in read_attrs(x).items() if k.endswith("_names")})
+                check_storage(path, name, x, shape)
+                if name in ("image", "mask"):
+                    columns[name] = x.shape
+                else:
+                    is_text = h5py.check_string_dtype(x.dtype)
+                    columns[name] = check_column(path, name, x.asstr("utf-8")[:] if is_text else x[:], warnings)
     return columns, attrs
 
 
-def check_column(path, name, x, warnings):
-    """Check the values of one (N,) column -> the column in its schema type."""
+def check_storage(path, name, dataset, image_shape):
+    """Fails if shape, type or size of a dataset are not the schema's, before anything of it is read."""
+    shape, dtype = dataset.shape, dataset.dtype
+    pixels = name in ("image", "mask")
+    wanted = image_shape if pixels else image_shape[:1]
+    if shape != wanted:
+        fail(f"{path}: {name}: shape {shape}, expected {wanted}: image has {image_shape[0]} rows")
+    if name == "image" and dtype != np.uint8 and dtype.kind != "f" or name == "mask" and dtype != np.uint8:
+        fail(f"{path}: {name}: type {dtype}, expected uint8{' or float in [0,1]' * (name == 'image')}")
+    if not pixels and name not in TEXTS and dtype.kind not in "biuf":
+        fail(f"{path}: {name}: type {dtype}, expected numbers")
+    if name in TEXTS and not h5py.check_string_dtype(dtype) and dtype.kind not in "iu":     # 1.0 is not "1"
+        fail(f"{path}: {name}: type {dtype}, expected text or whole numbers")
+    stored = dataset.id.get_storage_size()
+    if stored == 0:
+        fail(f"{path}: {name}: declared but never written; write the file again")
+    # A few kB can declare terabytes.
+    each = dtype.itemsize * np.prod(shape[1:], dtype=float)
+    if each > (4e9 if pixels else 1000):
+        fail(f"{path}: {name}: every row declares {each:.3g} bytes; refused as damaged or hostile")
+    if dataset.nbytes > 50e9 and dataset.nbytes > 2000 * stored:
+        fail(f"{path}: {name}: declares {dataset.nbytes / 1e9:.0f} GB but stores {stored / 1e6:.3g} MB; "
+             "refused as damaged or hostile")
+
+
+def check_column(path, name, x, warnings, lines=None):
+    """Check the values of one (N,) column -> the column in its schema type. NaN and "" are missing.
+
+    An error names the row, or its line in a table when those are given."""
     def refuse(bad, why):
         if bad.any():
             row = int(np.argmax(bad))
-            fail(f"{path}: {name}[{row}]: {x[row]!s:.40} {why} ({int(bad.sum())} such rows)")
+            where = f"{name}[{row}]" if lines is None else f"line {lines[row]}: {name}"
+            fail(f"{path}: {where}: {x[row]!s:.40} {why} ({int(bad.sum())} such rows)")
 
-    if name in ("subject", "sex", "split"):
-        texts = [str(v).strip() for v in x]
-        refuse(np.array([len(t) > 200 for t in texts]), "... is longer than 200 characters")
-        x = np.array(texts)
+    if name in TEXTS:
+        x = np.array([str(v).strip() for v in x])
+        refuse(np.char.str_len(x) > 200, "... is longer than 200 characters")
         if name == "subject":
             refuse(np.isin(x, ["", "nan", "NaN", "None"]), "is an empty id; every row needs its subject")
         if name == "split":
             refuse(~np.isin(x, ["train", "val", "test"]), "is none of train, val, test")
         return x
-    if x.dtype.kind not in "biuf":
-        fail(f"{path}: {name}: type {x.dtype}, expected numbers")
     x = x.astype(np.uint8) if x.dtype == bool else x
     refuse(abs(x.astype(float)) > 3e38, "is infinite")   # as the float32 that it becomes
-    if name in ("label", "event"):
+    if name in ("label", "slice"):
         refuse(~((x == np.floor(x)) & (x >= 0) & (x < 2 ** 31)), "is not a whole number from 0 to 2147483647")
-        if name == "event":
-            refuse(x > 1, "is neither 0 (censored) nor 1")
-        return x.astype(np.int64 if name == "label" else np.uint8)
+        return x.astype(np.int64)
+    if name == "event":
+        refuse(~np.isin(x, [0, 1]), "is neither 0 (censored) nor 1")
+        return x.astype(np.uint8)
+    if name in ("view", "phase"):
+        refuse(~(np.isin(x, [-1, 0, 1]) | np.isnan(x)), "is neither 0 nor 1; NaN or -1 is missing")
+        x = np.where(x == -1, np.nan, x) if (x == -1).any() else x
     if name == "time":
         refuse(x <= 0, "is not a time > 0 in days")
-    missing = int(np.isnan(x).sum())
-    if missing:
+    if missing := int(np.isnan(x).sum()):
         warnings.append(f"{path}: {name}: {missing} of {len(x)} rows are NaN, taken as missing")
-    odd = np.count_nonzero((x < 0) | (x > 120)) if name == "age" else 0
-    if odd:
+    if name == "age" and (odd := np.count_nonzero((x < 0) | (x > 120))):
         warnings.append(f"{path}: age: {odd} of {len(x)} rows are not between 0 and 120, in years")
     return x.astype(np.float32) if name in ("age", "session", "time") else x
+
+
+def check_split(path, subject, split):
+    """Fails if a subject is in more than one part."""
+    parts = pd.Series(split).groupby(subject).nunique()
+    both = parts.index[parts > 1]
+    if len(both):
+        fail(f"{path}: split: {len(both)} subjects are in more than one part: {', '.join(both[:5])}; "
+             "put each subject in one part")
 
 
 def load(path, size=None, max_gb=4.0):
@@ -567,28 +586,22 @@ def load(path, size=None, max_gb=4.0):
     columns = {k: np.concatenate([c[k] for c, _ in parts]) for k in first if k not in ("image", "mask")}
     subject, split = columns.pop("subject"), columns.pop("split", None)
     if split is not None:
-        used = {}
-        for s, part in zip(subject, split):
-            used.setdefault(s, set()).add(part)
-        both = [s for s in used if len(used[s]) > 1]
-        if both:
-            fail(f"{path}: split: {len(both)} subjects are in more than one part: {', '.join(both[:5])}; "
-                 "put each subject in one part")
+        check_split(path, subject, split)
     if alike := lookalikes(subject):
         warnings.append(f"{path}: subject: {alike[0]}: taken as two people; are they one? ({len(alike)})")
     counts = [c["image"][0] for c, _ in parts]
     image = Rows("image", paths, counts, shape, size)
     mask = Rows("mask", paths, counts, shape, size) if "mask" in first else None
-    sample = [np.unique(np.linspace(0, len(image) - 1, 64).astype(int))]
+    digest = hashlib.sha256(repr((image.shape, subject.tolist())).encode())
     if image.nbytes * (2 if mask else 1) <= max_gb * 1e9:
         image, mask = in_memory(image), in_memory(mask) if mask else None
-        warn_constant(path, image, warnings)
-        sample = blocks(image)
-    digest = hashlib.sha256(repr((image.shape, subject.tolist())).encode())
-    for rows in sample:
-        digest.update(image[rows].tobytes())
+        check_constant(path, image, warnings)
+        digest.update(image)
+    else:
+        for row in np.unique(np.linspace(0, len(image) - 1, 64).astype(int)):
+            digest.update(image[[row]])
     for line in warnings:
-        print("warning:", line, file=sys.stderr)
+        warn(line)
     return Dataset(path, image, mask, subject, columns, split, attrs, attrs.get("label_names", []),
                    digest.hexdigest()[:16], warnings)
 
@@ -601,7 +614,7 @@ def lookalikes(subject):
     return [", ".join(g) for g in groups.values() if len(g) > 1]
 
 
-def warn_constant(path, image, warnings):
+def check_constant(path, image, warnings):
     """Warn of images that are one flat grey (nothing can be learnt from them); fail if all are."""
     flat = []
     for rows in blocks(image):
@@ -615,14 +628,10 @@ def warn_constant(path, image, warnings):
 
 
 def check(path):
-    """Verify a file or folder to the last pixel -> list of warnings; the first problem exits 2."""
-    return check_pixels(load(path)).warnings
-
-
-def check_pixels(data):
-    """Read what load() left on disk because it is large -> data, with its warnings complete."""
-    if isinstance(data.image, Rows):
-        warn_constant(data.path, data.image, data.warnings)
+    """Verify a file or folder to the last pixel -> Dataset; the first problem exits 2."""
+    data = load(path)
+    if isinstance(data.image, Rows):        # load() left the pixels on disk
+        check_constant(path, data.image, data.warnings)
         for rows in blocks(data.mask) if data.mask is not None else []:
             data.mask[rows]
     return data
@@ -705,47 +714,44 @@ def cohort(data, part, target, has_test_file):
         if len(missing):
             fail(f"{data.path}: {need}: missing in {len(missing)} rows: {', '.join(map(str, missing[:10]))}"
                  f"{' ...' if len(missing) > 10 else ''}; everybody's is needed: fill in or drop the rows")
-    ill = data.columns[target] > 0
+    age, ill = data.columns["age"], data.columns[target] > 0
     part = np.where(ill & (part != "test"), "" if has_test_file else "test", part)
     before = np.isin(data.subject, data.subject[ill]) & ~ill
     part[before] = ""
     if before.any():
-        print(f"warning: {before.sum()} healthy images of people who are also patients are left out",
-              file=sys.stderr)
+        warn(f"{before.sum()} healthy images of people who are also patients are left out")
     for name, rows, least in (("healthy people to train on", part == "train", 1),
                               ("held-out healthy people for the reference mean", part == "val", 3),
                               ("patients to test", ill & (part == "test"), 1)):
         n = len(np.unique(data.subject[rows]))
         if n < least:
             fail(f"{data.path}: {target}: {n} {name}, at least {least} needed (0: healthy, above: ill)")
-    patients, ages = np.flatnonzero(ill & (part == "test")), data.columns["age"][part == "train"]
-    outside = np.sum((data.columns["age"][patients] < ages.min()) | (data.columns["age"][patients] > ages.max()))
-    if outside:
-        print(f"warning: {outside} of {len(patients)} patient images are of ages outside the healthy range, "
-              f"{ages.min():.0f} to {ages.max():.0f}: they are compared with its end", file=sys.stderr)
+    patients, healthy = np.flatnonzero(ill & (part == "test")), age[part == "train"]
+    outside = (age[patients] < healthy.min()) | (age[patients] > healthy.max())
+    if outside.any():
+        warn(f"{outside.sum()} of {len(patients)} patient images are of ages outside the healthy range, "
+             f"{healthy.min():.0f} to {healthy.max():.0f}: they are compared with its end")
     if {"time", "event"} <= set(data.columns):
         check_survival(data, patients)
     return part
 
 
 def check_survival(data, patients):
-    """Exit if `time` and `event` of the rows `patients` allow no survival analysis; warn if they allow little."""
+    """Exit if time and event of the rows `patients` allow no survival analysis; warn if they allow little."""
     subject, time, event = (x[patients] for x in (data.subject, data.columns["time"], data.columns["event"]))
-    unknown = np.isnan(time)
-    if unknown.any():
-        print(f"warning: {unknown.sum()} of {len(time)} patient images have no time: survival analysis "
-              "leaves them out", file=sys.stderr)
+    known = ~np.isnan(time)
+    if not known.all():
+        warn(f"{(~known).sum()} of {len(time)} patient images have no time: survival analysis leaves them out")
     for s in np.unique(subject):
         mine = subject == s
         if len(np.unique(time[mine])) > 1 or len(np.unique(event[mine])) > 1:
             fail(f"{data.path}: time, event: subject {s} has several; one per subject is needed")
-    events = len(np.unique(subject[(event == 1) & ~unknown]))
+    events = len(np.unique(subject[(event == 1) & known]))
     if not events:
         fail(f"{data.path}: event: all patients are censored, no survival to regress; drop the time column to "
              "run without")
     if events < 10:
-        print(f"warning: {events} events: too few for Cox regression, its numbers mean nothing",
-              file=sys.stderr)
+        warn(f"{events} events: too few for Cox regression, its numbers mean nothing")
 
 
 class Loader:
@@ -799,72 +805,55 @@ class Loader:
         return self.finish({k: a[index] for k, a in self.arrays.items()})
 
     def stream(self, batches):
-        """Iterable of row arrays -> iterator of batch(rows), two read ahead when not resident.
-
-        What goes wrong in the thread is raised here; the thread ends when the consumer stops."""
+        """Iterable of row arrays -> iterator of batch(rows). When not resident, one is read ahead in a thread,
+        whose errors are raised here."""
         if self.resident:
             yield from map(self.batch, batches)
             return
-        broken = []
-
-        def read(rows):
-            if not broken:       # else the next batch would fail, too: a second line of error
-                try:
-                    return self.read(rows)
-                except BaseException:
-                    broken.append(True)
-                    raise
-
         with ThreadPoolExecutor(1) as thread:
-            ahead = deque()
+            ahead = None
             for rows in batches:
-                ahead.append(thread.submit(read, rows))
-                if len(ahead) > 2:
-                    yield self.finish(ahead.popleft().result())
-            while ahead:
-                yield self.finish(ahead.popleft().result())
+                raw = ahead.result() if ahead else None
+                ahead = thread.submit(self.read, rows)
+                if raw:
+                    yield self.finish(raw)
+            if ahead:
+                yield self.finish(ahead.result())
 
 
 # ---------------------------------------------------------------------------------------------------
 # Writing
 
-def write(path, parts, attrs):
-    """Write schema v1 from a list of column dicts: one checksummed gzip chunk per image.
+PACKED = dict(compression="gzip", compression_opts=4, fletcher32=True)      # one chunk per image, with checksum
 
-    A single dict may hold a memmap: its images are read one by one.
-    Complete or not at all (os.replace); a failure is one line and leaves an older file as it was."""
-    columns = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]} if len(parts) > 1 else parts[0]
-    attrs, temporary = dict(attrs), f"{path}.{os.getpid()}.tmp"
-    try:
-        with h5py.File(temporary, "w") as file:
-            for name, x in columns.items():
-                if x.ndim > 1:
-                    d = file.create_dataset(name, x.shape, x.dtype, chunks=(1, *x.shape[1:]),
-                                            compression="gzip", compression_opts=4, fletcher32=True)
-                    for i in tqdm(range(len(x)), f"writing {name}", delay=2, leave=False, disable=None):
-                        d[i] = x[i]
-                elif x.dtype.kind in "UO":
-                    file.create_dataset(name, data=x.astype(object), dtype=h5py.string_dtype())
-                else:
-                    x = x.astype(np.float32) if x.dtype == np.float64 else x
-                    file.create_dataset(name, data=x, chunks=x.shape, fletcher32=True)
-                if f"{name}_names" in attrs:
-                    file[name].attrs[f"{name}_names"] = attrs.pop(f"{name}_names")
-            file.attrs.update(attrs)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        fail(f"{path}: cannot be written: {error}")
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+
+def write(path, parts, attrs):
+    """Write a list of column dicts {name: (n,...)} one after the other as schema v1: complete or not at all."""
+    with replacing(path) as part, h5py.File(part, "w") as file:
+        fill(file, {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}, attrs)
+
+
+def fill(file, columns, attrs):
+    """Write columns and attributes into an open file; NAME_names become attributes of the dataset NAME."""
+    for name, x in columns.items():
+        if x.ndim > 1:
+            file.create_dataset(name, data=x, chunks=(1, *x.shape[1:]), **PACKED)
+        elif x.dtype.kind in "UO":
+            file.create_dataset(name, data=x.astype(object), dtype=h5py.string_dtype())
+        else:
+            x = x.astype(np.float32) if x.dtype == np.float64 else x
+            file.create_dataset(name, data=x, chunks=x.shape, fletcher32=True)
+    for key, value in attrs.items():
+        owner = key.removesuffix("_names")
+        (file[owner] if key.endswith("_names") and owner in columns else file).attrs[key] = value
 
 
 # ---------------------------------------------------------------------------------------------------
 # Edges: the drawing that cond_ldm.py turns into a picture
 
 EDGES = ("full", "sparse", "mask", "none")
+CINE = ["background", "LV cavity", "myocardium", "RV cavity"]  # the mask ids of all cine files written here
+CINE_NAMES = dict(mask_names=CINE, view_names=["SA", "LA"], phase_names=["ED", "ES"])
 
 
 def canny(image, sigma, low, high, tissue=None):
@@ -899,18 +888,16 @@ def edges(image, sigma=None, shortest=None):
     """(N,H,W) uint8 -> (N,H,W) bool: Canny's edges without the noise.
 
     Thresholds are quantiles of the slope over the tissue (brighter than 5 % of full scale): padding and air
-    have no say. Against noise and texture: sigma in pixels (None: 1.5 at 256, 1 at 128), and edges of
-    fewer than `shortest` pixels (None: 16 at 256) are dropped."""
+    have no say. sigma in pixels (None: 1.5 at 256, 1 at 128); edges of fewer than `shortest` pixels (None: 16
+    at 256) are dropped."""
     side = max(image.shape[1:])
     sigma, shortest = sigma or max(1.0, side / 170), side // 16 if shortest is None else shortest
     found = np.zeros(image.shape, bool)
     for k, x in enumerate(image):
         tissue = x > 13
         if tissue.any():
-            part, count = ndimage.label(canny(x / 255.0, sigma, 0.5, 0.8, tissue), np.ones((3, 3)))
-            keep = np.bincount(part.ravel(), minlength=count + 1) >= shortest
-            keep[0] = False
-            found[k] = keep[part]
+            part, _ = ndimage.label(canny(x / 255.0, sigma, 0.5, 0.8, tissue), np.ones((3, 3)))
+            found[k] = (part > 0) & (np.bincount(part.ravel()) >= shortest)[part]
     return found
 
 
@@ -923,12 +910,12 @@ def strokes(found, rng):
         p, (h, w) = np.pad(x, 1).astype(np.uint8), x.shape
         near = sum(p[i:i + h, j:j + w] for i in range(3) for j in range(3))
         part, count = ndimage.label(x & (near <= 4), np.ones((3, 3)))    # itself and 3 neighbours: no branch
-        length, keep = np.bincount(part.ravel(), minlength=count + 1), np.zeros(count + 1, bool)
-        length[0], length[length < max(h, w) // 24] = 0, 0               # nobody draws specks
+        length = np.bincount(part.ravel(), minlength=count + 1)
+        length[0] = 0
+        length[length < max(h, w) // 24] = 0                             # nobody draws specks
         wanted = min(int(rng.integers(2, 9)), np.count_nonzero(length))
         if wanted:
-            keep[rng.choice(count + 1, wanted, replace=False, p=length / length.sum())] = True
-            out[k] = keep[part]
+            out[k] = np.isin(part, rng.choice(count + 1, wanted, replace=False, p=length / length.sum()))
     return out
 
 
@@ -964,10 +951,6 @@ def moved(image, mask, strength, rng):
     return image, mask
 
 
-CINE = ["background", "LV cavity", "myocardium", "RV cavity"]  # the mask ids of all cine files written here
-CINE_NAMES = dict(mask_names=CINE, view_names=["SA", "LA"], phase_names=["ED", "ES"])
-
-
 def cine_ids(data):
     """-> (256,) uint8 that takes the mask ids of a Dataset to those of CINE: cine_ids(data)[mask].
 
@@ -992,7 +975,7 @@ def cine_ids(data):
 
 
 def view_phase(columns, n):
-    """Columns view and phase -> (n,2) float32: -1 for the first (SA, ED), 1 for the second (LA, ES), 0 unknown."""
+    """Columns view and phase -> (n,2) float32: -1 for SA and ED, 1 for LA and ES, 0 where not known."""
     known = [columns.get(k, np.full(n, np.nan)) for k in ("view", "phase")]
     return np.stack([np.select([k == 0, k == 1], [-1, 1], 0) for k in known], 1).astype(np.float32)
 
@@ -1026,10 +1009,28 @@ def load_drawings(path, size, edges, with_mask):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Phantom hearts
+# Phantoms. A subject depends on (seed, number) only.
 
-UNIT = 1.3  # mm: the lengths below are in these
-HEART = ["background", "LV cavity", "myocardium", "infarct", "no-reflow"]  # EMIDEC's mask ids
+class Picture:
+    """Grey values that are painted in layers; a layer fades in over about a pixel at its border."""
+    def __init__(self, sharp):
+        self.sharp = sharp      # per unit of distance
+
+    def inside(self, distance):
+        """Signed distance, negative inside -> share of a pixel that lies inside: smooth partial volume."""
+        return 0.5 - 0.5 * np.tanh(distance * self.sharp)
+
+    def over(self, colour, share, label=None):
+        """Paint over what is there; label: id in self.mask where this layer has most of a pixel."""
+        self.grey = self.grey + (colour - self.grey) * share
+        if label is not None:
+            self.mask[share > 0.5] = label
+
+
+def ellipse(x, y, a, b, corners=1):
+    """Signed distance, to first order, to the ellipse with half-axes a, b around 0; negative inside."""
+    e = corners * np.sqrt((x / a) ** 2 + (y / b) ** 2) + 1e-3
+    return e * (e - 1) / np.sqrt((x / a ** 2) ** 2 + (y / b ** 2) ** 2 + 1e-9)
 
 
 def smooth_noise(rng, n, size, cell, shared=0.8):
@@ -1041,12 +1042,6 @@ def smooth_noise(rng, n, size, cell, shared=0.8):
     weight = np.exp(-0.5 * ((place[:, None] - np.arange(knots)) / 0.6) ** 2)
     noise = weight @ grid @ weight.T
     return noise / noise.std()
-
-
-def ellipse(x, y, a, b, corners=1):
-    """Signed distance, to first order, to the ellipse with half-axes a, b around 0; negative inside."""
-    e = corners * np.sqrt((x / a) ** 2 + (y / b) ** 2) + 1e-3
-    return e * (e - 1) / np.sqrt((x / a ** 2) ** 2 + (y / b ** 2) ** 2 + 1e-9)
 
 
 def lung(rng, pixel, fine, coarse):
@@ -1071,33 +1066,41 @@ def scanner(rng, image, fine, coarse, slope, noise=1.0):
     return np.rint(255 * np.clip(image, 0, 1)).astype(np.uint8), gamma
 
 
-def heart(rng, size, jitter, infarcted):
+def phantom_file(path, command, names, draw, **attrs):
+    """Write what draw(i) -> columns makes of each subject of `names`, as `data.py phantom` with this command."""
+    table = []
+    for i, name in enumerate(tqdm(names, command.split()[0], leave=False, disable=None)):
+        columns = draw(i)
+        table.append(columns | dict(subject=np.repeat(name, len(columns["image"]))))
+    write(path, table, dict(attrs, source=f"python data.py phantom {command}", licence="CC0"))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Phantom hearts: late gadolinium enhancement in short axis, as EMIDEC shows it
+
+UNIT = 1.3  # mm: the lengths below are in these
+HEART = ["background", "LV cavity", "myocardium", "infarct", "no-reflow"]  # EMIDEC's mask ids
+
+
+def heart(rng, size, infarcted):
     """One subject of phantom_hearts -> its columns, 6-8 slices from base to apex."""
     n = int(rng.integers(6, 9))
     z = ((np.arange(n) + 0.5) / n)[:, None, None]                       # 0 base ... 1 apex
     age, male = np.clip(rng.normal(60, 12), 25, 90), rng.random() < 0.7
 
-    # Pose: scaled by jitter, drawn in any case so that jitter does not change the anatomy.
-    shift, tilt = rng.normal(0, 4, 2) * jitter, rng.normal(0, 2.5, 2) * jitter
-    breath = rng.normal(0, 0.8, (2, n, 1, 1)) * jitter                  # each slice is its own breath-hold
-    rotation, scale, stretch = np.array([14, 0.06, 0.03]) * rng.normal(0, 1, 3) * jitter
+    # Pose. Each slice is its own breath-hold. The frame is 125 mm wide, y points up.
+    shift, tilt, breath = rng.normal(0, 4, 2), rng.normal(0, 2.5, 2), rng.normal(0, 0.8, (2, n, 1, 1))
+    rotation, scale, stretch = np.array([14, 0.06, 0.03]) * rng.normal(0, 1, 3)
     dx, dy = (np.clip(s, -14, 14) + t * (z - 0.5) + b for s, t, b in zip(shift, tilt, breath))
     scale, stretch, turn = np.exp(np.clip(scale, -.15, .15)), np.exp(stretch), np.deg2rad(rotation)
-    pixel = ((np.arange(size) + 0.5) / size - 0.5) * 125 / UNIT         # the frame is 125 mm wide
-    gx, gy = pixel[None, None, :] - dx, -pixel[None, :, None] - dy      # y points up
+    pixel = ((np.arange(size) + 0.5) / size - 0.5) * 125 / UNIT
+    gx, gy = pixel[None, None, :] - dx, -pixel[None, :, None] - dy
     x = (np.cos(turn) * gx + np.sin(turn) * gy) / (scale * stretch)
     y = (np.cos(turn) * gy - np.sin(turn) * gx) / (scale / stretch)
     rho, angle = np.sqrt(x * x + y * y) + 1e-3, np.arctan2(y, x)      # 0 lateral, 90 anterior, 180 septum
 
     def ripple(k, amount):
         return amount * np.cos(k * angle - rng.uniform(0, 2 * np.pi))
-
-    def inside(distance):  # share of a pixel that lies inside: smooth partial volume
-        return 0.5 - 0.5 * np.tanh(distance * 0.8 / max(0.75, 125 / UNIT / size))
-
-    def over(colour, share):
-        nonlocal image
-        image = image + (colour - image) * share
 
     # Left ventricle: cavity, wall; the right one is an ellipse behind it.
     radius = np.clip(rng.normal(20 + male, 2), 15, 26) * (1 - 0.5 * z ** 2.4)
@@ -1109,8 +1112,7 @@ def heart(rng, size, jitter, infarcted):
     width = rng.normal(22, 2.5) * np.sqrt(np.clip(1 - (z / 0.98) ** 2.2, 0, 1))
     a, b = 0.28 * outer + width, outer * (1.02 - 0.25 * z ** 2) * rng.normal(1, 0.05)
     rx, ry = x + 0.72 * outer, y + rng.normal(2.5, 1.5) - 0.18 * (x + outer)
-    corners = 1 + 0.07 * np.cos(3 * np.arctan2(ry, rx) + 0.5)
-    d_rv = ellipse(rx, ry, a, b, corners)
+    d_rv = ellipse(rx, ry, a, b, 1 + 0.07 * np.cos(3 * np.arctan2(ry, rx) + 0.5))
     d_heart = np.minimum(d_epi, d_rv - 2.2)
 
     # Grey values as the inversion time leaves them: myocardium nulled, blood medium, scar and fat bright.
@@ -1119,7 +1121,8 @@ def heart(rng, size, jitter, infarcted):
     coarse, fine = smooth_noise(rng, n, size, 14), smooth_noise(rng, n, size, 4, 0.3)
 
     # Thorax: lung with vessels, liver below, stomach, aorta, chest wall to the upper left.
-    image = lung(rng, pixel, fine, coarse)
+    picture = Picture(0.8 / max(0.75, 125 / UNIT / size))
+    picture.grey, over, inside = lung(rng, pixel, fine, coarse), picture.over, picture.inside
     lean = rng.normal(0, 0.1)
     d_liver = rng.normal(37, 3) - 6 * z + y * np.cos(lean) + x * np.sin(lean) + 0.004 * (x + 20) ** 2
     over(fat * 0.85, inside(d_liver - 3))
@@ -1138,7 +1141,7 @@ def heart(rng, size, jitter, infarcted):
     over(0.55, inside(np.maximum(abs(d_chest + 5) - 2.5, 3 * (0.3 - along))))
     over(fat, inside(d_chest + 11 + 2 * coarse))
 
-    # Fat around the heart, then the heart itself.
+    # Fat around the heart, the heart itself, its papillary muscles (in mid slices only).
     rim = 2.2 + ripple(1, 2.5) + ripple(2, 2.0) + 0.8 * coarse
     over(fat * 0.9, inside(np.maximum(d_chest, 0) + d_heart - rng.uniform(4, 18) - 2 * coarse))
     over(fat, inside(d_heart - np.maximum(rim, 0)) * np.clip(rim, 0, 1))
@@ -1146,11 +1149,11 @@ def heart(rng, size, jitter, infarcted):
     over(muscle, inside(d_heart))
     over(blood * rng.normal(1, 0.04) + 0.03 * coarse, inside(np.maximum(d_rv, 0.8 - d_epi)))
     over(blood + 0.02 * coarse, inside(d_endo))
-    belly = np.sqrt(np.clip(1 - ((z - 0.5) / 0.38) ** 2, 0, 1))        # papillary muscles: mid slices only
-    for centre in (rng.normal(35, 8), rng.normal(238, 8)):
-        px, py = (0.66 * radius * t for t in (np.cos(np.deg2rad(centre)), np.sin(np.deg2rad(centre))))
-        d_pap = np.sqrt((x - px) ** 2 + (y - py) ** 2) - 0.21 * radius * belly
-        over(muscle * 1.2, inside(d_pap) * belly)
+    belly = np.sqrt(np.clip(1 - ((z - 0.5) / 0.38) ** 2, 0, 1))
+    for centre in np.deg2rad([rng.normal(35, 8), rng.normal(238, 8)]):
+        px, py = 0.66 * radius * np.cos(centre), 0.66 * radius * np.sin(centre)
+        d_papillary = np.sqrt((x - px) ** 2 + (y - py) ** 2) - 0.21 * radius * belly
+        over(muscle * 1.2, inside(d_papillary) * belly)
 
     # Infarct: from the endocardium outwards (wavefront), in one coronary territory.
     territory = rng.choice(3, p=[0.45, 0.33, 0.22])
@@ -1168,23 +1171,18 @@ def heart(rng, size, jitter, infarcted):
     d_core = np.maximum(abs(d_endo - 0.42 * depth * wall) - 0.17 * depth * wall, (away - 0.4) * half * rho)
     d_core = np.where(core & (deepest > 0.6) & (depth > 0.6), d_core, 9)
     over(muscle, inside(d_core))
-    mask = np.zeros((n, size, size), np.uint8)
-    mask[d_epi < 0] = 2
-    mask[(d_scar < 0) & (depth > 0.08)] = 3
-    mask[(d_core < 0) & (mask == 3)] = 4
-    mask[d_endo < 0] = 1
+    scar = (d_scar < 0) & (depth > 0.08)
+    mask = np.select([d_endo < 0, scar & (d_core < 0), scar, d_epi < 0], [1, 4, 3, 2]).astype(np.uint8)
 
-    image, gamma = scanner(rng, image, fine, coarse, y - x)
+    image, gamma = scanner(rng, picture.grey, fine, coarse, y - x)
     fraction = infarct_fraction(mask)
-    return dict(
-        image=image, mask=mask, slice=np.arange(n),
-        label=np.full(n, int(infarcted)), has_infarct=(fraction > 0).astype(np.uint8),
-        infarct_fraction=fraction, age=np.full(n, age), sex=np.full(n, "M" if male else "F"),
-        factor_infarct_fraction=fraction, factor_transmurality=np.where(fraction > 0, depth.max((1, 2)), 0),
-        factor_wall_thickness=(thick * scale * UNIT).ravel(),
-        factor_lv_radius=(radius * scale * UNIT).ravel(),
-        factor_x=(dx * UNIT).ravel(), factor_y=(dy * UNIT).ravel(), factor_rotation=np.full(n, rotation),
-        factor_contrast=np.full(n, blood ** gamma - muscle ** gamma))
+    factors = dict(infarct_fraction=fraction, transmurality=np.where(fraction > 0, depth.max((1, 2)), 0),
+                   wall_thickness=(thick * scale * UNIT).ravel(), lv_radius=(radius * scale * UNIT).ravel(),
+                   x=(dx * UNIT).ravel(), y=(dy * UNIT).ravel(), rotation=np.full(n, rotation),
+                   contrast=np.full(n, blood ** gamma - muscle ** gamma))
+    return dict(image=image, mask=mask, slice=np.arange(n), label=np.full(n, int(infarcted)),
+                has_infarct=(fraction > 0).astype(np.uint8), infarct_fraction=fraction, age=np.full(n, age),
+                sex=np.full(n, "M" if male else "F"), **{f"factor_{k}": v for k, v in factors.items()})
 
 
 def infarct_fraction(mask):
@@ -1192,32 +1190,15 @@ def infarct_fraction(mask):
     return (mask >= 3).sum((1, 2)) / np.maximum((mask >= 2).sum((1, 2)), 1)
 
 
-def phantom_options(path, subjects, seed, size, patients=0, jitter=0.0):
-    """Fails in one line on what no phantom can be drawn with."""
-    if subjects < 1 or patients < 0 or seed < 0 or size < 16 or not 0 <= jitter <= 10:
-        fail(f"{path}: phantom needs subjects >= 1, patients >= 0, seed >= 0, size >= 16, 0 <= jitter <= 10")
-
-
-def phantom_file(path, kind, subjects, seed, size, draw, flags="", **attrs):
-    """Write what draw(rng, i) -> columns makes of each subject i. A subject depends on (seed, number)."""
-    table = []
-    for i in tqdm(range(subjects), kind, leave=False, disable=None):
-        columns = draw(np.random.default_rng([seed, i]), i)
-        columns["subject"] = np.repeat(f"{kind[:-1]}{seed}-{i:03d}", len(columns["image"]))
-        table.append(columns)
-    source = f"python data.py phantom {kind} --subjects {subjects} --seed {seed} --size {size}{flags}"
-    write(path, table, dict(attrs, source=source, licence="CC0"))
-
-
-def phantom_hearts(path, subjects=100, seed=0, size=128, jitter=1.0):
+def phantom_hearts(path, subjects=100, seed=0, size=128):
     """Write LGE short-axis hearts with known causes; two thirds infarcted, mask ids as EMIDEC's.
 
     factor_*: x, y (right, up), lv_radius, wall_thickness in mm (the frame is 125 mm wide); rotation in
     degrees; infarct_fraction of the myocardium; transmurality of the wall (deepest point); contrast = blood -
-    myocardium of full scale. jitter scales pose only, 0 = aligned. A subject depends on (seed, number)."""
-    phantom_options(path, subjects, seed, size, jitter=jitter)
-    phantom_file(path, "hearts", subjects, seed, size,
-                 lambda rng, i: heart(rng, size, jitter, infarcted=i % 3 > 0), f" --jitter {jitter:g}",
+    myocardium of full scale."""
+    phantom_file(path, f"hearts --subjects {subjects} --seed {seed} --size {size}",
+                 [f"heart{seed}-{i:03d}" for i in range(subjects)],
+                 lambda i: heart(np.random.default_rng([seed, i]), size, infarcted=i % 3 > 0),
                  spacing_mm=[9.0, 125 / size, 125 / size], label_names=["normal", "pathological"],
                  mask_names=HEART)
 
@@ -1254,14 +1235,9 @@ def cine_view(rng, size, n, long_axis, radius, wall, ef, blood, muscle, fat, ski
     x = (np.cos(turn) * gx + np.sin(turn) * gy) / scale
     y = (np.cos(turn) * gy - np.sin(turn) * gx) / scale
     coarse, fine = (np.tile(smooth_noise(rng, n, size, *a), (2, 1, 1)) for a in ((14,), (4, 0.3)))
-    image = 0.5 * np.tile(lung(rng, pixel * 96 / FRAME, fine[:n], coarse[:n]), (2, 1, 1))
-
-    def inside(distance):  # share of a pixel that lies inside: smooth partial volume
-        return 0.5 - 0.5 * np.tanh(distance * 0.8 / max(0.8, FRAME / size))
-
-    def over(colour, share):
-        nonlocal image
-        image = image + (colour - image) * share
+    picture = Picture(0.8 / max(0.8, FRAME / size))
+    picture.grey = 0.5 * np.tile(lung(rng, pixel * 96 / FRAME, fine[:n], coarse[:n]), (2, 1, 1))
+    over, inside = picture.over, picture.inside
 
     def wave(k, amount):
         return amount * np.cos(k * angle - rng.uniform(0, 2 * np.pi))
@@ -1359,7 +1335,7 @@ def cine_view(rng, size, n, long_axis, radius, wall, ef, blood, muscle, fat, ski
     over(muscle * 1.1, inside(d_papillary) * belly)
 
     mask = np.select([d_endo < 0, d_epi < 0, d_rv < 0], [1, 2, 3]).astype(np.uint8)
-    image, gamma = scanner(rng, image, fine, coarse, (y - x) / 2, noise=0.6)
+    image, gamma = scanner(rng, picture.grey, fine, coarse, (y - x) / 2, noise=0.6)
     row = np.zeros((2 * n, 1, 1))
     factors = dict(lv_radius=r * scale, wall_thickness=t * scale, ejection_fraction=ef, x=dx, y=dy,
                    rotation=rotation, contrast=blood ** gamma - muscle ** gamma)
@@ -1373,9 +1349,10 @@ def phantom_views(path, subjects=60, seed=0, size=128):
 
     factor_*: ejection_fraction in [0,1]; lv_radius (short half-axis in the image) and wall_thickness in mm at
     that phase; x, y in mm (right, up) and rotation in degrees off the view's own place; contrast = blood -
-    myocardium of full scale. The frame is FRAME mm wide. A subject depends on (seed, number)."""
-    phantom_options(path, subjects, seed, size)
-    phantom_file(path, "views", subjects, seed, size, lambda rng, i: cine(rng, size, i % 3),
+    myocardium of full scale. The frame is FRAME mm wide."""
+    phantom_file(path, f"views --subjects {subjects} --seed {seed} --size {size}",
+                 [f"view{seed}-{i:03d}" for i in range(subjects)],
+                 lambda i: cine(np.random.default_rng([seed, i]), size, i % 3),
                  spacing_mm=[10.0, FRAME / size, FRAME / size],
                  label_names=["healthy", "dilated", "hypertrophic"], **CINE_NAMES)
 
@@ -1419,6 +1396,24 @@ def tube(x, y, z, points, tall=1.0):
     return best
 
 
+def ball(x, y, z, at, radii, tilt=0.0):
+    """Distance to the ellipsoid around `at`, turned about z by tilt (radians)."""
+    p, q, s = x - at[0], y - at[1], z - at[2]
+    c, d = float(np.cos(tilt)), float(np.sin(tilt))
+    p, q = c * p - d * q, d * p + c * q
+    e = np.sqrt((p / radii[0]) ** 2 + (q / radii[1]) ** 2 + (s / radii[2]) ** 2) + 1e-3
+    return e * (e - 1) / np.sqrt((p / radii[0] ** 2) ** 2 + (q / radii[1] ** 2) ** 2
+                                 + (s / radii[2] ** 2) ** 2 + 1e-9)
+
+
+def egg(at, radii, p=2.3):
+    """e = 1 on an ellipsoid with fuller corners -> e at `at`, unit normal, |grad e|."""
+    e = sum(abs(c / r) ** p for c, r in zip(at, radii)) ** (1 / p) + 1e-3
+    normal = [np.sign(c) * abs(c / r) ** (p - 1) / r for c, r in zip(at, radii)]
+    steep = np.sqrt(sum(c * c for c in normal)) + 1e-9
+    return e, [c / steep for c in normal], steep / e ** (p - 1)
+
+
 def grid(shape, voxel):
     """x, y, z in mm of (D,H,W) voxels around MIDDLE: columns go right, rows back, slices up."""
     up, back, right = ((np.arange(n) + 0.5 - n / 2) * voxel for n in shape)
@@ -1433,29 +1428,8 @@ def brain(rng, x, y, z, voxel, age=40.0, severity=0.0, alzheimer=0.0):
     severity (0..1) of motor neuron disease, alzheimer (0..1). -> dict of image in [0,1], mask (BRAIN), and
     the share of each voxel that is head, ventricle, hippocampus."""
     x, y, z = (np.asarray(c, np.float32) for c in np.broadcast_arrays(x, y, z))
-
-    def inside(distance):  # share of a voxel that lies inside: smooth partial volume
-        return 0.5 - 0.5 * np.tanh(distance * (2 / max(1, voxel)))
-
-    def over(colour, share, kind=None):
-        nonlocal image
-        image = image + (colour - image) * share
-        if kind is not None:
-            mask[share > 0.5] = kind
-
-    def ball(at, radii, tilt=0.0):  # distance to an ellipsoid, turned about z by tilt (radians)
-        p, q, s = X - at[0], y - at[1], z - at[2]
-        c, d = float(np.cos(tilt)), float(np.sin(tilt))
-        p, q = c * p - d * q, d * p + c * q
-        e = np.sqrt((p / radii[0]) ** 2 + (q / radii[1]) ** 2 + (s / radii[2]) ** 2) + 1e-3
-        return e * (e - 1) / np.sqrt((p / radii[0] ** 2) ** 2 + (q / radii[1] ** 2) ** 2
-                                     + (s / radii[2] ** 2) ** 2 + 1e-9)
-
-    def egg(at, radii, p=2.3):  # e = 1 on an ellipsoid with fuller corners -> e, unit normal, |grad e|
-        e = sum(abs(c / r) ** p for c, r in zip(at, radii)) ** (1 / p) + 1e-3
-        normal = [np.sign(c) * abs(c / r) ** (p - 1) / r for c, r in zip(at, radii)]
-        steep = np.sqrt(sum(c * c for c in normal)) + 1e-9
-        return e, [c / steep for c in normal], steep / e ** (p - 1)
+    picture = Picture(2 / max(1, voxel))
+    over, inside = picture.over, picture.inside
 
     def sided(sd, mean=0.0):  # a value of its own in each hemisphere
         right, left = rng.normal(mean, sd, 2)
@@ -1529,23 +1503,23 @@ def brain(rng, x, y, z, voxel, age=40.0, severity=0.0, alzheimer=0.0):
                             (21, -36, 14, 4.6), (22, -52, 11, 3), (19, tip, 9, 1)], 1.9) - (grow - 1) * 3.2
     d_horn = tube(X, y, z, [(22, -37, 12, 4), (32, -29, -3, 2.6), (33, -18, -13, 2), (29, -7, -17, 1.6)]) \
         - (grow - 1) * 2.4 - 2.2 * alzheimer
-    d_third = np.maximum(X - 1.0 * grow, ball((0, -12, 4), (9, 16, 13)))
+    d_third = np.maximum(X - 1.0 * grow, ball(X, y, z, (0, -12, 4), (9, 16, 13)))
     shrink = float(np.exp(rng.normal(0, 0.06))) * (1 - 0.12 * wear) * (1 - 0.25 * alzheimer)
     d_ammon = tube(X, y, z, [(*p, r * shrink) for *p, r in (
         (25, -8, -18, 7), (28, -19, -15, 5.8), (29, -28, -9, 5), (24, -36, 0, 3.6))])
 
     texture = waves(rng, x, y, z, 9)
     white, grey = 0.80 + 0.008 * texture, 0.53 + 0.015 * texture
-    image, mask = white, np.full(x.shape, 3, np.uint8)
+    picture.grey, picture.mask = white, np.full(x.shape, 3, np.uint8)
     over(white - 0.18 * wear, np.exp(-np.maximum(np.minimum(d_body, d_horn), 0) / 5))
     tract = np.sqrt((X - 22.5) ** 2 + (y + 12 + 0.25 * (z - 16)) ** 2)  # corticospinal: internal capsule
     over(white - 0.5, severity * np.clip(2.2 - tract / 3.6, 0, 1) * np.clip(3 - abs(z - 12) / 10, 0, 1))
     over(grey, inside(pia - thick), 2)
-    over(grey + 0.05, inside(ball((27, 3, 6), (5.5, 16, 15), -0.18)), 2)      # putamen
-    over(grey + 0.17, inside(ball((20, -3, 2), (3.5, 8, 9), -0.45)), 2)       # pallidum
+    over(grey + 0.05, inside(ball(X, y, z, (27, 3, 6), (5.5, 16, 15), -0.18)), 2)      # putamen
+    over(grey + 0.17, inside(ball(X, y, z, (20, -3, 2), (3.5, 8, 9), -0.45)), 2)       # pallidum
     over(grey + 0.03, inside(tube(X, y, z, [(14, 21, 8, 5), (14.5, 9, 14, 5), (17, -6, 20, 3.4),
-                                            (22, -22, 20, 2)], 1.4)), 2)      # caudate
-    over(grey + 0.08, inside(ball((11, -16, 12), (8.5, 14, 13), 0.45)), 2)    # thalamus
+                                            (22, -22, 20, 2)], 1.4)), 2)               # caudate
+    over(grey + 0.08, inside(ball(X, y, z, (11, -16, 12), (8.5, 14, 13), 0.45)), 2)    # thalamus
     ventricle, hippocampus = inside(np.minimum(np.minimum(d_body, d_horn), d_third)), inside(d_ammon)
     over(0.14, ventricle, 4)
     over(grey - 0.01, hippocampus, 5)
@@ -1554,7 +1528,7 @@ def brain(rng, x, y, z, voxel, age=40.0, severity=0.0, alzheimer=0.0):
     # Below the cerebrum: brainstem, cerebellum with leaves that fan out from its core, cisterns between.
     below = inside(cerebrum + 0.5)
     d_stem = np.maximum(tube(x, y, z, [(0, -16, -6, 13), (0, -19, -25, 13), (0, -32, -60, 7)]), -56 - z)
-    d_leaf = ball((18, -56, -35), (30, 26, 20))
+    d_leaf = ball(X, y, z, (18, -56, -35), (30, 26, 20))
     fan, out = np.arctan2(z + 34, -y - 38), np.sqrt((z + 34) ** 2 + (y + 38) ** 2)
     d_leaves = abs(np.sin(8 * fan)) * out / 8
     over(0.15, below, 1)
@@ -1563,8 +1537,8 @@ def brain(rng, x, y, z, voxel, age=40.0, severity=0.0, alzheimer=0.0):
     over(white - 0.02, below * inside(np.maximum(d_leaf + 4, 2.2 - d_leaves)), 3)
     near = abs(np.minimum(d_leaf, d_stem) + cerebrum)
     head = inside(np.minimum(np.minimum(d_leaf, d_stem) - 1, -cerebrum) - np.maximum(12 - near, 0) ** 2 / 48)
-    mask[head < 0.5] = 0
-    return dict(image=image * head, mask=mask, head=head, ventricle=ventricle * (1 - hippocampus),
+    picture.mask[head < 0.5] = 0
+    return dict(image=picture.grey * head, mask=picture.mask, head=head, ventricle=ventricle * (1 - hippocampus),
                 hippocampus=hippocampus)
 
 
@@ -1628,13 +1602,12 @@ def phantom_cohort(path, subjects=1000, patients=220, seed=0, size=128):
 
     factor_severity 0..1 (0 = healthy); factor_ventricle in mm2; factor_brain_age in years. The hazard is
     1/0.73 times higher per SD of severity, see survival(). mask 4: where the disease changed this patient's
-    own picture by more than 5 % of full scale. The frame is 176 mm wide. A subject depends on (seed, number)
-    and on being a patient."""
-    phantom_options(path, subjects, seed, size, patients)
-    table, voxel = [], 176 / size
+    own picture by more than 5 % of full scale. The frame is 176 mm wide."""
+    voxel = 176 / size
     # The level of the thalami. Stylised: the central sulcus, here only its lower end, is cut at full depth.
     x, y, z = grid((1, size, size), voxel)
-    for i in tqdm(range(subjects + patients), "brains", leave=False, disable=None):
+
+    def draw(i):
         ill = int(i >= subjects)
         key = seed, i - subjects * ill, ill
         rng = np.random.default_rng(key)
@@ -1645,39 +1618,35 @@ def phantom_cohort(path, subjects=1000, patients=220, seed=0, size=128):
         mask = np.array([0, 1, 2, 3, 1, 2], np.uint8)[drawn["mask"]]
         for healthy in well:                                           # the same brain without the disease
             mask[abs(drawn["image"] - healthy["image"]) > 0.05] = 4
-        table.append(dict(image=scan(rng, drawn, *at), mask=mask, **columns,
-                          subject=np.array([f"{['control', 'patient'][ill]}{seed}-{key[1]:03d}"]),
-                          factor_ventricle=drawn["ventricle"].sum((1, 2), dtype=float) * voxel ** 2))
-    write(path, table,
-          dict(source=f"python data.py phantom cohort --subjects {subjects} --patients {patients} "
-                      f"--seed {seed} --size {size}", licence="CC0", spacing_mm=[voxel, voxel],
-               hr_per_sd=1 / 0.73, label_names=["healthy", "patient"],
-               mask_names=[*BRAIN[:4], "lesion"]))
+        area = drawn["ventricle"].sum((1, 2), dtype=float) * voxel ** 2
+        return dict(columns, image=scan(rng, drawn, *at), mask=mask, factor_ventricle=area)
+
+    phantom_file(path, f"cohort --subjects {subjects} --patients {patients} --seed {seed} --size {size}",
+                 [f"control{seed}-{i:03d}" for i in range(subjects)]
+                 + [f"patient{seed}-{i:03d}" for i in range(patients)], draw,
+                 spacing_mm=[voxel, voxel], hr_per_sd=1 / 0.73, label_names=["healthy", "patient"],
+                 mask_names=[*BRAIN[:4], "lesion"])
 
 
 def phantom_brains(path, subjects=160, seed=0, size=48):
     """Write T1 volumes of controls (CN) and Alzheimer's disease (AD): 3 to 5 visits each within 4 years.
 
-    (D,H,W) = inferior to superior, anterior to posterior, left to right; D = W = size, H = size * 5/4 cut
-    to a multiple of 8; isotropic, H is 176 mm. age and session (months) are the visit's: every 6 months there
-    is one, most are missed. factor_rate: years that this brain ages per year; factor_ventricle_ml,
-    factor_hippocampus_ml: as drawn; factor_alzheimer 0..1. All is held in memory, twice while writing: 640
-    volumes are 0.17 GB at 48x56x48, 3.4 GB at 128x160x128. A subject depends on (seed, number); every second
-    one has AD.
-
-    On average, as in life: in AD hippocampi are a quarter smaller and shrink 5 % a year (CN: 1 %), ventricles
-    are half larger and grow 8 % a year (CN: 2 to 3 %); people of one age differ by 10 to 25 %."""
-    phantom_options(path, subjects, seed, size)
+    (D,H,W) = inferior to superior, anterior to posterior, left to right; H = size * 5/4 cut to a multiple of 8
+    is 176 mm. age and session (months) are the visit's. factor_rate: years that this brain ages per year;
+    factor_ventricle_ml, factor_hippocampus_ml; factor_alzheimer 0..1. All is held in memory: 640 volumes are
+    0.17 GB at 48x56x48, 3.4 GB at 128x160x128."""
     shape = size, size * 5 // 32 * 8, size
     voxel = 176 / shape[1]
     frame = grid(shape, voxel)
 
-    def visits(rng, i):
-        ill = i % 2
+    # On average, as in life: in AD hippocampi are a quarter smaller and shrink 5 % a year (CN: 1 %), ventricles
+    # are half larger and grow 8 % a year (CN: 2 to 3 %); people of one age differ by 10 to 25 %.
+    def draw(i):
+        rng, ill = np.random.default_rng([seed, i]), i % 2
         first, sex = rng.uniform(50, 90), "FM"[rng.integers(2)]
         rate = np.exp(rng.normal(0, 0.3)) * (1 + ill)
         ahead, stage = rng.normal(0, 4), rng.uniform(0.3, 0.8) * ill
-        visits = np.sort(rng.permutation(np.arange(6, 49, 6))[:rng.integers(2, 5)])
+        visits = np.sort(rng.permutation(np.arange(6, 49, 6))[:rng.integers(2, 5)])    # most are missed
         at, months, rows = pose(rng, *frame), np.append(0.0, visits), []
         for years in months / 12:
             ill_now = min(float(stage + 0.03 * ill * rate * years), 1.0)
@@ -1692,12 +1661,13 @@ def phantom_brains(path, subjects=160, seed=0, size=48):
         return dict({k: np.array([row[k] for row in rows]) for k in rows[0]}, session=months,
                     label=np.full(n, ill), sex=np.full(n, sex), factor_rate=np.full(n, rate))
 
-    phantom_file(path, "brains", subjects, seed, size, visits, spacing_mm=[voxel] * 3,
+    phantom_file(path, f"brains --subjects {subjects} --seed {seed} --size {size}",
+                 [f"brain{seed}-{i:03d}" for i in range(subjects)], draw, spacing_mm=[voxel] * 3,
                  label_names=["CN", "AD"], mask_names=BRAIN)
 
 
 # ---------------------------------------------------------------------------------------------------
-# EMIDEC (Lalande et al. 2020): Case_N006/Images/Case_N006.nii.gz, Case_N006/Contours/..., "Case N006.txt"
+# NIfTI
 
 def need_nibabel(command):
     """Fails in one line where nibabel is not installed."""
@@ -1733,12 +1703,11 @@ def read_voxels(path, zooms=1.0):
         with nibabel.openers.ImageOpener(path) as file:  # nibabel would mend a spacing of 0 to 1 mm
             header = type(volume.header).from_fileobj(file, check=False)
         zooms = abs(header["pixdim"][1:4])  # not the affine: EMIDEC's says 1 mm, wrongly
-    shape = volume.shape[:3]
+    shape, zooms = volume.shape[:3], np.array(np.broadcast_to(zooms, 3), float)
     if len(shape) < 3 or min(shape[:2]) < 2 or max(volume.shape[3:], default=1) > 1:
         raise ValueError(f"{path}: shape {volume.shape}, expected one volume")
     if np.prod(shape, dtype=object) > 1e9:
         raise ValueError(f"{path}: shape {volume.shape}, more than 1e9 voxels")
-    zooms = np.array(np.broadcast_to(zooms, 3), float)
     if not (np.isfinite(zooms).all() and (zooms > 0).all()):
         raise ValueError(f"{path}: spacing {zooms} mm")
     voxels = volume.astype(np.float32) if affine is None else volume.get_fdata(dtype=np.float32)
@@ -1747,34 +1716,67 @@ def read_voxels(path, zooms=1.0):
     return voxels.reshape(shape), zooms, affine
 
 
-def read_nifti(folder, case):
-    """CASE.nii.gz of a folder -> (rows, columns, slices) float32 array, its spacing in mm.
+def read_pair(image, labels, allowed):
+    """Two NIfTI files without their ending -> image float32, labels uint8 (X,Y,Z), (3,) mm per voxel.
 
-    Also found: CASE.nii, and a folder of either name that holds the file. ValueError says why not."""
-    pattern = os.path.join(glob.escape(folder), case + ".nii")
-    found = [p for end in (".gz", "", "/*.nii*", ".gz/*.nii*") for p in sorted(glob.glob(pattern + end))
-             if os.path.isfile(p)]
-    if not found:
-        raise ValueError(f"no {pattern}.gz")
-    return read_voxels(found[0])[:2]
+    Also found: NAME.nii, and a folder of either name that holds the file. ValueError says why not."""
+    volumes = []
+    for name in (image, labels):
+        found = [p for end in (".gz", "", "/*.nii*", ".gz/*.nii*")
+                 for p in sorted(glob.glob(glob.escape(name) + ".nii" + end)) if os.path.isfile(p)]
+        if not found:
+            raise ValueError(f"no {name}.nii.gz")
+        volumes.append(read_voxels(found[0]))
+    (x, zooms, _), (stored, *_) = volumes
+    if stored.shape != x.shape:
+        raise ValueError(f"image {x.shape} but labels {stored.shape}")
+    label = np.rint(stored)  # some are floats like 1.9999
+    if abs(label - stored).max() > 0.1 or not np.isin(label, allowed).all() or not label.any():
+        raise ValueError(f"{os.path.basename(labels)} holds {np.unique(stored)[:8]}, expected {allowed[0]} to "
+                         f"{allowed[-1]} and some heart")
+    return x, label.astype(np.uint8), zooms
 
 
-def read_case(root, case):
-    """One EMIDEC case -> image and mask (rows, columns, slices), spacing in mm, age or NaN, sex or ""."""
-    image, zooms = read_nifti(os.path.join(root, case, "Images"), case)
-    stored, _ = read_nifti(os.path.join(root, case, "Contours"), case)
-    mask = np.rint(stored).astype(np.uint8)  # some are floats like 1.9999
-    if mask.shape != image.shape:
-        raise ValueError(f"image {image.shape} but contours {mask.shape}")
-    if abs(mask - stored).max() > 0.1 or mask.max() > 4 or not (mask >= 2).any():
-        raise ValueError(f"contours hold {np.unique(stored)[:8]}, expected 0 to 4 and some myocardium")
-    entry, text = {}, os.path.join(root, case.replace("_", " ") + ".txt")
-    if os.path.isfile(text):
-        with open(text, encoding="latin-1") as file:  # "Age\xa0: 61": no-break spaces, which strip() drops
-            entry = {k.strip().lower(): v.strip() for k, _, v in (line.partition(":") for line in file)}
-    age = re.match(r"\d+(\.\d+)?", entry.get("age", ""))
-    return image, mask, zooms, float(age[0]) if age else np.nan, entry.get("sex", "")[:1].upper()
+def to_grey(x, low, high):
+    """Float images -> uint8, 0 at `low` and 255 at `high`."""
+    return np.rint(255 * np.clip((x - low) / max(high - low, 1e-6), 0, 1)).astype(np.uint8)
 
+
+def read_table(path, needed):
+    """CSV -> DataFrame of stripped texts, NaN where missing; columns in lower case, line numbers as index."""
+    try:
+        with open(path, "rb") as file:
+            raw = file.read()
+        encoding = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+        try:
+            text = raw.decode(encoding)
+        except UnicodeDecodeError:  # an older Excel
+            text = raw.decode("latin-1")
+        first = text.strip().partition("\n")[0]
+        comma = max(",;\t", key=first.count)
+        table = pd.read_csv(io.StringIO(text), sep=comma, header=None, dtype=str, skip_blank_lines=False,
+                            skipinitialspace=True, na_values=["?", "na", "none"])
+    except (OSError, ValueError) as error:      # pandas' are ValueErrors
+        fail(f"{path}: cannot be read as a table: {error}")
+    table.index += 1
+    table = table.apply(lambda column: column.str.strip()).dropna(how="all").dropna(axis=1, how="all")
+    table, header = table.iloc[1:], table.iloc[0].fillna("").str.lower()
+    if comma == ";":  # decimal commas come with it
+        table = table.replace(r"^(-?\d+),(\d+)$", r"\1.\2", regex=True)
+    for name in needed:
+        if name not in set(header):
+            near = difflib.get_close_matches(name, header, 1)
+            fail(f"{path}: no column {name}, the header has {', '.join(header):.200}"
+                 + (f"; rename {near[0]} to {name}" if near else ""))
+    table.columns = header.str.replace(r"\W+", "_", regex=True)       # "a/b" would be a group
+    for name in table.columns[table.columns.duplicated()]:
+        fail(f"{path}: {(table.columns == name).sum()} columns have the name {name}; rename all but one")
+    if not len(table):
+        fail(f"{path}: a header but no rows")
+    return table.loc[:, table.notna().any() | table.columns.isin(needed)]
+
+
+# EMIDEC (Lalande et al. 2020): Case_N006/Images/Case_N006.nii.gz, Case_N006/Contours/..., "Case N006.txt"
 
 def emidec(root, out, spacing=None):
     """Convert EMIDEC: 128x128 around each heart, the same mm per pixel for all; rows = first NIfTI axis.
@@ -1785,41 +1787,48 @@ def emidec(root, out, spacing=None):
     need_nibabel("emidec")
     if spacing is not None and not 0.01 <= spacing <= 100:
         fail(f"--spacing {spacing}: expected mm per pixel")
-    cases = sorted(c for c in (os.listdir(root) if os.path.isdir(root) else [])
-                   if re.fullmatch(r"Case_[NP]\d+", c) and os.path.isdir(os.path.join(root, c)))
+    cases = sorted(subfolders(root, (), r"Case_[NP]\d+"))
     if not cases:
         fail(f"{root}: no folders Case_N... or Case_P...; pass the folder that holds them")
-    skipped, parts = [], []
-    read = dict(attempt(cases, lambda case: read_case(root, case), skipped))
-    if not read:
-        fail(f"{root}: none of {len(cases)} cases could be read; the first: {skipped[0]}")
-    corners = {}
-    for case, (_, mask, *_) in read.items():
+
+    def read(case):
+        image, mask, zooms = read_pair(*(os.path.join(root, case, folder, case) for folder in ("Images", "Contours")),
+                                       range(5))
         where = np.argwhere(mask >= 2)[:, :2]
-        corners[case] = where.min(0), where.max(0) + 1
-    zooms = {case: c[2] for case, c in read.items()}
-    spacing = spacing or max(1.5 * ((b - a) * zooms[c][:2]).max() / 128 for c, (a, b) in corners.items())
-    for case, (image, mask, _, age, sex) in read.items():
-        step = spacing / zooms[case][:2]
-        start = sum(corners[case]) / 2 - 64 * step
-        keep = np.flatnonzero((mask >= 2).any((0, 1)))
-        image = resample(image.transpose(2, 0, 1)[keep], start, step, 128)
-        mask = resample(mask.transpose(2, 0, 1)[keep], start, step, 128, nearest=True)
-        low, high = np.percentile(image, [0, 99.5])
-        image, n = np.clip((image - low) / max(high - low, 1e-6), 0, 1), len(keep)
+        if not len(where):
+            raise ValueError("contours without myocardium")
+        entry, text = {}, os.path.join(root, case.replace("_", " ") + ".txt")
+        if os.path.isfile(text):
+            with open(text, encoding="latin-1") as file:  # "Age\xa0: 61": no-break spaces, which strip() drops
+                entry = {k.strip().lower(): v.strip() for k, _, v in (line.partition(":") for line in file)}
+        age = re.match(r"\d+(\.\d+)?", entry.get("age", ""))
+        person = float(age[0]) if age else np.nan, entry.get("sex", "")[:1].upper()
+        return image.transpose(2, 0, 1), mask.transpose(2, 0, 1), zooms, (where.min(0), where.max(0) + 1), person
+
+    skipped, parts = [], []
+    hearts = dict(attempt(cases, read, skipped))
+    if not hearts:
+        fail(f"{root}: none of {len(cases)} cases could be read; the first: {skipped[0]}")
+    spacing = spacing or max(1.5 * ((b - a) * zooms[:2]).max() / 128 for _, _, zooms, (a, b), _ in hearts.values())
+    for case, (image, mask, zooms, corners, (age, sex)) in hearts.items():
+        step = spacing / zooms[:2]
+        start = sum(corners) / 2 - 64 * step
+        keep = np.flatnonzero((mask >= 2).any((1, 2)))
+        image, mask = resample(image[keep], start, step, 128), resample(mask[keep], start, step, 128, nearest=True)
+        n = len(keep)
         parts.append(dict(
-            image=np.rint(255 * image).astype(np.uint8), mask=mask, slice=keep, subject=np.full(n, case),
-            label=np.full(n, int(case[5] == "P")), has_infarct=(mask >= 3).any((1, 2)).astype(np.uint8),
-            infarct_fraction=infarct_fraction(mask), age=np.full(n, age), sex=np.full(n, sex)))
+            image=to_grey(image, *np.percentile(image, [0, 99.5])), mask=mask, slice=keep,
+            subject=np.full(n, case), label=np.full(n, int(case[5] == "P")), age=np.full(n, age),
+            sex=np.full(n, sex), has_infarct=(mask >= 3).any((1, 2)).astype(np.uint8),
+            infarct_fraction=infarct_fraction(mask)))
     write(out, parts, dict(
         source="EMIDEC (emidec.com, Lalande et al. 2020), python data.py emidec", licence="CC BY-NC-SA 4.0",
-        spacing_mm=[float(np.median([z[2] for z in zooms.values()])), spacing, spacing],
+        spacing_mm=[float(np.median([zooms[2] for _, _, zooms, _, _ in hearts.values()])), spacing, spacing],
         label_names=["normal", "pathological"], mask_names=HEART))
-    print(f"{out}: {len(read)} subjects, {sum(len(p['slice']) for p in parts)} slices, {spacing:.4f} mm "
+    print(f"{out}: {len(hearts)} subjects, {sum(len(p['slice']) for p in parts)} slices, {spacing:.4f} mm "
           f"per pixel, {len(skipped)} skipped")
 
 
-# ---------------------------------------------------------------------------------------------------
 # Cine MR: ACDC (Bernard et al. 2018) and M&Ms-2 (Martin-Isla et al. 2023), one file per subject
 
 def read_cine(folder, name, ids, size=256):
@@ -1828,19 +1837,12 @@ def read_cine(folder, name, ids, size=256):
     Only slices that show a structure: the others have no map to be generated from. Padded to a square in mm,
     resized; grey window: percentiles 0-99.5 of the volume; rows = second NIfTI axis, so that the chest is
     upright. ids[k] is label k's place in CINE. ValueError says why not."""
-    image, zooms = read_nifti(folder, name)
-    stored, _ = read_nifti(folder, name + "_gt")
-    if stored.shape != image.shape:
-        raise ValueError(f"{name}: image {image.shape} but labels {stored.shape}")
-    label = np.rint(stored)
-    found = np.unique(label)
-    if abs(label - stored).max() > 0.1 or not set(found) <= {0, 1, 2, 3} or found.max() == 0:
-        raise ValueError(f"{name}_gt holds {np.unique(stored)[:8]}, expected 0 to 3 and some heart")
+    image, label, zooms = read_pair(*(os.path.join(folder, name + end) for end in ("", "_gt")), range(4))
     low, high = np.percentile(image, [0, 99.5])
     if high <= low:
         raise ValueError(f"{name}: an image of one grey value, {low:g}")
     image = 255 * np.clip((image - low) / (high - low), 0, 1)
-    mask, keep = np.array(ids, np.uint8)[label.astype(int)], np.flatnonzero((label > 0).any((0, 1)))
+    mask, keep = np.array(ids, np.uint8)[label], np.flatnonzero(label.any((0, 1)))
     sides, mm = np.array(image.shape[1::-1]), zooms[1::-1]               # (rows, columns)
     spacing = (sides * mm).max() / size
     start = (sides - size * spacing / mm) / 2
@@ -1854,10 +1856,8 @@ def cine_files(out, folders, describe, ids, diseases, source, licence):
     """Write OUT/SUBJECT.h5 for folders {subject: path}; files that are there are finished, and kept.
 
     describe(subject) -> [(view, phase, NIfTI name)], disease; one that is not in diseases is "unknown"."""
-    try:
+    with writing(out):
         os.makedirs(out, exist_ok=True)
-    except OSError as error:
-        fail(f"{out}: cannot be made: {error}; give a folder")
     diseases, skipped, rows = [*diseases, "unknown"], [], 0
     target = {subject: os.path.join(out, subject + ".h5") for subject in folders}
 
@@ -1923,21 +1923,15 @@ def mms(root, out):
     if not folders or not tables:
         missing = "dataset_information.csv" if folders else "folders dataset/001..."
         fail(f"{root}: no {missing}; pass the folder that holds both")
-    with open(tables[0], encoding="utf-8-sig", errors="replace", newline="") as file:
-        filled = (line.replace(";", ",") for line in file if line.strip(' ,;"\r\n'))  # a million rows are not
-        rows = [{(k or "").strip(): (v or "").strip() for k, v in row.items() if isinstance(v, str)}
-                for row in csv.DictReader(filled)]
-    named = [r for r in rows if {"SUBJECT_CODE", "DISEASE"} <= set(r)]
-    if not named:
-        fail(f"{tables[0]}: no rows with SUBJECT_CODE and DISEASE")
-    disease = {r["SUBJECT_CODE"].zfill(3): r["DISEASE"] for r in named}
+    table = read_table(tables[0], ("subject_code", "disease")).dropna(subset=["subject_code", "disease"])
+    disease = dict(zip(table["subject_code"].str.zfill(3), table["disease"]))
     series = [(view, phase, f"_{v}_{p}") for view, v in enumerate(CINE_NAMES["view_names"])
               for phase, p in enumerate(CINE_NAMES["phase_names"])]
 
     def describe(subject):
         return [(view, phase, subject + end) for view, phase, end in series], disease.get(subject)
 
-    cine_files(out, folders, describe, [0, 1, 2, 3], sorted({*disease.values()} - {""}),
+    cine_files(out, folders, describe, [0, 1, 2, 3], sorted({*disease.values()}),
                "M&Ms-2 (Martin-Isla et al. 2023), python data.py mms", "as the challenge's: ub.edu/mnms-2")
 
 
@@ -1946,76 +1940,15 @@ def mms(root, out):
 # D inferior to superior, H anterior (row 0) to posterior, W patient's left (column 0) to right: an axial
 # slice stands upright with left on the left. Slices of the other two planes have superior in row 0.
 
-MISSING = {"", "na", "n/a", "nan", "none", "null", "?"}
 HEALTHY = {"cn", "nc", "nl", "hc", "control", "controls", "healthy", "normal"}
-
-
-def read_table(path):
-    """CSV -> line numbers of its n rows, {column in lower case: n stripped texts}, hash of the file."""
-    try:
-        with open(path, "rb") as file:
-            raw = file.read()
-        text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-    except UnicodeDecodeError:  # an older Excel
-        text = raw.decode("latin-1")
-    except OSError as error:
-        fail(f"{path}: cannot be read: {error}")
-    if "\0" in text:
-        fail(f"{path}: not a text file; export the table as CSV")
-    first = (text.strip().splitlines() or [""])[0]
-    comma = max(",;\t", key=first.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=comma, skipinitialspace=True)
-    try:
-        rows = [(reader.line_num, [c.strip() for c in row]) for row in reader if any(map(str.strip, row))]
-    except csv.Error as error:
-        fail(f"{path}: line {reader.line_num}: not CSV: {error}")
-    header = [c.lower() for c in rows[0][1]] if rows else []
-    for name in ("path", "subject"):
-        if name not in header:
-            near = difflib.get_close_matches(name, header, 1)
-            fail(f"{path}: no column {name}, the header has {', '.join(header):.200}"
-                 + (f"; rename {near[0]} to {name}" if near else ""))
-    for name in header:
-        if name and header.count(name) > 1:
-            fail(f"{path}: column {name} occurs {header.count(name)} times; keep one")
-    if len(rows) == 1:
-        fail(f"{path}: a header but no rows; expected one row per volume")
-    for line, row in rows[1:]:
-        if any(row[len(header):]):
-            fail(f"{path}: line {line}: {len(row)} cells, the header has {len(header)}; "
-                 f"quote cells that contain {comma!r}")
-        row += [""] * (len(header) - len(row))
-        if comma == ";":  # decimal commas come with it
-            row[:] = [re.sub(r"^(-?\d+),(\d+)$", r"\1.\2", c) for c in row]
-    cells = {name: [row[k] for _, row in rows[1:]] for k, name in enumerate(header)}
-    return [line for line, _ in rows[1:]], cells, hashlib.sha256(raw).hexdigest()
-
-
-def number(text, allowed=lambda x: True):
-    """Text -> finite float for which allowed() holds, NaN if it says missing, else ValueError."""
-    if text.lower() in MISSING:
-        return np.nan
-    x = float(text)
-    if not (abs(x) < 3e38 and allowed(x)):  # a float32
-        raise ValueError(text)
-    return x
 
 
 def months(text):
     """Session -> months: 6, M06, ses-M006, d0183 (days), bl or baseline; NaN if missing, else ValueError."""
-    found = re.fullmatch(r"(?:ses-)?(?:(bl|baseline)|m(\d+)|d(\d+))", text.lower())
+    found = re.fullmatch(r"(?:ses-)?(?:(bl|baseline)|m(\d+)|d(\d+))", str(text).lower())
     if not found:
-        return number(text)  # not ses-1: the number of a visit is no month
+        return float(text)  # not ses-1: the number of a visit is no month
     return 0.0 if found[1] else float(found[2] or int(found[3]) / 30.4375)
-
-
-KINDS = dict(  # column: text -> number, and what to say of a text that is none
-    age=(number, "is no number of years"),
-    session=(months, "is no number of months; they are 6, M06, ses-M006, d0183 (days) or bl"),
-    time=(lambda text: number(text, lambda x: x > 0), "is no time > 0 in days"),
-    event=(lambda text: number(text, lambda x: x in (0, 1)), "is neither 0 (censored) nor 1"),
-    label=(lambda text: number(text, lambda x: x >= 0 and x == int(x)),
-           "is no whole number >= 0; names of classes go into a column diagnosis"))
 
 
 def classes(diagnoses):
@@ -2023,71 +1956,60 @@ def classes(diagnoses):
     spelt = {}
     for text in diagnoses:
         spelt.setdefault(text.casefold(), text)
-    sick = sorted(set(spelt) - HEALTHY - MISSING)
+    sick = sorted(set(spelt) - HEALTHY)
     names = [next((spelt[t] for t in spelt if t in HEALTHY), "healthy"), *(spelt[t] for t in sick)]
     return dict.fromkeys(HEALTHY, 0) | {t: k for k, t in enumerate(sick, 1)}, names
 
 
-def table_columns(path, lines, cells):
-    """Texts of n rows -> {name: (n,) array of the schema}, label names, (n,) why a row is skipped or "".
+def table_columns(path, table):
+    """DataFrame of texts -> {name: (n,) array of the schema}, label names. Every rule of `check` holds for them.
 
     Fails, naming lines, on a value that its column cannot hold and on a repeated subject and session."""
-    given = {k: [t if t.lower() not in MISSING else "" for t in texts] for k, texts in cells.items()}
-    columns, names, nothing = dict(subject=np.array(given["subject"])), [], np.full(len(lines), np.nan)
-    for name, texts in given.items():
-        if name in ("path", "subject", "spacing") or not any(texts):
+    columns, names = {}, []
+    if "diagnosis" in table and "label" not in table:
+        label, names = classes(table["diagnosis"])
+        if any(re.fullmatch(r"[\d.]+", n) for n in names):
+            fail(f"{path}: diagnosis holds numbers; name them, or make it label with 0 = healthy")
+        table = table.assign(label=table["diagnosis"].str.casefold().map(label).astype(str))
+    for name in table.columns.drop(["path", "diagnosis", "spacing"], errors="ignore"):
+        texts = table[name]
+        if name in ("image", "mask", ""):
+            warn(f"{path}: column {name or 'without a name'}: ignored, not a column of a table of volumes")
             continue
-        if name == "sex":
-            columns[name] = np.array([t[:1].upper() for t in texts])
-        elif name == "split":
-            columns[name] = np.array([t.lower() for t in texts])
-        elif name == "diagnosis":
-            if not any(given.get("label", [])):
-                label, names = classes(texts)
-                if any(re.fullmatch(r"[\d.]+", n) for n in names):
-                    fail(f"{path}: diagnosis holds numbers; name them, or make it label with 0 = healthy")
-                columns["label"] = np.array([label.get(t.casefold(), np.nan) for t in texts])
+        if name in TEXTS:
+            x = texts.fillna("").to_numpy(str)
+            x = np.char.lower(x) if name == "split" else np.char.upper(x.astype("<U1")) if name == "sex" else x
         else:
-            to_number, what = KINDS.get(name, (number, ""))
-            x, bad = np.empty(len(lines), np.float32), None
+            x = np.full(len(table), np.nan)
             for i, text in enumerate(texts):
                 try:
-                    x[i] = to_number(text)
+                    x[i] = months(text) if name == "session" else float(text)
                 except ValueError:
-                    if what:
-                        fail(f"{path}: line {lines[i]}: {name} {text!r:.40} {what}")
-                    bad = f"line {lines[i]} holds {text!r:.40}"
+                    why = f"line {table.index[i]}: {name} {text!r:.40} is no number"
                     break
-            bad = "not a column of a table of volumes" if name in ("", "image", "mask") else bad
-            if bad:
-                print(f"warning: {path}: column {name or 'without a name'}: ignored, {bad}", file=sys.stderr)
             else:
-                columns[re.sub(r"\W+", "_", name)] = x  # "a/b" would be a group
-
-    label, time, session = (columns.get(k, nothing) for k in ("label", "time", "session"))
-    unknown = np.isnan(label) & ("label" in columns)
-    why = ["no path" if not p else "no subject" if not s else "no diagnosis or label" if u else ""
-           for p, s, u in zip(given["path"], given["subject"], unknown)]
-    if "label" in columns:
-        columns["label"] = np.nan_to_num(label).astype(int)
-    if "event" in columns:  # NaN becomes 0: the healthy rows of a cohort may have no follow-up
-        odd = np.flatnonzero(np.isnan(columns["event"]) & ~np.isnan(time))
-        if len(odd):
-            fail(f"{path}: line {lines[odd[0]]}: a time without an event; 0 is censored, 1 happened")
-        columns["event"] = np.nan_to_num(columns["event"]).astype(np.uint8)
-    seen, part = {}, {}
-    for i, subject in enumerate(given["subject"]):
-        month = "no session" if np.isnan(session[i]) else f"month {session[i]:g}"
-        if subject and seen.setdefault((subject, month), i) != i:
-            fail(f"{path}: lines {lines[seen[subject, month]]} and {lines[i]} are both subject {subject}, "
-                 f"{month}; keep one, or tell them apart in a column session")
-        if subject and "split" in columns:
-            if columns["split"][i] not in ("train", "val", "test"):
-                fail(f"{path}: line {lines[i]}: split {cells['split'][i]!r:.40} is none of train, val, test")
-            first = part.setdefault(subject, i)
-            if columns["split"][first] != columns["split"][i]:
-                fail(f"{path}: lines {lines[first]} and {lines[i]} put subject {subject} into two splits")
-    return columns, names, why
+                why = ""
+            if why and name in KNOWN:
+                fail(f"{path}: {why}" + {"session": " of months; they are 6, M06, ses-M006, d0183 (days) or bl",
+                                         "label": "; names of classes go into a column diagnosis"}.get(name, ""))
+            if why:
+                warn(f"{path}: column {name}: ignored, {why}")
+                continue
+        if name == "event":      # the healthy rows of a cohort may have no follow-up
+            odd = np.isnan(x) & table.get("time", pd.Series(index=table.index)).notna()
+            if odd.any():
+                fail(f"{path}: line {table.index[odd.argmax()]}: a time without an event; 0 is censored, 1 happened")
+            x = np.nan_to_num(x)
+        columns[name] = check_column(path, name, x, [], table.index)
+    visits = pd.DataFrame({"subject": columns["subject"], "session": columns.get("session", np.nan)}, table.index)
+    twice = visits[visits.duplicated(keep=False)]
+    if len(twice):
+        same = twice.index[twice["subject"] == twice["subject"].iloc[0]]
+        fail(f"{path}: lines {', '.join(map(str, same))} are one session of subject {twice['subject'].iloc[0]}; "
+             "keep one, or tell them apart in a column session")
+    if "split" in columns:
+        check_split(path, columns["subject"], columns["split"])
+    return columns, names
 
 
 def read_brain(path, spacing, shape, mm=""):
@@ -2100,7 +2022,7 @@ def read_brain(path, spacing, shape, mm=""):
         raise ValueError("none of .nii, .nii.gz, .npy")
     if not os.path.isfile(path):
         raise ValueError("no such file")
-    x, zooms, affine = read_voxels(path, [number(v) for v in re.split(r"[\s,x]+", mm)] if mm else 1.0)
+    x, zooms, affine = read_voxels(path, [float(v) for v in re.split(r"[\s,x]+", mm)] if mm else 1.0)
     if min(x.shape) < 2:
         raise ValueError(f"{path}: shape {x.shape} is a slice, expected a volume")
     if affine is not None:  # a .npy has none: taken to point right, anterior, superior
@@ -2144,37 +2066,13 @@ def read_plane(text, size, spacing):
     return axis, index
 
 
-def resume(log, pixels, key, size, path):
-    """Cut a log and its pixel file (`size` bytes a volume) to the rows that are whole in both -> those rows.
-
-    Row: [line of the CSV, why skipped or "", frame cuts the head]. Another key: both are emptied."""
-    log.seek(0)
-    whole = log.read().split(b"\n")[:-1]  # what follows the last line end was being written
-    try:
-        before, *rows = map(json.loads, whole)
-    except ValueError:  # empty, or damaged
-        before, rows = None, []
-    kept = size * sum(not why for _, why, _ in rows)
-    if before != key or pixels.tell() < kept:
-        if log.tell() or pixels.tell():
-            print(f"{path}: from another table, other options or damaged; discarded")
-        rows, whole, kept = [], [json.dumps(key).encode()], 0
-        log.truncate(0)
-        log.write(whole[0] + b"\n")
-        log.flush()
-    log.truncate(sum(len(line) + 1 for line in whole))
-    pixels.truncate(kept)
-    return rows
-
-
-def volumes(table, out, spacing=1.5, shape=None, size=None, where=None):
+def volumes(path, out, spacing=1.5, shape=None, size=None, where=None):
     """Convert the head scans of a CSV into frames of shape (D,H,W) voxels of `spacing` mm, or of size^3;
     where="axial:mid" keeps one slice (size,size) of each.
 
     Columns: path, subject; age, sex, diagnosis or label, session, time, event, split; spacing (mm, for .npy);
-    other numeric ones become probe targets. One volume is in memory at a time. OUT.part and OUT.part.log grow
-    row by row; after a kill the same command goes on from them and ends in the same file. Skipped rows are
-    listed with line and reason; a table that is wrong in itself exits 2 before any volume is read."""
+    other numeric ones become probe targets. One volume is in memory at a time. Skipped rows are listed with
+    line and reason; a table that is wrong in itself exits 2 before any volume is read."""
     if shape and (size or where):
         fail("--shape is for whole volumes; --size gives the side of a cube, or of a slice")
     shape = (size or 128,) * 3 if size or where else tuple(shape or (128, 160, 128))
@@ -2182,81 +2080,49 @@ def volumes(table, out, spacing=1.5, shape=None, size=None, where=None):
         fail(f"shape {shape}, spacing {spacing}: expected three lengths of 8 to 1024, and mm")
     axis, index = read_plane(where, shape[0], spacing) if where else (None, None)
     frame = shape[1:] if where else shape
-    lines, cells, digest = read_table(table)
-    columns, names, reasons = table_columns(table, lines, cells)
-    if any(".nii" in p.lower() for p in cells["path"]):
+    table, skipped, kept, cut = read_table(path, ("path", "subject")), [], [], 0
+    for name in ["path", "subject"] + [k for k in ("label", "diagnosis") if k in table][:1]:
+        skipped += [f"line {line}: no {name}" for line in table.index[table[name].isna()]]
+        table = table.dropna(subset=[name])
+    columns, names = table_columns(path, table)
+    if table["path"].str.contains(r"\.nii", case=False).any():
         need_nibabel("volumes")
-    if os.path.isdir(out):
-        fail(f"{out}: a folder; name the file to write")
-    part, mm = f"{out}.part", cells.get("spacing", [""] * len(lines))
-    try:
-        with open(part + ".log", "ab+") as log, open(part, "ab") as pixels:
-            try:
-                if fcntl:
-                    fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                fail(f"{part}: in use, another process converts to {out}")
-            except OSError:  # a network disk that has no locks
-                pass
-            for stale in glob.glob(f"{glob.escape(out)}.[0-9]*.tmp"):  # killed when it wrote the result
-                os.remove(stale)
-            key = [os.path.abspath(table), digest, spacing, list(shape), where]
-            rows = resume(log, pixels, key, int(np.prod(frame)), part)
-            if rows:
-                print(f"{part}: goes on after {len(rows)} of {len(lines)} rows")
-            for i in tqdm(range(len(rows), len(lines)), "converting", len(lines), initial=len(rows),
-                          unit="row", disable=None):
-                reason, cut = reasons[i], False
-                try:
-                    if not reason:
-                        path = os.path.join(os.path.dirname(table), cells["path"][i])
-                        image, cut = read_brain(path, spacing, shape, mm[i])
-                        if where:  # superior on top
-                            image = np.take(image, index, axis)[::-1 if axis else 1]
-                        if not image.any():
-                            raise ValueError("nothing of the brain in this slice")
-                except Exception as error:  # of a dozen types: files are damaged in many ways
-                    reason = " ".join(str(error).split()) or type(error).__name__
-                    reason = reason if path in reason else f"{path}: {reason}"
-                if reason:
-                    tqdm.write(f"skipped line {lines[i]}: {reason}")
-                else:
-                    pixels.write(image.tobytes())
-                    pixels.flush()
-                    os.fsync(pixels.fileno())  # so that no row is in the log that is not on disk
-                rows.append([lines[i], reason, cut])
-                log.write(json.dumps(rows[-1]).encode() + b"\n")
-                log.flush()
-            skipped = [f"line {line}: {why}" for line, why, _ in rows if why]
-            kept = np.array([not why for _, why, _ in rows])
-            if kept.any():
-                attrs = dict(source=f"python data.py volumes {os.path.basename(table)} --spacing {spacing:g} "
-                             + (f"--size {shape[0]} --slice {where}" if where else
-                                "--shape " + ",".join(map(str, shape))), spacing_mm=[spacing] * 3,
-                             licence="as the source's", orientation="D inferior to superior, H anterior to "
-                             "posterior, W left to right" + "; rows superior to inferior" * bool(axis))
-                if names:
-                    attrs["label_names"] = names
-                image = np.memmap(part, np.uint8, "r", shape=(int(kept.sum()), *frame))
-                write(out, [dict(image=image, **{k: x[kept] for k, x in columns.items()})], attrs)
-                del image
-        os.remove(part)
-        os.remove(part + ".log")
-    except OSError as error:
-        fail(f"{out}: cannot be written: {error}; the same command goes on from there")
-    except KeyboardInterrupt:
-        print(f"stopped; the same command goes on from {part}")
-        raise SystemExit(130)
-    if not kept.any():
-        fail(f"{table}: none of {len(lines)} rows could be converted; the first: {skipped[0]}")
+    rows = {f"line {line}: {scan}": i for i, (line, scan) in enumerate(table["path"].items())}
+
+    def read(row):
+        scan = os.path.join(os.path.dirname(path), table["path"].iloc[rows[row]])
+        mm = table["spacing"].fillna("").iloc[rows[row]] if "spacing" in table else ""
+        image, larger = read_brain(scan, spacing, shape, mm)
+        if where:  # superior on top
+            image = np.take(image, index, axis)[::-1 if axis else 1]
+        if not image.any():
+            raise ValueError("nothing of the brain in this slice")
+        return image, larger
+
+    options = f"--size {shape[0]} --slice {where}" if where else "--shape " + ",".join(map(str, shape))
+    attrs = dict(source=f"python data.py volumes {os.path.basename(path)} --spacing {spacing:g} {options}",
+                 licence="as the source's", spacing_mm=[spacing] * 3,
+                 orientation="D inferior to superior, H anterior to posterior, W left to right"
+                             + "; rows superior to inferior" * bool(axis))
+    with replacing(out) as part, h5py.File(part, "w") as file:
+        pixels = file.create_dataset("image", (len(table), *frame), np.uint8, maxshape=(None, *frame),
+                                     chunks=(1, *frame), **PACKED)
+        for row, (image, larger) in attempt(rows, read, skipped):
+            pixels[len(kept)] = image
+            kept.append(rows[row])
+            cut += larger
+        if not kept:
+            fail(f"{path}: no row could be converted; the first: {skipped[0]}")
+        pixels.resize(len(kept), 0)
+        fill(file, {k: x[kept] for k, x in columns.items()}, attrs | (dict(label_names=names) if names else {}))
     for line in skipped:
         print("skipped", line)
-    cut = sum(cut for *_, cut in rows)
     if cut:
-        print(f"warning: {cut} heads are larger than the frame of "
-              f"{' x '.join(f'{n * spacing:g}' for n in shape)} mm and were cut", file=sys.stderr)
-    print(f"{out}: {len(np.unique(columns['subject'][kept]))} subjects, {kept.sum()} images of "
-          f"{' x '.join(map(str, frame))} at {spacing:g} mm, {len(skipped)} of {len(lines)} rows skipped")
+        warn(f"{cut} heads are larger than the frame of {' x '.join(f'{n * spacing:g}' for n in shape)} mm and "
+             "were cut")
+    print(f"{out}: {len(np.unique(columns['subject'][kept]))} subjects, {len(kept)} images of "
+          f"{' x '.join(map(str, frame))} at {spacing:g} mm, {len(skipped)} of {len(kept) + len(skipped)} rows "
+          "skipped")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -2264,19 +2130,18 @@ def volumes(table, out, spacing=1.5, shape=None, size=None, where=None):
 
 def summary(path):
     """Check, then print what the file holds; ends with ok."""
-    data = check_pixels(load(path))
+    data = check(path)
     patients = lambda rows: len(np.unique(data.subject[rows]))
     shape = " x ".join(map(str, data.image.shape[1:]))
     print(f"{path}: {patients(...)} subjects, {len(data)} images of {shape}")
     for name, x in data.columns.items():
-        if x.dtype.kind != "U" and name != "label":
+        if x.dtype.kind == "U" or name == "label":
+            names = dict(enumerate(data.label_names)) if name == "label" else {"": "missing"}
+            values = zip(*np.unique(x, return_counts=True))
+            print(f"  {name}: " + ", ".join(f"{names.get(v, v)} {n}" for v, n in values))
+        else:
             known = x[~np.isnan(x)]
-            limits = f"{known.min():.4g} to {known.max():.4g}" if len(known) else "all missing"
-            print(f"  {name}: {limits}")
-            continue
-        names = dict(enumerate(data.label_names)) if name == "label" else {"": "missing"}
-        values = zip(*np.unique(x, return_counts=True))
-        print(f"  {name}: " + ", ".join(f"{names.get(v, v)} {n}" for v, n in values))
+            print(f"  {name}: {known.min():.4g} to {known.max():.4g}" if len(known) else f"  {name}: all missing")
     if data.mask is not None:
         print("  mask: " + (", ".join(data.attrs.get("mask_names", [])) or "labels without names"))
     part = split(data)
@@ -2285,73 +2150,54 @@ def summary(path):
     print(f"  fingerprint {data.fingerprint}, {len(data.warnings)} warnings\nok")
 
 
+COLOURS = np.uint8([(0, 0, 0), (255, 80, 80), (80, 255, 80), (255, 224, 64), (64, 192, 255), (255, 80, 255)])
+
+
 def show(path, out):
-    """Contact sheet: up to 12 subjects as rows, 8 of their images (middle of volumes); with masks 4, each
-    bare and with contours."""
+    """Contact sheet: 12 subjects as rows, 4 of their images (middle of volumes), bare and with mask contours."""
     data = load(path)
     subjects = np.sort(np.random.default_rng(0).permutation(np.unique(data.subject))[:12])
     zoom = max(1, 192 // data.image.shape[-1])
-    colours = [(255, 80, 255), (255, 80, 80), (80, 255, 80), (255, 224, 64), (64, 192, 255)]
     h, w = (zoom * s for s in data.image.shape[-2:])
     sheet = Image.new("RGB", (8 * w, len(subjects) * (h + 14)))
-    for r, subject in enumerate(subjects):
+    for y, subject in zip(range(0, sheet.height, h + 14), subjects):
         rows = np.flatnonzero(data.subject == subject)
-        rows = rows[np.unique(np.linspace(0, len(rows) - 1, 8 if data.mask is None else 4).astype(int))]
-        tiles = []
         known = [f"{k} {data.columns[k][rows[0]]:.4g}" for k in ("label", "age") if k in data.columns]
-        ImageDraw.Draw(sheet).text((4, r * (h + 14) + 1), ", ".join([subject, *known]), fill="white")
-        for row in rows:
-            image, *mask = (a[[row]][0] for a in (data.image, data.mask) if a is not None)
-            if image.ndim == 3:
-                image, *mask = (a[len(a) // 2] for a in (image, *mask))
+        ImageDraw.Draw(sheet).text((4, y + 1), ", ".join([subject, *known]), fill="white")
+        for c, row in enumerate(np.unique(np.linspace(0, len(rows) - 1, 4).astype(int))):
+            image, *mask = (a[[rows[row]]][0] for a in (data.image, data.mask) if a is not None)
+            image, *mask = (a[len(a) // 2] if a.ndim == 3 else a for a in (image, *mask))
             tile = np.array(Image.fromarray(image).resize((w, h), Image.BICUBIC).convert("RGB"))
-            tiles.append(tile)
+            sheet.paste(Image.fromarray(tile), (2 * c * w, y + 14))
             for m in mask:
-                tile = tile.copy()
-                tiles.append(tile)
-                m = np.pad(m.repeat(zoom, 0).repeat(zoom, 1), 1, "edge")
-                inner = m[1:-1, 1:-1]
-                edge = np.any([inner != n for n in (m[2:, 1:-1], m[:-2, 1:-1], m[1:-1, 2:], m[1:-1, :-2])], 0)
-                for value in np.unique(inner[inner > 0]):
-                    tile[edge & (inner == value)] = colours[value % 5]
-        for c, tile in enumerate(tiles):
-            sheet.paste(Image.fromarray(tile), (c * w, r * (h + 14) + 14))
-    try:
-        sheet.crop((0, 0, sheet.getbbox()[2], sheet.height)).save(out)
-    except (OSError, ValueError) as error:
-        fail(f"{out}: cannot be written: {error}")
+                m = m.repeat(zoom, 0).repeat(zoom, 1)
+                contour = edge_map(m[None], m[None], "mask")[0]
+                tile[contour] = COLOURS[1 + (m[contour] - 1) % 5]
+                sheet.paste(Image.fromarray(tile), ((2 * c + 1) * w, y + 14))
+    with writing(out):
+        sheet.save(out)
     print(out)
 
 
 def main(flags=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    verify, sheet, phantom, nifti, scans = map(
-        commands.add_parser, ("check", "show", "phantom", "emidec", "volumes"))
-    cines = [commands.add_parser(name) for name in ("acdc", "mms")]
-    verify.add_argument("path")
-    sheet.add_argument("path")
-    sheet.add_argument("--out", default="sheet.png")
-    phantom.add_argument("kind", choices=["hearts", "views", "cohort", "brains"])
-    phantom.add_argument("out")
-    for name, kind, of in (("subjects", int, ""), ("patients", int, " (cohort)"), ("seed", int, ""),
-                           ("size", int, ""), ("jitter", float, " (hearts)")):
-        phantom.add_argument("--" + name, type=kind, help=f"default: see above{of}")
-    nifti.add_argument("root")
-    nifti.add_argument("out")
-    nifti.add_argument("--spacing", type=float, help="mm per pixel; default: the smallest that fits all")
-    for p in cines:
-        p.add_argument("root")
-        p.add_argument("outdir")
-    scans.add_argument("table")
-    scans.add_argument("out")
-    scans.add_argument("--spacing", type=float, default=1.5, help="mm per voxel, default 1.5")
-    scans.add_argument("--shape", type=lambda text: [int(n) for n in text.split(",")],
-                       help="depth,height,width of a volume, default 128,160,128")
-    scans.add_argument("--size", type=int, help="a cube, or the side of a slice; default 128")
-    scans.add_argument("--slice", help="axial:mid, coronal:40 (row) or sagittal:-10 (mm from the middle)")
-    for p in (parser, verify, sheet, phantom, nifti, scans, *cines):
-        p.error = lambda message: fail(f"{message}; see python data.py --help")  # one line, as all errors
+    need = dict(check=["path"], show=["path"], phantom=["kind", "out"], emidec=["root", "out"],
+                acdc=["root", "out"], mms=["root", "out"], volumes=["table", "out"])
+    add = {name: commands.add_parser(name) for name in need}
+    for name, command in add.items():
+        command.error = lambda message: fail(f"{message}; see python data.py --help")  # one line, as all errors
+        for word in need[name]:
+            command.add_argument(word, choices=["hearts", "views", "cohort", "brains"] if word == "kind" else None)
+    parser.error = add["check"].error
+    add["show"].add_argument("--out", default="sheet.png")
+    for key in ("subjects", "patients", "seed", "size"):
+        add["phantom"].add_argument(f"--{key}", type=int, default=argparse.SUPPRESS)
+    add["emidec"].add_argument("--spacing", type=float, help="mm per pixel; default: the smallest that fits all")
+    add["volumes"].add_argument("--spacing", type=float, default=1.5, help="mm per voxel, default 1.5")
+    add["volumes"].add_argument("--shape", type=integers, help="depth,height,width, default 128,160,128")
+    add["volumes"].add_argument("--size", type=int, help="a cube, or the side of a slice; default 128")
+    add["volumes"].add_argument("--slice", help="axial:mid, coronal:40 (row) or sagittal:-10 (mm from the middle)")
     a = parser.parse_args(flags)
     folder = os.path.dirname(getattr(a, "out", ""))
     if folder and not os.path.isdir(folder):    # said before the work, not after it
@@ -2361,20 +2207,21 @@ def main(flags=None):
     elif a.command == "show":
         show(a.path, a.out)
     elif a.command == "phantom":
-        given = {k: getattr(a, k) for k in ("subjects", "patients", "seed", "size", "jitter")
-                 if getattr(a, k) is not None}
-        for name, kind in (("patients", "cohort"), ("jitter", "hearts")):
-            if name in given and a.kind != kind:
-                fail(f"--{name} is for phantom {kind} only")
+        given = {k: v for k, v in vars(a).items() if k in ("subjects", "patients", "seed", "size")}
+        if "patients" in given and a.kind != "cohort":
+            fail("--patients is for phantom cohort only")
+        for key, least in dict(subjects=1, patients=0, seed=0, size=16).items():
+            if given.get(key, least) < least:
+                fail(f"--{key} {given[key]}: must be at least {least}")
         dict(hearts=phantom_hearts, views=phantom_views, cohort=phantom_cohort,
              brains=phantom_brains)[a.kind](a.out, **given)
         print(a.out)
     elif a.command == "emidec":
         emidec(a.root, a.out, a.spacing)
-    elif a.command in ("acdc", "mms"):
-        dict(acdc=acdc, mms=mms)[a.command](a.root, a.outdir)
-    else:
+    elif a.command == "volumes":
         volumes(a.table, a.out, a.spacing, a.shape, a.size, a.slice)
+    else:
+        dict(acdc=acdc, mms=mms)[a.command](a.root, a.out)
 
 
 if __name__ == "__main__":
