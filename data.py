@@ -1,4 +1,4 @@
-"""Data: the HDF5 schema and its checks, splits by subject, batches, phantoms, converters; flags and checkpoints.
+"""Data: HDF5 schema and checks, splits by subject, batches, phantoms, converters; flags and checkpoints.
 
     python data.py check   FILE_OR_FOLDER                  verify, naming file, dataset and row
     python data.py show    FILE_OR_FOLDER [--out X.png]    contact sheet with mask contours
@@ -21,7 +21,7 @@
     view phase slice  (N,) ints    cine: 0 SA, 1 LA;  0 ED, 1 ES;  from base or apex, as scanned
     anything else (N,) numeric is a probe target; factor_* are the known causes of a phantom
 """
-import argparse, difflib, glob, hashlib, inspect, io, os, re, shutil, sys, typing, unicodedata, warnings, zipfile
+import argparse, difflib, glob, hashlib, inspect, io, os, re, shutil, sys, typing, unicodedata, zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,15 +54,15 @@ def writing(path):
     try:
         yield
     except (OSError, RuntimeError) as e:        # torch.save and h5py raise the latter
-        folder = os.path.dirname(path) or "."
-        free = f"{shutil.disk_usage(folder).free / 1e6:.0f} MB free" if os.path.isdir(folder) else "no such folder"
-        fail(f"{path}: could not be written ({str(e).splitlines()[0]}; {free}); what was saved before is kept, "
-             "the same command goes on from there", 1)
+        folder, why = os.path.dirname(path) or ".", str(e).splitlines()[0]
+        free = f"{shutil.disk_usage(folder).free / 1e6:.0f} MB free" if os.path.isdir(folder) else "no folder"
+        fail(f"{path}: could not be written ({why}; {free}); what was saved before is kept, the same command "
+             "goes on from there", 1)
 
 
 @contextmanager
 def replacing(path):
-    """Yields the name of a file to write. That file becomes `path` when all went well; else the old one stays."""
+    """Yields the name of a file to write, which becomes `path` when all went well; else the old one stays."""
     part = f"{path}.part"
     if os.path.isdir(path):
         fail(f"{path}: a folder; name the file to write")
@@ -80,7 +80,7 @@ def replacing(path):
 
 
 def program(main):
-    """Run main(flags) with the flags of the command line. What its user can mend is one line, no traceback."""
+    """Run main(flags) with the command line's flags. What its user can mend is one line, no traceback."""
     for stream in filter(None, (sys.stdout, sys.stderr)):       # None if the shell closed it
         stream.reconfigure(errors="replace", line_buffering=True)
     try:
@@ -168,13 +168,14 @@ def mix(*numbers):
 
 
 def describe(data, part):
-    """-> {"train": number of subjects, "val": .., "test": ..}; what a checkpoint must agree on about the data:
-    nobody it was trained on may be tested on, whatever the split is now."""
+    """-> {"train": number of subjects, "val": .., "test": ..}; what a checkpoint must agree on about the
+    data: nobody it was trained on may be tested on, whatever the split is now."""
     who = {p: np.unique(data.subject[part == p]) for p in ("train", "val", "test")}
-    if not len(who["train"]) or not len(who["test"]):
-        fail(f"{data.path}: {len(who['train'])} training and {len(who['test'])} test subjects; one of each is needed")
+    count = {p: len(w) for p, w in who.items()}
+    if not count["train"] or not count["test"]:
+        fail(f"{data.path}: {count['train']} training, {count['test']} test subjects; one of each is needed")
     names = hashlib.sha256("\n".join(who["train"]).encode()).hexdigest()[:16]
-    return {p: len(w) for p, w in who.items()}, {"images": data.fingerprint, "training_subjects": names}
+    return count, {"images": data.fingerprint, "training_subjects": names}
 
 
 def augment(x, strength, flip, g):
@@ -228,8 +229,8 @@ def read_checkpoint(path, config, defaults, may_change):
         raise
     except Exception as e:      # what a damaged file raises is of any kind
         why = e if isinstance(e, (OSError, ValueError)) else type(e).__name__
-        fail(f"{path}: damaged, or not a checkpoint of this program ({why}); put a copy back, delete the file to "
-             "start over, or change --out")
+        fail(f"{path}: damaged, or not a checkpoint of this program ({why}); put a copy back, delete it "
+             "to start over, or change --out")
     if differ:
         fail(f"{path}: made by another run ({', '.join(differ)}); choose another --out, or delete the file")
     return state
@@ -250,7 +251,8 @@ def load_into(state, path, model, ema, optimizer):
         return
     # optimizer.load_state_dict takes tensors of any shape, with which the fused kernel crashes the process.
     # That kernel walks raw memory: each tensor must also lie in memory as its parameter does.
-    adam, params = state["optimizer"]["state"], [p for group in optimizer.param_groups for p in group["params"]]
+    adam = state["optimizer"]["state"]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
     for i, p in enumerate(params):
         shapes = dict(step=(), exp_avg=tuple(p.shape), exp_avg_sq=tuple(p.shape))
         compare(f"optimizer: parameter {i}", {k: tuple(v.shape) for k, v in adam.get(i, {}).items()}, shapes)
@@ -264,7 +266,7 @@ def load_into(state, path, model, ema, optimizer):
 
 @contextmanager
 def guarded(path, what):
-    """Around all that reads through libhdf5: whatever a damaged file raises, of a dozen types, is one line."""
+    """Around all that reads through libhdf5: what a damaged file raises, of a dozen types, is one line."""
     try:
         yield
     except PermissionError:
@@ -303,7 +305,7 @@ def plain(file, path, name):
     if not kind and file[name].external:
         kind = "dataset with external storage"
     if kind:
-        fail(f"{path}: {name}: a {kind}, refused: nothing outside the file is read; store the values themselves")
+        fail(f"{path}: {name}: a {kind}, refused: nothing outside the file is read; store the values in it")
     return file[name]
 
 
@@ -458,7 +460,7 @@ def read_columns(path, warnings):
                      + (f"; rename {near[0]} to {need}" if near else ""))
         shape = getattr(plain(file, path, "image"), "shape", ())
         if len(shape) not in (3, 4) or len(shape) == 4 and shape[-1] in (1, 3, 4):
-            fail(f"{path}: image: shape {shape}, expected (N,H,W) or (N,D,H,W); of colours keep image[..., 0]")
+            fail(f"{path}: image: shape {shape}, expected (N,H,W) or (N,D,H,W); keep one colour")
         if 0 in shape or shape[0] > 1e7:
             fail(f"{path}: image: shape {shape} holds no pixel, or more than 10 million rows")
         for name in names:
@@ -476,8 +478,8 @@ def read_columns(path, warnings):
                 if name in ("image", "mask"):
                     columns[name] = x.shape
                 else:
-                    is_text = h5py.check_string_dtype(x.dtype)
-                    columns[name] = check_column(path, name, x.asstr("utf-8")[:] if is_text else x[:], warnings)
+                    values = x.asstr("utf-8")[:] if h5py.check_string_dtype(x.dtype) else x[:]
+                    columns[name] = check_column(path, name, values, warnings)
     return columns, attrs
 
 
@@ -569,16 +571,13 @@ def load(path, size=None, max_gb=4.0):
         parts.append(read_columns(p, warnings))
         (here, mine), (first, attrs) = parts[-1], parts[0]
         shape = first["image"][1:]
-        if here["image"][1:] != shape:
-            fail(f"{p}: image: {here['image'][1:]} but {shape} in {paths[0]}; all files need one size")
-        if set(here) != set(first):
-            fail(f"{p}: {', '.join(sorted(set(here) ^ set(first)))}: only in this file or only in "
-                 f"{paths[0]}; all files need the same datasets")
-        for k in ("label_names", "mask_names"):
-            if mine.get(k) != attrs.get(k):
-                fail(f"{p}: {k} {mine.get(k)} but {attrs.get(k)} in {paths[0]}; all files need the same")
+        facts = ("image size", here["image"][1:], shape), ("datasets", sorted(here), sorted(first)), *(
+            (k, mine.get(k), attrs.get(k)) for k in ("label_names", "mask_names"))
+        for what, its, others in facts:
+            if its != others:
+                fail(f"{p}: {what} {its} but {others} in {paths[0]}; all files need the same")
     if size and len(shape) == 3:
-        fail(f"{path}: image: volumes of {shape}, but this program takes slices; cut them with `python data.py "
+        fail(f"{path}: image: volumes of {shape}, but slices are needed; cut them with `python data.py "
              "volumes TABLE.csv OUT.h5 --slice axial:mid`")
     if size and shape[0] != shape[1]:
         print(f"{path}: images of {shape[0]}x{shape[1]} are padded to squares and resized to {size}x{size}")
@@ -741,15 +740,14 @@ def check_survival(data, patients):
     subject, time, event = (x[patients] for x in (data.subject, data.columns["time"], data.columns["event"]))
     known = ~np.isnan(time)
     if not known.all():
-        warn(f"{(~known).sum()} of {len(time)} patient images have no time: survival analysis leaves them out")
+        warn(f"{(~known).sum()} of {len(time)} patient images have no time: not in the survival analysis")
     for s in np.unique(subject):
         mine = subject == s
         if len(np.unique(time[mine])) > 1 or len(np.unique(event[mine])) > 1:
             fail(f"{data.path}: time, event: subject {s} has several; one per subject is needed")
     events = len(np.unique(subject[(event == 1) & known]))
     if not events:
-        fail(f"{data.path}: event: all patients are censored, no survival to regress; drop the time column to "
-             "run without")
+        fail(f"{data.path}: event: all patients are censored, no survival to regress; drop the column time")
     if events < 10:
         warn(f"{events} events: too few for Cox regression, its numbers mean nothing")
 
@@ -805,8 +803,8 @@ class Loader:
         return self.finish({k: a[index] for k, a in self.arrays.items()})
 
     def stream(self, batches):
-        """Iterable of row arrays -> iterator of batch(rows). When not resident, one is read ahead in a thread,
-        whose errors are raised here."""
+        """Iterable of row arrays -> iterator of batch(rows). When not resident, one is read ahead in a
+        thread, whose errors are raised here."""
         if self.resident:
             yield from map(self.batch, batches)
             return
@@ -824,11 +822,11 @@ class Loader:
 # ---------------------------------------------------------------------------------------------------
 # Writing
 
-PACKED = dict(compression="gzip", compression_opts=4, fletcher32=True)      # one chunk per image, with checksum
+PACKED = dict(compression="gzip", compression_opts=4, fletcher32=True)      # of one chunk per image
 
 
 def write(path, parts, attrs):
-    """Write a list of column dicts {name: (n,...)} one after the other as schema v1: complete or not at all."""
+    """Write column dicts {name: (n,...)}, one after the other, as schema v1: complete or not at all."""
     with replacing(path) as part, h5py.File(part, "w") as file:
         fill(file, {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}, attrs)
 
@@ -991,7 +989,8 @@ def load_drawings(path, size, edges, with_mask):
         stored = {k: x for k in found if (x := plain(file, path, k)) is not None}
         attrs = read_attrs(file) | read_attrs(stored.get("mask", file))
         read = {k: x[...] for k, x in stored.items()}
-    need = [k for k, v in (("edges", edges in ("full", "sparse")), ("mask", with_mask)) if v and k not in read]
+    reads = dict(edges=edges in ("full", "sparse"), mask=with_mask)
+    need = [k for k in reads if reads[k] and k not in read]
     if need:
         fail(f"{path}: {' and '.join(need)} missing; this model draws from "
              f"{'a mask and ' if with_mask else ''}edges ({edges})")
@@ -999,7 +998,8 @@ def load_drawings(path, size, edges, with_mask):
     for k, x in read.items():
         shape = (n, size, size) if k in ("edges", "mask") else (n,)
         if x.shape != shape or x.dtype.kind not in "biuf" or k == "mask" and x.dtype != np.uint8:
-            fail(f"{path}: {k}: {x.dtype} {x.shape}, expected {'uint8' if k == 'mask' else 'numbers'} {shape}")
+            kind = "uint8" if k == "mask" else "numbers"
+            fail(f"{path}: {k}: {x.dtype} {x.shape}, expected {kind} {shape}")
     arrays, lines = {"kind": view_phase(read, n)}, read.get("edges", np.zeros((n, size, size))) != 0
     if with_mask:
         arrays["mask"] = cine_ids(SimpleNamespace(path=path, mask=read["mask"], attrs=attrs))[read["mask"]]
@@ -1067,7 +1067,7 @@ def scanner(rng, image, fine, coarse, slope, noise=1.0):
 
 
 def phantom_file(path, command, names, draw, **attrs):
-    """Write what draw(i) -> columns makes of each subject of `names`, as `data.py phantom` with this command."""
+    """Write what draw(i) -> columns makes of each subject of `names`; command: of `data.py phantom`."""
     table = []
     for i, name in enumerate(tqdm(names, command.split()[0], leave=False, disable=None)):
         columns = draw(i)
@@ -1538,8 +1538,8 @@ def brain(rng, x, y, z, voxel, age=40.0, severity=0.0, alzheimer=0.0):
     near = abs(np.minimum(d_leaf, d_stem) + cerebrum)
     head = inside(np.minimum(np.minimum(d_leaf, d_stem) - 1, -cerebrum) - np.maximum(12 - near, 0) ** 2 / 48)
     picture.mask[head < 0.5] = 0
-    return dict(image=picture.grey * head, mask=picture.mask, head=head, ventricle=ventricle * (1 - hippocampus),
-                hippocampus=hippocampus)
+    return dict(image=picture.grey * head, mask=picture.mask, head=head, hippocampus=hippocampus,
+                ventricle=ventricle * (1 - hippocampus))
 
 
 def pose(rng, x, y, z, amount=1.0):
@@ -1631,16 +1631,16 @@ def phantom_cohort(path, subjects=1000, patients=220, seed=0, size=128):
 def phantom_brains(path, subjects=160, seed=0, size=48):
     """Write T1 volumes of controls (CN) and Alzheimer's disease (AD): 3 to 5 visits each within 4 years.
 
-    (D,H,W) = inferior to superior, anterior to posterior, left to right; H = size * 5/4 cut to a multiple of 8
-    is 176 mm. age and session (months) are the visit's. factor_rate: years that this brain ages per year;
-    factor_ventricle_ml, factor_hippocampus_ml; factor_alzheimer 0..1. All is held in memory: 640 volumes are
-    0.17 GB at 48x56x48, 3.4 GB at 128x160x128."""
+    (D,H,W) = inferior to superior, anterior to posterior, left to right; H = size * 5/4, cut to a multiple
+    of 8, is 176 mm. age and session (months) are the visit's. factor_rate: years that this brain ages per
+    year; factor_ventricle_ml, factor_hippocampus_ml; factor_alzheimer 0..1. All is held in memory: 640
+    volumes are 0.17 GB at 48x56x48, 3.4 GB at 128x160x128."""
     shape = size, size * 5 // 32 * 8, size
     voxel = 176 / shape[1]
     frame = grid(shape, voxel)
 
-    # On average, as in life: in AD hippocampi are a quarter smaller and shrink 5 % a year (CN: 1 %), ventricles
-    # are half larger and grow 8 % a year (CN: 2 to 3 %); people of one age differ by 10 to 25 %.
+    # On average, as in life: in AD hippocampi are a quarter smaller and shrink 5 % a year (CN: 1 %),
+    # ventricles are half larger and grow 8 % a year (CN: 2 to 3 %); people of one age differ by 10 to 25 %.
     def draw(i):
         rng, ill = np.random.default_rng([seed, i]), i % 2
         first, sex = rng.uniform(50, 90), "FM"[rng.integers(2)]
@@ -1669,19 +1669,13 @@ def phantom_brains(path, subjects=160, seed=0, size=48):
 # ---------------------------------------------------------------------------------------------------
 # NIfTI
 
-def need_nibabel(command):
-    """Fails in one line where nibabel is not installed."""
-    try:
-        import nibabel  # noqa: F401
-    except ImportError:
-        fail(f"{command} reads NIfTI files: pip install nibabel")
-
-
 def attempt(cases, read, skipped):
     """Yield (case, read(case)) with a progress bar; what cannot be read is printed and added to skipped."""
     for case in tqdm(cases, "reading", disable=None):
         try:
             result = read(case)
+        except ImportError:
+            fail("NIfTI files are read by nibabel: pip install nibabel")
         except Exception as why:  # of a dozen types: files are damaged in many ways
             skipped.append(f"{case}: {' '.join(str(why).split()) or type(why).__name__}")
             tqdm.write(f"skipped {skipped[-1]}")
@@ -1732,8 +1726,8 @@ def read_pair(image, labels, allowed):
         raise ValueError(f"image {x.shape} but labels {stored.shape}")
     label = np.rint(stored)  # some are floats like 1.9999
     if abs(label - stored).max() > 0.1 or not np.isin(label, allowed).all() or not label.any():
-        raise ValueError(f"{os.path.basename(labels)} holds {np.unique(stored)[:8]}, expected {allowed[0]} to "
-                         f"{allowed[-1]} and some heart")
+        raise ValueError(f"{os.path.basename(labels)} holds {np.unique(stored)[:8]}, expected 0 to "
+                         f"{max(allowed)} and some heart")
     return x, label.astype(np.uint8), zooms
 
 
@@ -1784,7 +1778,6 @@ def emidec(root, out, spacing=None):
     spacing None: the smallest at which every heart (myocardium + 25 % margin on each side) fits; pass
     that of the training file to convert others alike. Grey window: percentiles 0-99.5 of each cropped
     volume. Slices without myocardium are dropped; skipped cases are listed with the reason."""
-    need_nibabel("emidec")
     if spacing is not None and not 0.01 <= spacing <= 100:
         fail(f"--spacing {spacing}: expected mm per pixel")
     cases = sorted(subfolders(root, (), r"Case_[NP]\d+"))
@@ -1792,30 +1785,32 @@ def emidec(root, out, spacing=None):
         fail(f"{root}: no folders Case_N... or Case_P...; pass the folder that holds them")
 
     def read(case):
-        image, mask, zooms = read_pair(*(os.path.join(root, case, folder, case) for folder in ("Images", "Contours")),
-                                       range(5))
+        files = (os.path.join(root, case, folder, case) for folder in ("Images", "Contours"))
+        image, mask, zooms = read_pair(*files, range(5))
         where = np.argwhere(mask >= 2)[:, :2]
         if not len(where):
             raise ValueError("contours without myocardium")
         entry, text = {}, os.path.join(root, case.replace("_", " ") + ".txt")
         if os.path.isfile(text):
-            with open(text, encoding="latin-1") as file:  # "Age\xa0: 61": no-break spaces, which strip() drops
+            with open(text, encoding="latin-1") as file:  # "Age\xa0: 61": strip() drops no-break spaces
                 entry = {k.strip().lower(): v.strip() for k, _, v in (line.partition(":") for line in file)}
         age = re.match(r"\d+(\.\d+)?", entry.get("age", ""))
         person = float(age[0]) if age else np.nan, entry.get("sex", "")[:1].upper()
-        return image.transpose(2, 0, 1), mask.transpose(2, 0, 1), zooms, (where.min(0), where.max(0) + 1), person
+        corners = where.min(0), where.max(0) + 1
+        return image.transpose(2, 0, 1), mask.transpose(2, 0, 1), zooms, corners, person
 
     skipped, parts = [], []
     hearts = dict(attempt(cases, read, skipped))
     if not hearts:
         fail(f"{root}: none of {len(cases)} cases could be read; the first: {skipped[0]}")
-    spacing = spacing or max(1.5 * ((b - a) * zooms[:2]).max() / 128 for _, _, zooms, (a, b), _ in hearts.values())
+    widest = max(((b - a) * zooms[:2]).max() for _, _, zooms, (a, b), _ in hearts.values())
+    spacing = spacing or 1.5 * widest / 128
     for case, (image, mask, zooms, corners, (age, sex)) in hearts.items():
         step = spacing / zooms[:2]
         start = sum(corners) / 2 - 64 * step
         keep = np.flatnonzero((mask >= 2).any((1, 2)))
-        image, mask = resample(image[keep], start, step, 128), resample(mask[keep], start, step, 128, nearest=True)
-        n = len(keep)
+        image, n = resample(image[keep], start, step, 128), len(keep)
+        mask = resample(mask[keep], start, step, 128, nearest=True)
         parts.append(dict(
             image=to_grey(image, *np.percentile(image, [0, 99.5])), mask=mask, slice=keep,
             subject=np.full(n, case), label=np.full(n, int(case[5] == "P")), age=np.full(n, age),
@@ -1893,7 +1888,6 @@ def acdc(root, out):
     """Convert ACDC, {training,testing}/patientNNN, into a folder of one file per subject, ED and ES.
 
     Its label ids, 1 RV, 2 myocardium, 3 LV, become those of CINE. label: its five groups."""
-    need_nibabel("acdc")
     folders = subfolders(root, ("t*ing", "database/t*ing"), r"patient\d{3}")
     if not folders:
         fail(f"{root}: no folders patient001...; pass the folder that holds training and testing")
@@ -1916,7 +1910,6 @@ def mms(root, out):
     """Convert M&Ms-2, dataset/NNN and dataset_information.csv, into a folder of one file per subject.
 
     Short axis and four chambers (H,W,1), ED and ES; CINE has no labels and is left. Ids are those of CINE."""
-    need_nibabel("mms")
     folders = subfolders(root, ("dataset", "MnM2/dataset"), r"\d{3}")
     tables = [p for p in (os.path.join(root, x, "dataset_information.csv") for x in ("", "MnM2", ".."))
               if os.path.isfile(p)]
@@ -1962,7 +1955,7 @@ def classes(diagnoses):
 
 
 def table_columns(path, table):
-    """DataFrame of texts -> {name: (n,) array of the schema}, label names. Every rule of `check` holds for them.
+    """DataFrame of texts -> {name: (n,) array of the schema}, label names, by the rules of check_column.
 
     Fails, naming lines, on a value that its column cannot hold and on a repeated subject and session."""
     columns, names = {}, []
@@ -1971,45 +1964,45 @@ def table_columns(path, table):
         if any(re.fullmatch(r"[\d.]+", n) for n in names):
             fail(f"{path}: diagnosis holds numbers; name them, or make it label with 0 = healthy")
         table = table.assign(label=table["diagnosis"].str.casefold().map(label).astype(str))
+    if {"time", "event"} <= set(table):      # the healthy rows of a cohort may have no follow-up
+        for line in table.index[table["event"].isna() & table["time"].notna()]:
+            fail(f"{path}: line {line}: a time without an event; 0 is censored, 1 happened")
+        table = table.assign(event=table["event"].fillna("0"))
     for name in table.columns.drop(["path", "diagnosis", "spacing"], errors="ignore"):
-        texts = table[name]
-        if name in ("image", "mask", ""):
-            warn(f"{path}: column {name or 'without a name'}: ignored, not a column of a table of volumes")
-            continue
         if name in TEXTS:
-            x = texts.fillna("").to_numpy(str)
-            x = np.char.lower(x) if name == "split" else np.char.upper(x.astype("<U1")) if name == "sex" else x
+            x = table[name].fillna("").to_numpy(str)
+            x = {"sex": np.char.upper(x.astype("<U1")), "split": np.char.lower(x)}.get(name, x)
         else:
-            x = np.full(len(table), np.nan)
-            for i, text in enumerate(texts):
-                try:
-                    x[i] = months(text) if name == "session" else float(text)
-                except ValueError:
-                    why = f"line {table.index[i]}: {name} {text!r:.40} is no number"
-                    break
-            else:
-                why = ""
-            if why and name in KNOWN:
-                fail(f"{path}: {why}" + {"session": " of months; they are 6, M06, ses-M006, d0183 (days) or bl",
-                                         "label": "; names of classes go into a column diagnosis"}.get(name, ""))
-            if why:
-                warn(f"{path}: column {name}: ignored, {why}")
-                continue
-        if name == "event":      # the healthy rows of a cohort may have no follow-up
-            odd = np.isnan(x) & table.get("time", pd.Series(index=table.index)).notna()
-            if odd.any():
-                fail(f"{path}: line {table.index[odd.argmax()]}: a time without an event; 0 is censored, 1 happened")
-            x = np.nan_to_num(x)
-        columns[name] = check_column(path, name, x, [], table.index)
-    visits = pd.DataFrame({"subject": columns["subject"], "session": columns.get("session", np.nan)}, table.index)
-    twice = visits[visits.duplicated(keep=False)]
-    if len(twice):
-        same = twice.index[twice["subject"] == twice["subject"].iloc[0]]
-        fail(f"{path}: lines {', '.join(map(str, same))} are one session of subject {twice['subject'].iloc[0]}; "
-             "keep one, or tell them apart in a column session")
+            x = to_numbers(path, name, table[name])
+        if x is not None:
+            columns[name] = check_column(path, name, x, [], table.index)
+    visits = pd.DataFrame({k: columns.get(k, "") for k in ("subject", "session")}, table.index)
+    for who in visits["subject"][visits.duplicated()]:
+        lines = visits.index[visits.duplicated(keep=False) & (visits["subject"] == who)]
+        fail(f"{path}: lines {', '.join(map(str, lines))} are one session of subject {who}; keep one, or tell"
+             " them apart in a column session")
     if "split" in columns:
         check_split(path, columns["subject"], columns["split"])
     return columns, names
+
+
+def to_numbers(path, name, texts):
+    """Series of texts -> (n,) float64. No numbers: fails for a column of the schema, else warns -> None."""
+    x, why = np.full(len(texts), np.nan), ""
+    for i, (line, text) in enumerate(texts.items()):
+        try:
+            x[i] = months(text) if name == "session" else float(text)
+        except ValueError:
+            why = f"line {line}: {text!r:.40} is no number"
+            break
+    if why and name in KNOWN and name not in ("image", "mask"):
+        hints = dict(session=" of months; they are 6, M06, ses-M006, d0183 (days) or bl",
+                     label="; names of classes go into a column diagnosis")
+        fail(f"{path}: {name}: {why}{hints.get(name, '')}")
+    if why or name in ("image", "mask", ""):
+        warn(f"{path}: column {name or 'without a name'}: ignored, {why or 'not a column of this table'}")
+        return None
+    return x
 
 
 def read_brain(path, spacing, shape, mm=""):
@@ -2085,8 +2078,6 @@ def volumes(path, out, spacing=1.5, shape=None, size=None, where=None):
         skipped += [f"line {line}: no {name}" for line in table.index[table[name].isna()]]
         table = table.dropna(subset=[name])
     columns, names = table_columns(path, table)
-    if table["path"].str.contains(r"\.nii", case=False).any():
-        need_nibabel("volumes")
     rows = {f"line {line}: {scan}": i for i, (line, scan) in enumerate(table["path"].items())}
 
     def read(row):
@@ -2104,6 +2095,8 @@ def volumes(path, out, spacing=1.5, shape=None, size=None, where=None):
                  licence="as the source's", spacing_mm=[spacing] * 3,
                  orientation="D inferior to superior, H anterior to posterior, W left to right"
                              + "; rows superior to inferior" * bool(axis))
+    if names:
+        attrs["label_names"] = names
     with replacing(out) as part, h5py.File(part, "w") as file:
         pixels = file.create_dataset("image", (len(table), *frame), np.uint8, maxshape=(None, *frame),
                                      chunks=(1, *frame), **PACKED)
@@ -2114,19 +2107,20 @@ def volumes(path, out, spacing=1.5, shape=None, size=None, where=None):
         if not kept:
             fail(f"{path}: no row could be converted; the first: {skipped[0]}")
         pixels.resize(len(kept), 0)
-        fill(file, {k: x[kept] for k, x in columns.items()}, attrs | (dict(label_names=names) if names else {}))
+        fill(file, {k: x[kept] for k, x in columns.items()}, attrs)
     for line in skipped:
         print("skipped", line)
     if cut:
-        warn(f"{cut} heads are larger than the frame of {' x '.join(f'{n * spacing:g}' for n in shape)} mm and "
-             "were cut")
+        warn(f"{cut} heads are larger than the frame of {spacing * np.array(shape)} mm and were cut")
     print(f"{out}: {len(np.unique(columns['subject'][kept]))} subjects, {len(kept)} images of "
-          f"{' x '.join(map(str, frame))} at {spacing:g} mm, {len(skipped)} of {len(kept) + len(skipped)} rows "
-          "skipped")
+          f"{' x '.join(map(str, frame))} at {spacing:g} mm, {len(skipped)} rows skipped")
 
 
 # ---------------------------------------------------------------------------------------------------
 # Command line
+
+PHANTOMS = dict(hearts=phantom_hearts, views=phantom_views, cohort=phantom_cohort, brains=phantom_brains)
+
 
 def summary(path):
     """Check, then print what the file holds; ends with ok."""
@@ -2141,7 +2135,8 @@ def summary(path):
             print(f"  {name}: " + ", ".join(f"{names.get(v, v)} {n}" for v, n in values))
         else:
             known = x[~np.isnan(x)]
-            print(f"  {name}: {known.min():.4g} to {known.max():.4g}" if len(known) else f"  {name}: all missing")
+            limits = f"{known.min():.4g} to {known.max():.4g}" if len(known) else "all missing"
+            print(f"  {name}: {limits}")
     if data.mask is not None:
         print("  mask: " + (", ".join(data.attrs.get("mask_names", [])) or "labels without names"))
     part = split(data)
@@ -2154,7 +2149,7 @@ COLOURS = np.uint8([(0, 0, 0), (255, 80, 80), (80, 255, 80), (255, 224, 64), (64
 
 
 def show(path, out):
-    """Contact sheet: 12 subjects as rows, 4 of their images (middle of volumes), bare and with mask contours."""
+    """Contact sheet: 12 subjects as rows, 4 of their images (middle of volumes), also with mask contours."""
     data = load(path)
     subjects = np.sort(np.random.default_rng(0).permutation(np.unique(data.subject))[:12])
     zoom = max(1, 192 // data.image.shape[-1])
@@ -2182,22 +2177,22 @@ def show(path, out):
 def main(flags=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    need = dict(check=["path"], show=["path"], phantom=["kind", "out"], emidec=["root", "out"],
-                acdc=["root", "out"], mms=["root", "out"], volumes=["table", "out"])
-    add = {name: commands.add_parser(name) for name in need}
-    for name, command in add.items():
-        command.error = lambda message: fail(f"{message}; see python data.py --help")  # one line, as all errors
-        for word in need[name]:
-            command.add_argument(word, choices=["hearts", "views", "cohort", "brains"] if word == "kind" else None)
-    parser.error = add["check"].error
+    need, add = dict(check="path", show="path", phantom="kind out", emidec="root out", acdc="root out",
+                     mms="root out", volumes="table out"), {}
+    for command, words in need.items():
+        add[command] = commands.add_parser(command)
+        for word in words.split():
+            add[command].add_argument(word, choices=PHANTOMS if word == "kind" else None)
     add["show"].add_argument("--out", default="sheet.png")
     for key in ("subjects", "patients", "seed", "size"):
         add["phantom"].add_argument(f"--{key}", type=int, default=argparse.SUPPRESS)
-    add["emidec"].add_argument("--spacing", type=float, help="mm per pixel; default: the smallest that fits all")
+    add["emidec"].add_argument("--spacing", type=float, help="mm per pixel; default: the least that fits all")
     add["volumes"].add_argument("--spacing", type=float, default=1.5, help="mm per voxel, default 1.5")
     add["volumes"].add_argument("--shape", type=integers, help="depth,height,width, default 128,160,128")
     add["volumes"].add_argument("--size", type=int, help="a cube, or the side of a slice; default 128")
-    add["volumes"].add_argument("--slice", help="axial:mid, coronal:40 (row) or sagittal:-10 (mm from the middle)")
+    add["volumes"].add_argument("--slice", help="axial:mid, coronal:40 (row), sagittal:-10 (mm off middle)")
+    for p in (parser, *add.values()):
+        p.error = lambda message: fail(f"{message}; see python data.py --help")  # one line, as all errors
     a = parser.parse_args(flags)
     folder = os.path.dirname(getattr(a, "out", ""))
     if folder and not os.path.isdir(folder):    # said before the work, not after it
@@ -2213,8 +2208,7 @@ def main(flags=None):
         for key, least in dict(subjects=1, patients=0, seed=0, size=16).items():
             if given.get(key, least) < least:
                 fail(f"--{key} {given[key]}: must be at least {least}")
-        dict(hearts=phantom_hearts, views=phantom_views, cohort=phantom_cohort,
-             brains=phantom_brains)[a.kind](a.out, **given)
+        PHANTOMS[a.kind](a.out, **given)
         print(a.out)
     elif a.command == "emidec":
         emidec(a.root, a.out, a.spacing)
