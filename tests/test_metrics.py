@@ -1,4 +1,4 @@
-"""metrics.py against oracles: scikit-image, scikit-learn, closed forms, brute force, planted truth and leaks."""
+"""metrics.py against scikit-image, scikit-learn, closed forms, brute force, planted truth and leaks."""
 import dataclasses
 import itertools
 import json
@@ -38,24 +38,11 @@ def test_ssim_wang_eq13_equals_skimage(shape, scale):
     assert np.abs(M.ssim(*tensors) - expected).max() < 1e-6
 
 
-def test_a_flat_image_scores_high_ssim_and_the_closed_form():
-    """Why every table has a row `constant`: on a mostly dark image, a flat one is a good 'reconstruction'."""
-    x = np.zeros((1, 64, 64))
-    x[0, 24:40, 24:40] = smooth((1, 16, 16), 0)[0]
-    assert M.ssim(x, np.zeros_like(x))[0] > 0.5
-    p, q = np.full((1, 16, 16), 0.2), np.full((1, 16, 16), 0.7)  # no structure: the luminance term alone
-    assert abs(M.ssim(p, q)[0] - (2 * 0.2 * 0.7 + 1e-4) / (0.2 ** 2 + 0.7 ** 2 + 1e-4)) < 1e-6
-
-
-@pytest.mark.parametrize("a, b", [
-    (np.zeros((1, 10, 30)), np.zeros((1, 10, 30))),  # smaller than the window
-    (np.zeros((1, 30, 30)), np.zeros((1, 30, 31))),
-    (np.linspace(-1, 1, 900).reshape(1, 30, 30), np.zeros((1, 30, 30))),  # the wrong range
-    (np.zeros((1, 30, 30), np.uint8), np.full((1, 30, 30), 255, np.uint8)),
-])
-def test_ssim_refuses(a, b):
-    with pytest.raises(ValueError):
-        M.ssim(a, b)
+def test_ssim_refuses_small_images_other_shapes_and_the_wrong_range():
+    x = np.zeros((1, 30, 30))
+    for a, b in ((x[:, :10], x[:, :10]), (x, x[:, :20]), (x, x - 1), (x, x + 255)):
+        with pytest.raises(ValueError):
+            M.ssim(a, b)
 
 
 def test_mse_psnr_nmse_closed_forms():
@@ -65,14 +52,8 @@ def test_mse_psnr_nmse_closed_forms():
     assert np.abs(M.nmse(x, zero) - (x ** 2).mean((1, 2)) / x.var((1, 2))).max() < 1e-9
     assert np.abs(M.mse(x, x + 0.1) - 0.01).max() < 1e-9 and np.isposinf(M.psnr(x, x)).all()
     assert np.abs(M.psnr(x, x + 0.1) - 20).max() < 1e-6
-    volumes = smooth((2, 8, 9, 10), 1)  # 3D, and a tensor with a channel
-    error = M.mse(torch.as_tensor(volumes)[:, None], torch.zeros(2, 1, 8, 9, 10))
-    assert np.allclose(error, (volumes ** 2).mean((1, 2, 3)))
-
-
-def test_to_image():
-    x = torch.tensor([-3, -1, 0, 0.5, 1, 2.0], dtype=torch.bfloat16).reshape(1, 1, 2, 3)
-    assert M.to_image(x).tolist() == [[[0, 0, 0.5], [0.75, 1, 1]]]
+    pixels = torch.tensor([-3, -1, 0, 0.5, 1, 2.0], dtype=torch.bfloat16).reshape(1, 1, 2, 3)
+    assert M.to_image(pixels).tolist() == [[[0, 0, 0.5], [0.75, 1, 1]]]
 
 
 def test_image_numbers_are_ssim_and_mse_with_intervals():
@@ -98,14 +79,12 @@ def test_frechet_heusel_eq6_equals_sqrtm(n, m, d):
     assert M.frechet(a, a) < 1e-9 and M.frechet(a + 3, a) == pytest.approx(9 * d)  # the means alone
 
 
-def test_kid_is_unbiased_and_equals_its_sums():
+def test_kid_equals_its_sums():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(5, 3)), rng.normal(size=(4, 3)) + 1
     k = lambda x, y: (x @ y / 3 + 1) ** 3
     within = sum(np.mean([k(x, y) for x, y in itertools.permutations(c, 2)]) for c in (a, b))
     assert M.kid(a, b) == pytest.approx(within - 2 * np.mean([k(x, y) for x in a for y in b]))
-    same = [M.kid(*rng.normal(size=(2, 30, 4))) for _ in range(300)]
-    assert abs(np.mean(same)) < 4 * np.std(same) / np.sqrt(300) and min(same) < 0
 
 
 def test_dice_by_hand_and_pooled():
@@ -125,7 +104,7 @@ def test_edge_f1_tolerates_a_pixel():
         assert M.edge_f1(M.edge_hits(np.roll(wanted, shift, 1), wanted, tolerance)) == pytest.approx(f1)
     half = wanted.copy()
     half[0, 4, 4:] = False
-    half[0, 7, :2] = True                                        # 6 found, 4 right; of 9 wanted 4 + 1 are near
+    half[0, 7, :2] = True                               # 6 found, 4 right; of 9 wanted 4 + 1 are near
     hits = M.edge_hits(half, wanted, 1)
     assert hits.tolist() == [[6, 4, 9, 5]]
     assert M.edge_f1(hits) == pytest.approx(2 * (4 / 6) * (5 / 9) / (4 / 6 + 5 / 9))
@@ -157,16 +136,6 @@ def test_bootstrap_resamples_whole_subjects():
     assert any(len(set(subject[i])) == 1 for i in seen)            # with replacement
 
 
-def test_bootstrap_matches_every_resample():
-    """With 4 subjects all 4^4 resamples can be written down: the interval is theirs."""
-    subject, x = np.array([0, 0, 1, 2, 2, 2, 3]), np.array([.1, .2, .9, .4, .5, .3, .7])
-    draws = itertools.product(range(4), repeat=4)
-    every = [np.concatenate([x[subject == s] for s in draw]).mean() for draw in draws]
-    result = M.bootstrap(np.mean, subject, x, n=20000)
-    assert result["value"] == x.mean()
-    assert np.abs(np.array(result["ci"]) - np.percentile(every, [2.5, 97.5])).max() < 0.01
-
-
 def test_bootstrap_covers_the_mean():
     rng = np.random.default_rng(0)
     subject, hits = np.repeat(np.arange(40), 4), 0
@@ -181,9 +150,6 @@ def test_bootstrap_of_degenerate_cases():
     assert np.isnan(M.bootstrap(np.mean, ["a", "a"], [1.0, 2.0])["ci"]).all()  # one subject: no interval
     y = np.r_[1, np.zeros(5)]  # a third of the resamples have no positive: left out
     assert np.isfinite(M.bootstrap(M.auroc, np.arange(6), np.arange(6.0), y)["ci"]).all()
-    assert np.isnan(M.bootstrap(M.auroc, np.arange(6), np.arange(6.0), y * 0)["value"])
-    with pytest.raises(ValueError):
-        M.bootstrap(np.mean, np.arange(6), np.arange(5))
 
 
 # Classification and regression
@@ -198,8 +164,7 @@ def test_auroc_and_classify_equal_sklearn():
             assert abs(ours[name] - theirs(y, called)) < 1e-12
         assert ours["accuracy"] == np.mean(called == y)
     assert np.isnan(M.auroc([1, 2], [1, 1]))
-    nobody = M.classify(np.zeros(4), np.zeros(4), 1)
-    assert np.isnan(nobody["f1"]) and nobody["accuracy"] == 1
+    assert np.isnan(M.classify(np.zeros(4), np.zeros(4), 1)["f1"])
 
 
 def test_threshold_f1_is_the_best_of_all():
@@ -229,27 +194,6 @@ def cohort(subjects=50, slices=7, d=32, seed=0):
     return rng.normal(size=(subjects, d))[subject] + rng.normal(size=(len(subject), d)), subject, rng
 
 
-def test_folds_by_row_would_choose_a_probe_that_knows_patients_by_heart(monkeypatch):
-    """Each subject is recognisable and its label a coin. Held-out subjects say so; held-out rows do not."""
-    z, subject, rng = cohort(subjects=60, slices=7, d=64)
-    y = rng.integers(0, 2, 60)[subject]
-    by_subject = M.probe("class", z, y, subject)
-    real = M.subject_folds
-    monkeypatch.setattr(M, "subject_folds", lambda task, y, _, seed: real(task, y, np.arange(len(y)), seed))
-    assert by_subject[-1].C <= M.probe("class", z, y, subject)[-1].C / 10
-
-
-@pytest.mark.parametrize("task", ["class", "regression"])
-def test_inner_folds_share_no_subject(task):
-    _, subject, rng = cohort(subjects=13, slices=4)
-    y = rng.integers(0, 2, len(subject))
-    folds = M.subject_folds(task, y, subject)
-    assert len(folds) == 4
-    assert sorted(np.concatenate([held for _, held in folds])) == list(range(len(subject)))
-    assert not any(set(subject[train]) & set(subject[held]) for train, held in folds)
-    assert M.subject_folds(task, y[:4], subject[:4]) == []  # one subject
-
-
 def test_probe_survives_few_subjects_and_refuses_one_class():
     z, subject, _ = cohort(subjects=6, slices=3, d=4)
     with warnings.catch_warnings():
@@ -276,15 +220,15 @@ def test_direction_recovers_a_planted_shift():
     spread = np.geomspace(0.2, 5, 32)
     u = spread * rng.normal(size=32)
     u /= np.linalg.norm(u)
-    y, age = rng.integers(0, 2, 80)[subject], rng.normal(size=80)[subject]
-    noise = spread * rng.normal(size=(len(subject), 32))
-    for task, target, factor in [("class", y, y), ("regression", 60 + 10 * age, age)]:
-        v = M.direction(M.probe(task, noise + 6 * factor[:, None] * u, target, subject))
+    y = rng.integers(0, 2, 80)[subject]
+    z = spread * rng.normal(size=(len(subject), 32)) + 6 * y[:, None] * u
+    for task in ("class", "regression"):
+        v = M.direction(M.probe(task, z, y, subject))
         assert np.linalg.norm(v) == pytest.approx(1) and v @ u > 0.9
 
 
 def study(n=60, seed=0):
-    """60 subjects x 3 slices; the first number of code "" knows y, "noise" knows nothing. Parts in any order."""
+    """n subjects x 3 slices; the first number of code "" knows y, "noise" knows nothing."""
     rng = np.random.default_rng(seed)
     subject = np.repeat([f"s{i:02d}" for i in range(n)], 3)
     part = np.repeat(rng.permutation(["train"] * 36 + ["val"] * 10 + ["test"] * (n - 46)), 3)
@@ -303,11 +247,13 @@ def test_probe_numbers_find_what_is_there_and_only_that():
     assert value["probe_auroc"] > 0.85 and 0.25 < value["probe_auroc.noise"] < 0.75
     test, p = part == "test", y[part == "test"].mean()
     score = fitted.decision_function(codes[""][test])
-    assert value["probe_auroc"] == roc_auc_score(y[test], score) and abs(M.direction(fitted)[0]) > 0.9
-    assert value["patient_auroc"] == roc_auc_score(y[test][::3], score.reshape(-1, 3).mean(1))
-    assert got["patient_auroc"]["n"] == 14 and value["probe_f1.all_positive"] == pytest.approx(2 * p / (1 + p))
-    gain = got["probe_auroc_gain.noise"]
-    assert gain["value"] == pytest.approx(value["probe_auroc"] - value["probe_auroc.noise"])
+    assert value["probe_auroc"] == pytest.approx(roc_auc_score(y[test], score))
+    patients = roc_auc_score(y[test][::3], score.reshape(-1, 3).mean(1))
+    assert value["patient_auroc"] == pytest.approx(patients) and abs(M.direction(fitted)[0]) > 0.8
+    assert got["patient_auroc"]["n"] == 14
+    assert value["probe_f1.all_positive"] == pytest.approx(2 * p / (1 + p))
+    difference = value["probe_auroc"] - value["probe_auroc.noise"]
+    assert value["probe_auroc_gain.noise"] == pytest.approx(difference)
     same, _ = M.probe_numbers({"": codes[""], "copy": codes[""]}, y, part, subject)
     assert same["probe_auroc_gain.copy"]["ci"] == [0, 0]  # paired: the same resamples for both
 
@@ -325,7 +271,7 @@ def test_probe_numbers_regress_and_refuse():
 
 @pytest.mark.parametrize("task", ["class", "regression", "factor"])
 def test_which_rows_fit_cut_and_are_scored(monkeypatch, task):
-    """The first number of each code names its row: training rows fit, validation rows cut, test rows count."""
+    """The first number of a code names its row: training rows fit, validation rows cut, test rows count."""
     subject, part, y, codes = study()
     y = y if task == "class" else codes[""][:, 0] + y
     y[::7] = np.nan
@@ -340,12 +286,14 @@ def test_which_rows_fit_cut_and_are_scored(monkeypatch, task):
 
     monkeypatch.setattr(M.Pipeline, "fit", fit)
     monkeypatch.setattr(M, "threshold_f1", lambda *pair: cuts.append(pair) or 0.0)
-    monkeypatch.setattr(M, "row_of", lambda _, who, *arrays, **options: scored.append((who, *arrays)) or M.row(0))
+    monkeypatch.setattr(M, "row_of", lambda _, *arrays, **rest: scored.append(arrays) or M.row(0))
     if task == "factor":
         M.factor_numbers(codes, {"factor_size": y, "age": y}, part, subject)
     else:
         _, fitted = M.probe_numbers(codes, y, part, subject)
-    assert fits and all(set(rows) <= set(train) for rows in fits)  # inner folds take a part of them
+    assert fits and all(set(rows) <= set(train) for rows in fits)
+    for rows in fits:  # an inner fold holds out whole subjects
+        assert not set(subject[rows]) & set(subject[np.setdiff1d(train, rows)])
     assert sum(np.array_equal(rows, train) for rows in fits) == len(codes)
     assert len(cuts) == (len(codes) if task == "class" else 0)
     if task == "class":
@@ -357,15 +305,6 @@ def test_which_rows_fit_cut_and_are_scored(monkeypatch, task):
     if task != "factor":
         read = fitted.decision_function if task == "class" else fitted.predict
         assert np.array_equal(slices[0][1], read(codes[""][test]))
-
-
-def test_test_labels_turned_over_turn_the_auroc_over():
-    """Nothing was fitted, chosen or cut on them. Turned validation labels move the threshold only."""
-    subject, part, y, codes = study()
-    a, b, c = (M.probe_numbers({"": codes[""]}, np.where(part == turned, 1 - y, y), part, subject)[0]
-               for turned in ("", "test", "val"))
-    assert a["probe_auroc"]["value"] == pytest.approx(1 - b["probe_auroc"]["value"])
-    assert a["probe_auroc"] == c["probe_auroc"] and a["probe_f1"]["value"] > c["probe_f1"]["value"]
 
 
 def test_factor_numbers_recover_a_planted_factor():
@@ -383,7 +322,7 @@ def test_brain_age_gap_is_what_was_planted():
     _, gap = M.brain_age_gap(codes, age, np.arange(150), np.arange(150, 250), np.arange(300))
     assert abs(gap[150:250].mean()) < 1e-9 and abs(np.polyfit(age[150:250], gap[150:250], 1)[0]) < 1e-9
     assert gap[250:].mean() == pytest.approx(8, abs=2)
-    d = M.mahalanobis(rng.normal(size=(4000, 3)) * [1, 5, 0.1], np.arange(2000))
+    d = M.mahalanobis(5 + 2 * rng.normal(size=(4000, 3)), np.arange(2000))
     assert (d ** 2).mean() == pytest.approx(3, rel=0.1)  # chi-squared with 3 degrees of freedom
 
 
@@ -398,12 +337,8 @@ class Few:
 def test_trivial_images_copy_within_the_subject_and_average_over_training():
     got = M.trivial_images(Few, train=np.array([3, 4, 5]), test=np.array([0, 1, 2, 4]), z_dim=1)
     assert np.allclose(got["constant"], 40 / 255)
-    assert np.allclose(got["copy"][:, 0, 0] * 255, [10, 0, 0, 30])      # the other of a, of a, nothing, the earlier
+    assert np.allclose(got["copy"][:, 0, 0] * 255, [10, 0, 0, 30])  # other of a, of a, none, earlier of c
     assert np.allclose(got["pca"] * 255, Few.image[[0, 1, 2, 4]], atol=1e-3)  # one axis holds all of them
-    noise = type("", (), dict(subject=np.arange(10), image=np.random.default_rng(0).integers(
-        0, 255, (10, 12, 12), dtype=np.uint8)))
-    error = M.mse(noise.image / 255, M.trivial_images(noise, np.arange(10), np.arange(10), 2)["constant"]).mean()
-    assert error == pytest.approx((noise.image / 255).var(0).mean(), rel=1e-5)  # no constant has less
 
 
 def test_pca_equals_eigendecomposition_of_the_training_rows():
@@ -418,8 +353,8 @@ def test_pca_equals_eigendecomposition_of_the_training_rows():
 
 
 def test_evenly_and_other_subject():
-    assert M.evenly(np.arange(10) * 2, 4).tolist() == [0, 6, 12, 18] and M.evenly([3, 4], 9).tolist() == [3, 4]
-    assert M.evenly(np.arange(0), 5).size == 0
+    assert M.evenly(np.arange(10) * 2, 4).tolist() == [0, 6, 12, 18]
+    assert M.evenly([3, 4], 9).tolist() == [3, 4] and M.evenly([], 5).size == 0
     who = np.array(["a", "a", "a", "b", "c"])
     assert (who[M.other_subject(who)] != who).all() and M.other_subject(["a", "a"]).tolist() == [0, 1]
 
@@ -450,8 +385,8 @@ def test_a_log_with_foreign_lines(tmp_path):
     for step, loss in ((0, 3.0), (5, 2.0), (5, float("nan")), (1, 2.5)):
         M.log_line(log, {"step": step, "loss": loss})
     with open(log, "ab") as f:
-        f.write(b'[1, 2]\n"step"\n{"loss": 1}\n{"step": "7"}\n{"step": true}\n\xff\xfe\n' + b"[" * 100000 + b"\n"
-                b'{"step": 6, "loss": "high"}\n{"step": 9, "lo')
+        f.write(b'[1, 2]\n"step"\n{"loss": 1}\n{"step": "7"}\n{"step": true}\n\xff\xfe\n')
+        f.write(b"[" * 100000 + b'\n{"step": 6, "loss": "high"}\n{"step": 9, "lo')
     got = M.read_log(log)
     assert [r["step"] for r in got] == [0, 1, 5, 6] and np.isnan(got[2]["loss"])
     M.curves(tmp_path / "c.png", {"ours": log, "none": tmp_path / "none"}, ("loss", "z_gap"))
@@ -460,18 +395,16 @@ def test_a_log_with_foreign_lines(tmp_path):
     assert not (tmp_path / "n.png").exists()
 
 
-def test_record(tmp_path):
+def test_record_and_results_json_which_is_strict_and_complete(tmp_path):
     config = dataclasses.make_dataclass("Config", ["out", "widths"])(str(tmp_path), (1, 2))
     M.record(config, __file__)
     assert json.loads((tmp_path / "config.json").read_text()) == {"out": str(tmp_path), "widths": [1, 2]}
     assert (tmp_path / "test_metrics.py").read_text() == open(__file__).read()
-
-
-def test_results_json_is_strict_and_complete(tmp_path):
-    path, metrics = tmp_path / "results.json", {"auroc": M.row(np.nan, n=20), "mae": M.row(3, (1, 4), 9, "years")}
+    path = tmp_path / "results.json"
+    metrics = {"auroc": M.row(np.nan, n=20), "mae": M.row(3, (1, 4), 9, "years")}
     M.save_results(path, "diffae", "phantom", {"train": np.int64(80)}, 12.5, {"out": tmp_path}, metrics)
     r = json.loads(path.read_text(), parse_constant=lambda constant: pytest.fail(constant))
-    assert list(r) == ["script", "data", "n", "seconds", "device", "torch", "git", "config", "metrics"]
+    assert list(r) == "script data n seconds device torch git config metrics".split()
     assert r["n"] == {"train": 80} and r["torch"] == torch.__version__ and r["config"]["out"] == str(tmp_path)
     assert r["metrics"]["mae"] == {"value": 3, "ci": [1, 4], "n": 9, "unit": "years", "better": "higher"}
     assert r["metrics"]["auroc"]["value"] is None and r["metrics"]["auroc"]["ci"] == [None, None]
@@ -486,7 +419,8 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(M.os, "fsync", full)
     with pytest.raises(SystemExit):
         M.write_atomically(path, b"new")
-    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path] and "No space" in capsys.readouterr().err
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+    assert "No space" in capsys.readouterr().err
 
 
 # Table, sentence, figures
@@ -508,23 +442,18 @@ def test_table_has_a_line_per_row_and_fits():
 
 @pytest.mark.parametrize("ci, better, verdict", [
     ((0.01, 0.1), "higher", "yes"), ((-0.1, -0.01), "higher", "no"), ((-0.02, 0.12), "higher", "undecided"),
-    ((0.01, 0.1), "lower", "no"), ((-0.1, -0.01), "lower", "yes"), ((np.nan, np.nan), "higher", "undecided")])
+    ((0.01, 0.1), "lower", "no"), ((-0.1, -0.01), "lower", "yes"), ((np.nan, np.nan), "lower", "undecided")])
 def test_answer(ci, better, verdict):
     text = M.answer("Better?", "AUROC", M.row(0.71), M.row(0.66), M.row(0.05, ci, 20, better=better))
-    assert text.startswith("Better? AUROC 0.710 against 0.660, +0.050") and text.endswith(f"20 patients: {verdict}.")
-
-
-def test_number():
-    expected = {0.9514: "0.951", 0: "0.000", 3.21e-5: "3.2e-05", 0.00412: "0.0041", 39.8765: "39.9",
-                1234.5: "1234", -0.25: "-0.250", None: "-", float("nan"): "-", float("inf"): "-"}
-    assert {k: M.number(k) for k in expected} == expected
+    assert text.startswith("Better? AUROC 0.710 against 0.660, +0.050")
+    assert text.endswith(f"20 patients: {verdict}.")
 
 
 def test_grid_shows_the_pixels_it_was_given(tmp_path):
     x, color = smooth((1, 40, 50), 0)[0], smooth((3, 40, 50), 1).transpose(1, 2, 0)
     path, h, w = tmp_path / "g.png", 3 * 40, 3 * 50  # scale 3 makes 40 pixels >= 96
-    size = M.grid(path, [[x, None], [torch.as_tensor(x) * 2 - 0.5, color]],
-                  ["real", "a long label of a row, wrapped"], ["one", "two, with a label as long as this one"], "A caption.")
+    size = M.grid(path, [[x, None], [torch.as_tensor(x) * 2 - 0.5, color]], ["real", "a label of the row"],
+                  ["one", "two, with a label as long as this one"], "A caption.")
     picture = np.asarray(Image.open(path).convert("RGB"))
     assert picture.shape == (size[1], size[0], 3) and Image.open(path).info["Description"] == "A caption."
     top, left = size[1] - 2 * (h + 4), size[0] - 2 * (w + 4)

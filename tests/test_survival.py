@@ -12,6 +12,7 @@ from scipy.stats import ks_2samp
 import metrics as M
 
 HR = 0.73  # per SD of similarity, the paper's
+KEYS = ("hr_per_sd", "hr_p", "c_index", "logrank_p", "ks_p")
 
 
 def cohort(seed, n=220, hr=1 / HR):
@@ -64,19 +65,20 @@ def test_intervals_cover_the_planted_hazard_ratio():
     covered = []
     for seed in range(50):
         severity, time, event, age, sex = cohort(seed)
-        fitted = M.cox(time, event, {"score": severity, "age": age, "male": (sex == "M") * 1.0}).summary.T["score"]
-        covered.append(fitted["exp(coef) lower 95%"] <= 1 / HR <= fitted["exp(coef) upper 95%"])
+        fitter = M.cox(time, event, {"score": severity, "age": age, "male": (sex == "M") * 1.0})
+        low, high = np.exp(fitter.confidence_intervals_.loc["score"])
+        covered.append(low <= 1 / HR <= high)
     assert 0.88 <= np.mean(covered) <= 0.99
 
 
 def test_a_useless_score_is_significant_in_one_cohort_of_twenty_and_does_not_beat_chance_out_of_fold():
     p, held_out, flattered = [], [], []
-    for seed in range(120):
+    for seed in range(100):
         _, time, event, *_ = cohort(1000 + seed, n=100, hr=1)
         x = {k: np.random.default_rng([seed, i]).normal(size=100) for i, k in enumerate("abc")}
         fitter = M.cox(time, event, x)
         p.append(fitter.summary.T["a"]["p"])
-        if seed < 25:
+        if seed < 15:
             held_out.append(M.c_index(M.cox_risk(time, event, x), time, event))
             flattered.append(fitter.concordance_index_)
     assert 0.01 <= np.mean(np.array(p) < 0.05) <= 0.11
@@ -85,15 +87,15 @@ def test_a_useless_score_is_significant_in_one_cohort_of_twenty_and_does_not_bea
 
 def test_risk_of_a_patient_does_not_use_what_became_of_the_patient(monkeypatch):
     """Every patient is held out once, and no fold is fitted to a patient whose risk it gives."""
-    severity, time, event, age, _ = cohort(1, n=100)
+    severity, time, event, *_ = cohort(1, n=100)
     seen, real = [], M.cox
     monkeypatch.setattr(M, "cox", lambda t, e, x: seen.append(set(x["s"])) or real(t, e, x))
-    risk = M.cox_risk(time, event, {"s": severity, "age": age})
+    risk = M.cox_risk(time, event, {"s": severity})
     held = [set(severity) - rows for rows in seen]
     assert len(held) == 10 and sorted(s for rows in held for s in rows) == sorted(severity)
-    time = np.where(np.arange(100) == np.flatnonzero(event)[7], 5 * time.max(), time)
-    moved = M.cox_risk(time, event, {"s": severity, "age": age})
-    assert np.mean(moved != risk) > 0.5 and moved[np.flatnonzero(event)[7]] == risk[np.flatnonzero(event)[7]]
+    who = np.flatnonzero(event)[7]
+    moved = M.cox_risk(np.where(np.arange(100) == who, 9999, time), event, {"s": severity})
+    assert np.mean(moved != risk) > 0.5 and moved[who] == risk[who]
 
 
 def test_survival_numbers_of_a_planted_cohort():
@@ -101,7 +103,7 @@ def test_survival_numbers_of_a_planted_cohort():
     sex[:9] = ""
     scores = {"": -severity, "noise": np.random.default_rng(0).normal(size=260), "inverted": severity}
     got = M.survival_numbers(scores, time, event, age, sex)
-    keys = {k + n for k in ("hr_per_sd", "hr_p", "c_index", "logrank_p", "ks_p") for n in ("", ".noise", ".inverted")}
+    keys = {k + n for k in KEYS for n in ("", ".noise", ".inverted")}
     gains = {f"c_index_gain.{n}" for n in ("noise", "inverted", "age_sex")}
     assert set(got) == keys | gains | {"c_index.age_sex", "events", "power"}
     assert all(m["n"] == 260 and np.isfinite(m["value"]) for m in got.values())
@@ -114,31 +116,23 @@ def test_survival_numbers_of_a_planted_cohort():
     assert value["c_index_gain.age_sex"] == pytest.approx(value["c_index"] - value["c_index.age_sex"])
     assert got["c_index_gain.inverted"]["ci"] == pytest.approx([0, 0], abs=1e-12)  # paired: the same risks
     top = severity < np.median(severity)
-    assert value["logrank_p"] == pytest.approx(logrank_test(time[top], time[~top], event[top], event[~top]).p_value)
+    logrank = logrank_test(time[top], time[~top], event[top], event[~top])
+    assert value["logrank_p"] == pytest.approx(logrank.p_value)
     assert value["ks_p"] == pytest.approx(ks_2samp(time[top], time[~top]).pvalue)
-    cosine = M.survival_numbers({"": 0.95 - 0.003 * severity}, time, event, age, sex)  # in units of its own
-    assert cosine["hr_per_sd"]["value"] == pytest.approx(value["hr_per_sd"], rel=1e-6)
-    events = np.arange(260) < 79  # 79 events give a power of 0.80
-    assert M.survival_numbers({"": severity}, time, events, age, sex)["power"]["value"] == pytest.approx(0.8, abs=5e-3)
-
-
-def test_ks_ignores_censoring_and_the_log_rank_test_does_not():
-    rng = np.random.default_rng(0)
-    death, high = rng.exponential(900, 600), np.arange(600) < 300
-    lost = np.where(high, rng.uniform(0, 300, 600), 9000)  # same survival, one half hardly followed
-    score, age = high + 0.1 * rng.random(600), rng.uniform(18, 90, 600)
-    got = M.survival_numbers({"": score}, np.minimum(death, lost), death <= lost, age, np.full(600, ""))
-    assert got["ks_p"]["value"] < 1e-6 and got["logrank_p"]["value"] > 0.05
+    other = M.survival_numbers({"": 0.95 - 0.003 * severity}, time, np.arange(260) < 79, age, sex)
+    unit = M.survival_numbers({"": -severity}, time, np.arange(260) < 79, age, sex)
+    assert other["hr_per_sd"]["value"] == pytest.approx(unit["hr_per_sd"]["value"], rel=1e-6)
+    assert other["power"]["value"] == pytest.approx(0.8, abs=5e-3)  # of 79 events
 
 
 def test_few_events_a_constant_and_a_nan_score_give_nan_and_not_a_crash():
     severity, time, _, age, _ = cohort(7, n=40)
     scores = {"": -severity, "constant": np.ones(40), "nan": np.where(age > 80, np.nan, severity)}
-    for events in (0, 1, 3):
+    for events in (1, 3):
         event = np.isin(np.arange(40), np.argsort(time)[[2, 9, 20][:events]])
         with pytest.warns(UserWarning, match="no Cox of nan"):
             got = M.survival_numbers(scores, time, event, age, np.full(40, ""))
-        assert all(np.isnan(got[f"{k}.nan"]["value"]) for k in ("hr_per_sd", "hr_p", "c_index", "logrank_p", "ks_p"))
+        assert all(np.isnan(got[f"{k}.nan"]["value"]) for k in KEYS)
         assert np.isnan(got["hr_per_sd.constant"]["value"]) and got["events"]["value"] == events
         assert np.isnan(got["c_index"]["value"]) == (events < 2)   # a single death cannot be held out
     assert got["c_index.constant"]["value"] == got["c_index.age_sex"]["value"]
@@ -153,7 +147,8 @@ def test_survival_curves_and_scatter(tmp_path):
         blue, red = ((pixels == c).all(1).sum() for c in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)))
         assert red > 100 and (blue > 100) == (name != "one"), name   # a constant score has one half
     x = np.arange(40.0)
-    M.scatter(tmp_path / "a.png", x, -x, {"healthy": x < 20, "ill": x >= 20}, "age (years)", "similarity", "Caption")
-    r, _, b = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).astype(int)[100:-60].transpose(2, 0, 1)
-    blue, red = np.nonzero(b - r > 60)[1], np.nonzero(r - b > 60)[1]      # the healthy are left of the ill
+    M.scatter(tmp_path / "a.png", x, -x, {"healthy": x < 20, "ill": x >= 20}, "age", "score", "Caption")
+    picture = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).astype(int)[100:-60]
+    warmth = picture[..., 0] - picture[..., 2]
+    blue, red = np.nonzero(warmth < -60)[1], np.nonzero(warmth > 60)[1]   # the healthy are left of the ill
     assert len(blue) > 200 and len(red) > 200 and np.median(blue) < np.median(red) - 100
