@@ -42,12 +42,7 @@ def test_c_index_equals_lifelines_and_brute_force():
         assert abs(M.c_index(risk, time, event) - concordance_index(time, -risk, event)) < 1e-12
     assert np.isnan(M.c_index([1, 2], [5, 9], [0, 1]))   # lost before the other died: no pair
     assert np.isnan(M.c_index([1, np.nan, 0], [1, 2, 3], [1, 1, 1]))
-
-
-def test_vectorised_resamples_equal_the_plain_bootstrap():
-    risk, time, event = tied(1)
-    rng = np.random.default_rng(3)
-    picks = [rng.integers(60, size=60) for _ in range(25)]
+    picks = np.random.default_rng(3).integers(60, size=(25, 60))  # resamples, all at once
     draws = M.c_index(risk, time, event, np.stack([np.bincount(pick, minlength=60) for pick in picks]))
     assert np.abs(draws - [M.c_index(risk[p], time[p], event[p]) for p in picks]).max() < 1e-12
 
@@ -63,8 +58,7 @@ def test_cox_equals_the_published_coefficients_of_rossi():
 
 def test_intervals_cover_the_planted_hazard_ratio():
     covered = []
-    for seed in range(50):
-        severity, time, event, age, sex = cohort(seed)
+    for severity, time, event, age, sex in map(cohort, range(50)):
         fitter = M.cox(time, event, {"score": severity, "age": age, "male": (sex == "M") * 1.0})
         low, high = np.exp(fitter.confidence_intervals_.loc["score"])
         covered.append(low <= 1 / HR <= high)
@@ -148,7 +142,6 @@ def test_survival_curves_and_scatter(tmp_path):
         assert red > 100 and (blue > 100) == (name != "one"), name   # a constant score has one half
     x = np.arange(40.0)
     M.scatter(tmp_path / "a.png", x, -x, {"healthy": x < 20, "ill": x >= 20}, "age", "score", "Caption")
-    picture = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).astype(int)[100:-60]
-    warmth = picture[..., 0] - picture[..., 2]
-    blue, red = np.nonzero(warmth < -60)[1], np.nonzero(warmth > 60)[1]   # the healthy are left of the ill
-    assert len(blue) > 200 and len(red) > 200 and np.median(blue) < np.median(red) - 100
+    red, _, blue = Image.open(tmp_path / "a.png").convert("RGB").split()
+    warm = np.asarray(red).astype(int)[100:-60] - np.asarray(blue)[100:-60]
+    assert np.nonzero(warm < -60)[1].mean() < np.nonzero(warm > 60)[1].mean() - 100  # healthy left of ill
