@@ -336,40 +336,36 @@ def probe_numbers(codes, y, part, subject, seed=0):
     if len(np.unique(y[train])) < 2:
         raise ValueError("the training rows have one value only")
     task = "class" if set(np.unique(y[train])) == {0, 1} else "regression"
-    who, truth, out, probes, guesses = subject[test], y[test], {}, {}, {}
-    patient, index, slices = np.unique(who, return_inverse=True, return_counts=True)
+    who, truth, out = subject[test], y[test], {}
+    probes, guesses, cuts = {}, {}, {}
+    for name, z in codes.items():
+        z = to_numpy(z).astype(np.float64)
+        probes[name] = probe(task, z[train], y[train], subject[train], seed)
+        read = probes[name].decision_function if task == "class" else probes[name].predict
+        guesses[name] = read(z[test])
+        cuts[name] = threshold_f1(read(z[val]), y[val]) if task == "class" and len(val) else 0.0
 
-    def put(name, guess, threshold=0.0):
+    key, summary, trivial = "probe_auroc", auroc, {"all_positive": np.zeros(len(test))}
+    if task == "regression":
+        key, summary = "probe_r2", lambda g, t: regression(g, t)["r2"]
+        trivial = {"mean": np.full(len(test), y[train].mean())}
+    gain = lambda ours, other, t: summary(ours, t) - summary(other, t)
+    for name in filter(None, codes):
+        out[f"{key}_gain.{name}"] = row_of(gain, who, guesses[""], guesses[name], truth)
+    patient, index, slices = np.unique(who, return_inverse=True, return_counts=True)
+    for name, guess in {**guesses, **trivial}.items():
         dot = f".{name}" if name else ""
         if task == "regression":
             for k, better in (("r2", "higher"), ("mae", "lower"), ("rmse", "lower")):
                 statistic = lambda g, t: regression(g, t)[k]
                 out[f"probe_{k}{dot}"] = row_of(statistic, who, guess, truth, better=better)
-            return
+            continue
         out[f"probe_auroc{dot}"] = row_of(auroc, who, guess, truth)
         out[f"patient_auroc{dot}"] = row_of(auroc, patient, np.bincount(index, guess) / slices,
                                             np.bincount(index, truth))
         for k in ("f1", "precision", "recall"):
-            out[f"probe_{k}{dot}"] = row_of(lambda g, t: classify(g, t, threshold)[k], who, guess, truth)
-
-    for name, z in codes.items():
-        z = to_numpy(z).astype(np.float64)
-        probes[name] = probe(task, z[train], y[train], subject[train], seed)
-        read, threshold = probes[name].predict, 0.0
-        if task == "class":
-            read = probes[name].decision_function
-            threshold = threshold_f1(read(z[val]), y[val]) if len(val) else 0.0
-        guesses[name] = read(z[test])
-        put(name, guesses[name], threshold)
-    if task == "class":
-        put("all_positive", np.zeros(len(test)))
-        key, statistic = "probe_auroc", auroc
-    else:
-        put("mean", np.full(len(test), y[train].mean()))
-        key, statistic = "probe_r2", lambda g, t: regression(g, t)["r2"]
-    gain = lambda ours, other, t: statistic(ours, t) - statistic(other, t)
-    for name in filter(None, guesses):
-        out[f"{key}_gain.{name}"] = row_of(gain, who, guesses[""], guesses[name], truth)
+            statistic = lambda g, t: classify(g, t, cuts.get(name, 0.0))[k]
+            out[f"probe_{k}{dot}"] = row_of(statistic, who, guess, truth)
     return out, probes[""]
 
 

@@ -114,7 +114,6 @@ def test_nearest_is_brute_force():
     d, at = M.nearest(x, bank)
     brute = np.sqrt(((x[:, None] - bank / 255) ** 2).mean((2, 3)))
     assert np.allclose(d, brute.min(1)) and (at == brute.argmin(1)).all()
-    assert M.nearest(bank[3:4], bank)[0][0] < 1e-6
 
 
 def test_bootstrap_resamples_whole_subjects():
@@ -165,7 +164,6 @@ def test_threshold_f1_is_the_best_of_all():
 def test_regression_and_spearman():
     r = M.regression([1.0, 2.0, 5.0], [1.0, 3.0, 5.0])
     assert [r["mae"], r["rmse"], r["r2"]] == pytest.approx([1 / 3, 3 ** -0.5, 1 - 1 / 8])
-    assert M.regression([3.0] * 3, [1.0, 3.0, 5.0])["r2"] == 0  # the mean predictor
     a, b = np.random.default_rng(0).integers(0, 5, (2, 40))
     assert abs(M.spearman(a, b) - spearmanr(a, b).statistic) < 1e-12
     assert np.isnan(M.spearman(a, np.ones(40)))
@@ -228,16 +226,13 @@ def test_probe_numbers_find_what_is_there_and_only_that():
     rows = {k + name for k in kinds for name in ("", ".noise", ".all_positive")}
     assert set(got) == rows | {"probe_auroc_gain.noise"}
     value = {k: m["value"] for k, m in got.items()}
-    assert value["probe_auroc"] > 0.85 and 0.25 < value["probe_auroc.noise"] < 0.75
+    assert 0.25 < value["probe_auroc.noise"] < 0.75 < 0.85 < value["probe_auroc"]
     test, p = part == "test", y[part == "test"].mean()
     score = fitted.decision_function(codes[""][test])
     assert value["probe_auroc"] == pytest.approx(roc_auc_score(y[test], score))
     patients = roc_auc_score(y[test][::3], score.reshape(-1, 3).mean(1))
     assert value["patient_auroc"] == pytest.approx(patients) and abs(M.direction(fitted)[0]) > 0.8
-    assert got["patient_auroc"]["n"] == 14
-    assert value["probe_f1.all_positive"] == pytest.approx(2 * p / (1 + p))
-    difference = value["probe_auroc"] - value["probe_auroc.noise"]
-    assert value["probe_auroc_gain.noise"] == pytest.approx(difference)
+    assert got["patient_auroc"]["n"] == 14 and value["probe_f1.all_positive"] == 2 * p / (1 + p)
     same, _ = M.probe_numbers({"": codes[""], "copy": codes[""]}, y, part, subject)
     assert same["probe_auroc_gain.copy"]["ci"] == [0, 0]  # paired: the same resamples for both
 
@@ -250,10 +245,9 @@ def test_probe_numbers_regress_and_refuse():
     assert factors == {"factor_r2_size": got["probe_r2"], "factor_r2_size.noise": got["probe_r2.noise"]}
     assert got["probe_r2"]["value"] > 0.8 and got["probe_mae"]["value"] < got["probe_mae.mean"]["value"]
     assert got["probe_r2.mean"]["value"] <= 0 and got["probe_r2_gain.noise"]["ci"][0] > 0
-    with pytest.raises(ValueError, match="one value"):
-        M.probe_numbers({"": codes[""]}, np.ones(180), part, subject)
-    with pytest.raises(ValueError, match="no test row"):
-        M.probe_numbers({"": codes[""]}, np.where(part == "test", np.nan, y), part, subject)
+    for bad, why in ((0 * y, "one value"), (np.where(part == "test", np.nan, y), "no test row")):
+        with pytest.raises(ValueError, match=why):
+            M.probe_numbers(codes, bad, part, subject)
 
 
 @pytest.mark.parametrize("task", ["class", "regression", "factor"])
@@ -289,9 +283,6 @@ def test_which_rows_fit_cut_and_are_scored(monkeypatch, task):
     slices = [entry for entry in scored if len(entry[0]) == len(test)]
     assert slices and len(scored) - len(slices) == (3 if task == "class" else 0)  # those of patients
     assert all(np.array_equal(who, subject[test]) and np.array_equal(t, y[test]) for who, *_, t in slices)
-    if task != "factor":
-        read = fitted.decision_function if task == "class" else fitted.predict
-        assert np.array_equal(slices[0][1], read(codes[""][test]))
 
 
 def test_brain_age_gap_is_what_was_planted():
@@ -306,7 +297,6 @@ def test_brain_age_gap_is_what_was_planted():
 
 
 class Few:
-    """A data set of 3 subjects."""
     subject = np.array(["a", "a", "b", "c", "c", "c"])
     image = (np.arange(6)[:, None, None] * np.ones((6, 12, 12)) * 10).astype(np.uint8)
 
@@ -398,16 +388,15 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch, capsys):
 def test_table_has_a_line_per_row_and_fits():
     keys = {f"metric_{i}": f"a number with a name of several words, {i}" for i in range(8)}
     rows = {"": "ours", "vae": "the VAE's code", "constant": "the mean training image", "absent": "nowhere"}
-    metrics = {k: M.row(i / 10, (0.1, 0.999), 20) for i, k in enumerate(keys)}
+    metrics = {f"metric_{i}": M.row(i / 10, (0.1, 0.999), 20) for i in range(8)}
     metrics |= {"metric_1.vae": M.row(-0.123, (-0.2, -0.1), 20), "metric_7.constant": M.row(12345.6)}
-    text = M.table(metrics, keys | {"not_measured": "never"}, rows)
-    lines = [line.split() for line in text.split("\n")]
+    text = M.table(metrics, keys | {"none": "never"}, rows)
     assert max(map(len, text.split("\n"))) <= 100 and "never" not in text and "nowhere" not in text
-    assert sum(line[:1] == ["ours"] for line in lines) == 4        # eight columns, two or three a block
-    assert text.count("0.700 [0.100, 0.999]") == 1 and text.count("-0.123 [-0.200, -0.100]") == 1
-    vae = [line for line in lines if line[:2] == ["the", "VAE's"]]
-    assert len(vae) == 1 and vae[0][3:] == ["-", "-0.123", "[-0.200,", "-0.100]"]  # in its column
-    assert "over 20 subjects" in text and text.count("12346") == 1
+    starts = [line[:4] for line in text.split("\n")]
+    assert starts.count("ours") == 4 and text.count("0.700 [0.100, 0.999]") == 1  # two columns a block
+    vae = [line.split()[3:] for line in text.split("\n") if line.startswith("the VAE's code")]
+    assert vae == [["-", "-0.123", "[-0.200,", "-0.100]"]] and text.count("12346") == 1
+    assert "over 20 subjects" in text
 
 
 @pytest.mark.parametrize("ci, better, verdict", [
@@ -433,7 +422,6 @@ def test_grid_shows_the_pixels_it_was_given(tmp_path):
     assert np.array_equal(picture[below:below + h, left:left + w, 1], large((x * 2 - 0.5).clip(0, 1)))
     assert np.array_equal(picture[below:below + h, right:right + w], large(color))
     assert (picture[top:top + h, right:] == 255).all()  # the gap
-    written = picture[:top, right:right + w], picture[top:, :left]
-    assert all(label.min() < 100 for label in written)
+    assert picture[:top, right:right + w].min() < 100 and picture[top:, :left].min() < 100  # labels
     M.grid(path, [torch.rand(2, 128, 128)] * 4, None, None, "no labels")
-    assert Image.open(path).size == (420, 4 * 132 + 34)  # large images are not enlarged; a caption needs room
+    assert Image.open(path).size == (420, 4 * 132 + 34)  # large images are not enlarged

