@@ -922,7 +922,7 @@ def main(argv):
             model.unet(z0, t, model.condition(x0.expand(-1, 7, -1, -1))) + z0
             vq.adversarial(recon + x0, recon) if cfg.gan else None
             Segmenter(cfg).logits(x0)
-    except (ValueError, RuntimeError, OverflowError) as e:
+    except (ValueError, IndexError, RuntimeError, OverflowError) as e:
         D.fail(f"--size {cfg.size}, --patch {cfg.patch}, --S {cfg.S}, --channels, --unet, --groups or "
                f"--inception: no such network ({str(e).splitlines()[0]})")
     held = M.lock(out) if rank == 0 else None           # until the process ends
@@ -947,6 +947,8 @@ def main(argv):
     arrays = {"image": data.image, "kind": D.view_phase(data.columns, len(data))}
     if data.mask is not None:
         arrays["mask"] = D.cine_ids(data)[D.in_memory(data.mask)]
+        if cfg.test and (D.cine_ids(D.load(cfg.test, cfg.size)) != D.cine_ids(data)).any():
+            D.fail(f"{cfg.test}: mask: other ids than in {path}; convert both with the same program")
     drawings = D.load_drawings(cfg.draw, cfg.size, cfg.edges, "mask" in arrays) if cfg.draw else None
     arrays["edges"] = edge_maps(data.image, arrays.get("mask"), cfg.seed)
     if rank == 0:
