@@ -167,9 +167,9 @@ def edge_f1(hits):
 def nearest(x, bank):
     """Images (N,*S), bank (M,*S) in [0,1] or uint8 -> distance (root mean square) to and row of the nearest
     in the bank, each (N,): a generated image much nearer to training than a real one is a copy."""
-    unit = lambda v: to_numpy(v).reshape(len(v), -1) / (255.0 if v.dtype == np.uint8 else 1.0)
-    row_of_bank, distance = pairwise_distances_argmin_min(unit(x), unit(bank))
-    return distance / np.sqrt(x[0].size), row_of_bank
+    unit = lambda v: v.reshape(len(v), -1) / np.float32(255 if v.dtype == np.uint8 else 1)
+    at, distance = pairwise_distances_argmin_min(unit(to_numpy(x)), unit(to_numpy(bank)))
+    return distance / np.sqrt(np.prod(bank.shape[1:])), at
 
 
 # ---- Intervals, and the entries of results.json ------------------------------------------------------------
@@ -577,8 +577,9 @@ def read_log(path):
             record = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(record, dict) and type(record.get("step")) is int:
-            rows[record["step"]] = record
+        step = record.get("step") if isinstance(record, dict) else None
+        if type(step) is int and 0 <= step < 2 ** 53:
+            rows[step] = record
     return [rows[step] for step in sorted(rows)]
 
 
@@ -716,18 +717,18 @@ def grid(path, rows, row_labels, col_labels, caption):
 def curves(path, logs, keys=("loss", "z_gap")):
     """Writes a PNG, one panel per key: every log's value over step (log axis), raw and as a running mean.
     logs: {label: path of a log.jsonl}. Keys in no record are left out. Nothing to draw: no file."""
-    read = {label: pandas.DataFrame(read_log(log)) for label, log in logs.items()}
-    keys = [key for key in keys if any(key in log for log in read.values())]
+    read = {label: read_log(log) for label, log in logs.items()}
+    keys = [key for key in keys if any(key in record for log in read.values() for record in log)]
     if not keys:
         return
     figure = Figure(figsize=(5.5 * len(keys), 3.6), layout="constrained")
     for axis, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys):
         for color, (label, log) in zip(itertools.cycle(COLORS), read.items()):
-            if key in log:
-                value = pandas.to_numeric(log.set_index("step")[key], errors="coerce").dropna()
-                mean = value.rolling(max(1, len(value) // 25)).mean()  # a batch's loss is the luck of its t
-                axis.plot(value.index + 1, value, color=color, alpha=0.25, linewidth=0.8)
-                axis.plot(mean.index + 1, mean, color=color, label=label)
+            value = {r["step"] + 1: r[key] for r in log if isinstance(r.get(key), (int, float))}
+            value = pandas.Series(value, dtype=float)
+            mean = value.rolling(max(1, len(value) // 25)).mean()  # a batch's loss is the luck of its t
+            axis.plot(value.index, value, color=color, alpha=0.25, linewidth=0.8)
+            axis.plot(mean.index, mean, color=color, label=label if len(value) else None)
         axis.set(xscale="log", xlabel="step", title=key)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
