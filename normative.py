@@ -19,8 +19,8 @@ Where the paper is silent, this script does what diffae.py does.
 Each healthy person has one role: train the networks (part "train"), be the reference that says what is usual
 (part "val"), or be a control (part "test"). Patients are always "test".
 
-`--recipe paper` trains and scores as published (but lr and EMA warm up). `--recipe ours`, the default, differs
-as in diffae.py, and in two more ways:
+`--recipe paper` trains and scores as published (but lr and EMA warm up). `--recipe ours`, the default,
+differs as in diffae.py, and in two more ways:
 - score residual (paper: cosine): a code of healthy brains has numbers for what healthy brains differ in. A
   lesion is none of that, so no distance between codes sees it. The residual is the image minus what z_sem
   alone draws; it is measured pixel by pixel in units of what is usual in the reference;
@@ -62,21 +62,21 @@ class Config:
     mult: tuple = (1, 1, 2, 3, 4)         # channels per level of the UNet, in units of base
     enc_mult: tuple = (1, 1, 2, 3, 4, 4)  # the same for the encoder, one level deeper
     blocks: int = 2           # residual blocks per level (one more on the way up)
-    attention: int = 16       # self-attention where the feature map is this wide, and in the middle
+    attention: int = 16       # self-attention at maps of this width, if there are any, and in the middle
     groups: int = 32          # of GroupNorm; 0: one per 16 channels (backward up to 18x faster on a CPU)
     dropout: float = 0.1      # in the UNet's blocks
     z_dim: int = 512          # numbers in z_sem
-    z_scale: float = 1.0      # multiplies z_sem where AdaGN reads it (not the image made of z_sem)
+    z_scale: float = 1.0      # multiplies z_sem in AdaGN: a study found that 3 makes the UNet listen to it
     spatial: bool = True      # the encoder keeps position and the UNet sees an image of z_sem; paper: false
-    # score, higher = healthier; residual: of image minus image of z_sem; the others compare codes; paper: cosine
+    # the primary score: see five_scores. paper: cosine
     score: Literal["residual", "cosine", "age_matched", "l2", "mahalanobis"] = "residual"
     # objective
     predict: Literal["v", "eps"] = "v"    # what the UNet outputs; paper: eps
     t_power: float = 0.5      # times are drawn as T u^t_power: 0.5 favours high noise; paper: 1, uniform
     augment: float = 0.1      # strength of random rotation, zoom and shift of the training images; paper: 0
     flip: bool = False        # random left-right flips (paper: true; but a brain has its left and its right)
-    T: int = 1000             # diffusion steps, linear beta
-    vae_beta: float = 1e-3    # weight of the VAE's KL
+    T: int = 1000             # diffusion steps, linear beta; with far fewer the last level is not pure noise
+    vae_beta: float = 1e-3    # weight of the VAE's KL beside the squared error summed over pixels
     # training
     steps: int = 5000         # optimizer steps; raise it and run again to train longer
     batch: int = 64           # images per step, over all processes
@@ -86,14 +86,15 @@ class Config:
     # evaluation
     S: int = 20               # DDIM steps, both ways
     stride: Literal["trailing", "leading"] = "trailing"     # DDIM times end at T-1; paper: 0, 50, .. 950
-    eval_images: int = 1000   # at most this many patients' and this many controls' images are reconstructed
+    draws: int = 8            # random x_T over which the mean semantic reconstruction is taken
+    eval_images: int = 1000   # at most this many test images are reconstructed
 
 
 PRESETS = {
     "paper": {},
     "demo": dict(size=48, patch=2, base=32, mult=(1, 2, 4), enc_mult=(1, 2, 4, 4), blocks=1, attention=6,
                  groups=0, dropout=0.0, z_dim=128, steps=600, batch=32, lr=1e-3, save_every=100,
-                 eval_images=40),
+                 eval_images=60),
 }
 RECIPES = {
     "ours": {},
@@ -101,12 +102,13 @@ RECIPES = {
                   score="cosine"),
 }
 # These may change when a run goes on in the same folder: none alters what the weights have learned.
-MAY_CHANGE = {"data", "test", "out", "preset", "device", "target", "steps", "save_every", "S", "score",
-              "eval_images"}
+MAY_CHANGE = {"data", "test", "out", "preset", "device", "target", "steps", "save_every", "S", "draws",
+              "eval_images", "score"}
 
 
 # --------------------------------------------------------------------------------------------------------
-# Schedule and forward process. Level t in 0..T-1 is noisy, -1 is clean (alpha_bar = 1), T is pure noise (0).
+# Schedule and forward process. Levels t in 0..T-1 are noisy. Two more exist for the samplers: at t = -1 the
+# image is clean (alpha_bar = 1), at t = T it is pure noise (alpha_bar = 0).
 
 def linear_alpha_bar(T):
     """Product of 1 - beta up to t, beta linear 1e-4 .. 0.02 (DDPM, Ho et al. 2020, sec. 4). -> (T,)"""
@@ -152,30 +154,30 @@ def norm(ch, groups):
 
 
 def zero(layer):
-    """Zero-initialised: a block starts as the identity, the network as x -> 0."""
+    """Zero-initialised: a residual block starts as its skip, a network as x -> 0."""
     for p in layer.parameters():
         nn.init.zeros_(p)
     return layer
 
 
 def time_embedding(t, dim):
-    """Sinusoids of t (B,) -> (B,dim), cosines first, periods 2 pi .. 2 pi 10000."""
+    """Sinusoids of t (B,) -> (B,dim), cosines first, periods 2 pi to nearly 2 pi 10000."""
     freq = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angle = t[:, None].float() * freq
     return torch.cat([angle.cos(), angle.sin()], 1)
 
 
 def resample(x, how):
-    """Halve ("down", 2x2 mean) or double ("up", each pixel four times) the side of (B,C,H,W).
+    """Halve ("down", 2x2 mean) or double ("up", each pixel four times) the side of (B,C,H,W); "": neither.
 
-    Doubling copies in channels_last order. (torch.compile has lost the gradient through F.interpolate.)"""
+    F.interpolate would do, but torch.compile has lost its gradient, and this keeps channels_last order."""
     if how == "down":
         return F.avg_pool2d(x, 2)
     if how == "up":
         B, C, H, W = x.shape
         x = x.permute(0, 2, 3, 1)
-        x = torch.cat([x, x], 3).view(B, H, 1, 2 * W * C)
-        return torch.cat([x, x], 2).view(B, 2 * H, 2 * W, C).permute(0, 3, 1, 2)
+        x = torch.cat([x, x], 3).view(B, H, 1, 2 * W * C)      # each pixel twice in its row
+        return torch.cat([x, x], 2).view(B, 2 * H, 2 * W, C).permute(0, 3, 1, 2)    # each row twice
     return x
 
 
@@ -207,7 +209,7 @@ class EncoderBlock(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """UNet block: t scales and shifts, z_sem scales again (AdaGN, DiffAE eq. 7; the 1 + is their code's).
+    """Block: t scales and shifts, z_sem scales again (AdaGN, DiffAE eq. 7; 1 + and SiLU as in their code).
 
     x (B,C,H,W), emb (B,4*base), z (B,z_dim) -> (B,ch_out,H',W'). The second convolution starts at zero."""
     def __init__(self, ch_in, ch_out, cfg, how=""):
@@ -231,7 +233,7 @@ class ResBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Half a UNet that never sees noise or t. x (B,ch_in,H,W) -> (B,ch_out)"""
+    """Half a UNet that never sees noise or t. x (B,ch_in,H,W) -> (B,ch_out) float32"""
     def __init__(self, cfg, ch_in, ch_out):
         super().__init__()
         self.patch, self.spatial, width, c = cfg.patch, cfg.spatial, cfg.size // cfg.patch, cfg.base
@@ -250,7 +252,7 @@ class Encoder(nn.Module):
         self.out = nn.Linear(c * width * width if cfg.spatial else c, ch_out)
 
     def forward(self, x):
-        h = self.trunk(F.pixel_unshuffle(x, self.patch))
+        h = self.trunk(F.pixel_unshuffle(x, self.patch))       # (B,C,h,w), 3x3 in the demo, 4x4 in the paper
         return self.out(h.flatten(1) if self.spatial else h.mean((2, 3))).float()
 
 
@@ -264,7 +266,7 @@ class UNet(nn.Module):
         # AdaGN scales whole channels, so it cannot say where. An image made of z_sem can.
         self.z_image = nn.Linear(cfg.z_dim, ch * width * width) if cfg.spatial else None
         self.conv_in = nn.Conv2d(2 * ch if cfg.spatial else ch, c, 3, padding=1)
-        skips = [c]
+        skips = [c]                   # channels of what the way up takes, last in first out, as in forward
         self.down = nn.ModuleList()   # each entry: a list of layers whose output is kept for the way up
         for i, m in enumerate(cfg.mult):
             for _ in range(cfg.blocks):
@@ -315,7 +317,7 @@ class UNet(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The VAE's decoder, the encoder's trunk mirrored. z (B,z_dim) -> (B,1,H,W) float32."""
+    """The VAE's decoder: the blocks of the encoder in reverse. z (B,z_dim) -> (B,1,H,W) float32."""
     def __init__(self, cfg):
         super().__init__()
         self.patch, self.width = cfg.patch, cfg.size // cfg.patch // 2 ** (len(cfg.enc_mult) - 1)
@@ -337,7 +339,8 @@ class Decoder(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------------
-# The two models that are compared. forward(batch, g) is the training loss.
+# The two models that are compared. forward(batch, g) is the training loss. A batch is a dict, since other
+# scripts have more in it than the image.
 
 class Model(nn.Module):
     """Diffusion autoencoder: || UNet(x_t, t, z_sem) - target ||^2, z_sem = Encoder(x0, age) (Fig. 1, 2)."""
@@ -350,9 +353,7 @@ class Model(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def encode(self, batch):
-        """batch["image"] (B,1,H,W) in [-1,1], batch["age"] (B,) in years -> z_sem (B,z_dim).
-
-        The age is a second channel, the same at each pixel. The UNet learns of it through z_sem only."""
+        """batch: image (B,1,H,W) in [-1,1], age (B,) in years, a constant channel -> z_sem (B,z_dim)."""
         age = (batch["age"] / 50 - 1).view(-1, 1, 1, 1).expand(batch["image"].shape)
         return self.encoder(torch.cat([batch["image"], age], 1))
 
@@ -375,7 +376,7 @@ class Model(nn.Module):
 
 
 class VAE(nn.Module):
-    """The baseline (Kingma & Welling 2014, eq. 10): the same encoder and code length, a plain decoder."""
+    """The baseline (Kingma & Welling 2014, eq. 10, KL weighted): the same encoder and code length."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -417,29 +418,29 @@ def ddim_step(x, t_from, t_to, eps_hat, alpha_bar, clip=False):
 
     x, eps_hat (B,..). Levels: -1 clean, 0..T-1, T pure noise. clip: x0_hat to [-1,1] and eps re-derived.
     -> like x"""
-    ab = [1.0 if t < 0 else 0.0 if t == len(alpha_bar) else float(alpha_bar[t]) for t in (t_from, t_to)]
-    x0_hat = (x - math.sqrt(1 - ab[0]) * eps_hat) / math.sqrt(ab[0])
-    if clip and ab[0] < 1:
+    level = lambda t: 1.0 if t < 0 else 0.0 if t == len(alpha_bar) else float(alpha_bar[t])
+    ab_from, ab_to = level(t_from), level(t_to)
+    x0_hat = (x - math.sqrt(1 - ab_from) * eps_hat) / math.sqrt(ab_from)
+    if clip and ab_from < 1:
         x0_hat = x0_hat.clamp(-1, 1)
-        eps_hat = (x - math.sqrt(ab[0]) * x0_hat) / math.sqrt(1 - ab[0])
-    return math.sqrt(ab[1]) * x0_hat + math.sqrt(1 - ab[1]) * eps_hat
+        eps_hat = (x - math.sqrt(ab_from) * x0_hat) / math.sqrt(1 - ab_from)
+    return math.sqrt(ab_to) * x0_hat + math.sqrt(1 - ab_to) * eps_hat
 
 
 def ddim_decode(eps_fn, x_T, S, alpha_bar, stride="trailing", clip=False):
-    """x_T -> x_0 in S calls of eps_fn(x_t, t): the walk down (DDIM eq. 12). Shapes of x_T."""
-    x, ts = x_T, [-1] + times(S, len(alpha_bar), stride)
-    for t, t_prev in zip(ts[:0:-1], ts[-2::-1]):
+    """x_T -> x_0 in S calls of eps_fn(x_t, t), down the levels (DDIM eq. 12). S = 4: 999, 749, 499, 249, -1."""
+    x, down = x_T, times(S, len(alpha_bar), stride)[::-1] + [-1]
+    for t, t_prev in zip(down, down[1:]):
         x = ddim_step(x, t, t_prev, eps_fn(x, t), alpha_bar, clip)
     return x
 
 
 def ddim_encode(eps_fn, x0, S, alpha_bar, stride="trailing", clip=False):
-    """x_0 -> x_T: the same walk up (DiffAE eq. 8), with eps at the level it is on (at 0 for the first step).
-
-    stride "leading" is the original code's: x_0 counts as level 0, and x_T is the last eps_hat itself."""
-    x, ts = x0, times(S, len(alpha_bar), stride)
-    ts = [-1] + ts if stride == "trailing" else ts + [len(alpha_bar)]
-    for t, t_next in zip(ts[:-1], ts[1:]):
+    """x_0 -> x_T, up the levels (DiffAE eq. 8). S = 4: -1, 249, 499, 749, 999. Level -1 is not trained, so the
+    first step takes eps at t = 0. stride "leading" is the original code's: 0, 250, 500, 750, T."""
+    x, up = x0, times(S, len(alpha_bar), stride)
+    up = [-1] + up if stride == "trailing" else up + [len(alpha_bar)]
+    for t, t_next in zip(up, up[1:]):
         x = ddim_step(x, t, t_next, eps_fn(x, max(t, 0)), alpha_bar, clip)
     return x
 
@@ -463,8 +464,8 @@ def amp(device):
 def fit(model, loader, cfg, name, steps, facts, watch=None):
     """Train `model` to step `steps` -> (its EMA, the step reached). model(batch, g) is the loss of a batch.
 
-    Goes on from OUT/name.pt, or exits if that file is of another cfg or of other data (facts). watch(ema) is
-    called before the first step and at each save. SIGTERM and Ctrl-C: finish the step, save, exit."""
+    Goes on from OUT/name.pt, or exits if that file has another cfg or other facts (hashes of the data). watch(ema)
+    is called at the start and at each save. SIGTERM and Ctrl-C: finish the step, save, exit."""
     (rank, world), device = ranks(), loader.device
     path, log = Path(cfg.out, f"{name}.pt"), Path(cfg.out, f"{name.replace('ckpt', 'log')}.jsonl")
     params = [p for p in model.to(device).train().parameters() if p.requires_grad]
@@ -494,7 +495,7 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
     rows = (D.batch_rows(len(loader), cfg.batch, cfg.seed, k)[mine] for k in range(step, steps))
     bar = tqdm(total=steps, initial=step, desc=name, unit="step", disable=rank > 0 or None)
     for batch in loader.stream(rows):
-        g.manual_seed(D.mix(cfg.seed, step, rank, 0))
+        g.manual_seed(D.mix(cfg.seed, step, rank, 0))          # t, noise, augmentation
         torch.manual_seed(D.mix(cfg.seed, step, rank, 1))      # dropout
         lr = cfg.lr * min(1, (step + 1) / 100)
         for group in opt.param_groups:
@@ -505,7 +506,7 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(params, 1.0)
         opt.step()
-        with torch.no_grad():
+        with torch.no_grad():               # the EMA's decay grows from 0.1, so that it forgets the first weights
             torch._foreach_lerp_(averaged, params, 1 - min(cfg.ema, (1 + step) / (10 + step)))
         seen.append(torch.stack([loss.detach(), grad_norm]))
         step += 1
@@ -556,14 +557,16 @@ def in_batches(fn, *tensors, batch=64):
         return torch.cat([fn(*rows) for rows in zip(*(x.split(batch) for x in tensors))])
 
 
+@torch.inference_mode()
 def semantic_codes(model, loader):
     """z_sem (the VAE: its mean) of every row, not augmented. -> (N,z_dim)"""
-    rows = torch.arange(len(loader), device=loader.device)
-    return in_batches(lambda rows: model.encode(loader.batch(rows)), rows)
+    batches = (loader.batch(np.arange(len(loader))[i:i + 64]) for i in range(0, len(loader), 64))
+    with amp(loader.device):
+        return torch.cat([model.encode(batch) for batch in batches])
 
 
 def walk(sampler, model, x, z_sem):
-    """sampler (ddim_encode or ddim_decode) with model at fixed z_sem (B,z_dim), from x (B,1,H,W). -> like x"""
+    """sampler (ddim_encode or ddim_decode) with model at fixed z_sem (B,z_dim), from x (B,1,H,W) -> like x"""
     def few(x, z):
         eps_fn = lambda x_t, t: model.eps(x_t, torch.full((len(x),), t, device=x.device), z)
         return sampler(eps_fn, x, model.cfg.S, model.alpha_bar, model.cfg.stride, clip=True)
@@ -571,7 +574,7 @@ def walk(sampler, model, x, z_sem):
 
 
 def encode_noise(model, x0, z_sem):
-    """The x_T from which, with z_sem, decode() comes back to x0. x0 (B,1,H,W) -> same"""
+    """The x_T from which, with z_sem, decode() comes back close to x0. x0 (B,1,H,W) -> same"""
     return walk(ddim_encode, model, x0, z_sem)
 
 
@@ -580,17 +583,16 @@ def decode(model, x_T, z_sem):
     return walk(ddim_decode, model, x_T, z_sem)
 
 
-def preview_reference(cfg, loader):
-    """-> watch(ema) for fit: preview.png of reference images. Row 3 unlike row 1: z_sem is not used yet."""
+def preview(cfg, loader):
+    """-> watch(ema) for fit: preview.png of validation images. Row 3 unlike row 1: z_sem is not used yet."""
     def watch(ema):
         batch = loader.batch(M.evenly(np.arange(len(loader)), 6))
-        x0 = batch["image"]
-        with amp(x0.device), torch.inference_mode():
-            z = ema.encode(batch)
+        with amp(loader.device), torch.inference_mode():
+            x0, z = batch["image"], ema.encode(batch)
         noise = torch.randn(x0.shape, generator=torch.Generator(x0.device).manual_seed(0), device=x0.device)
         rows = [x0, decode(ema, encode_noise(ema, x0, z), z), decode(ema, noise, z)]
         M.grid(Path(cfg.out, "preview.png"), [M.to_image(x) for x in rows],
-               ["image", "z_sem + x_T", "z_sem, random x_T"], [], "Reference images at the last save.")
+               ["image", "z_sem + x_T", "z_sem, random x_T"], [], "Validation images at the last save.")
     return watch
 
 
@@ -614,22 +616,25 @@ def age_mean(z, age, rows):
     return lambda a: powers(a) @ weights
 
 
-def usual(residual, rows):
-    """RMS (H,W) of residual (N,H,W) over `rows`; 1 % of the image's range is added, against division by 0."""
-    return np.sqrt((residual[rows] ** 2).mean(0)) + 0.01
+def deviation(real, drawn, rows):
+    """What a code leaves out, image minus image of the code (N,H,W), in units of what is usual at each pixel.
+
+    Usual is the RMS over `rows`, the healthy reference; 1 % of the range is added, against division by 0."""
+    residual = real - drawn
+    return residual / (np.sqrt((residual[rows] ** 2).mean(0)) + 0.01)
 
 
-def five_scores(z, residual, age, rows):
-    """How healthy is z (N,d), residual (N,H,W) the image minus the image of z? -> {name: (N,)}, higher = healthier
+def five_scores(z, deviates, age, rows):
+    """How healthy is z (N,d)? -> {kind: (N,)}, higher = healthier. rows: the healthy reference.
 
-    rows: the healthy reference. cosine: with the mean of their z (the paper). age_matched, l2, mahalanobis: as a
-    cosine or a distance from their mean at this age. residual: in units of their usual one, mean square."""
+    cosine: with their mean z, whatever the age (the paper). age_matched, l2, mahalanobis: a cosine with, or
+    minus a distance from, their mean at this age. residual: minus the mean square of deviation()."""
     at_age = age_mean(z, age, rows)(age)
     norm = lambda a: np.linalg.norm(a, axis=-1)
     cosine = lambda a, b: (a * b).sum(-1) / (norm(a) * norm(b))
-    return {"cosine": cosine(z, z[rows].mean(0)), "age_matched": cosine(z, at_age), "l2": -norm(z - at_age),
-            "mahalanobis": -M.mahalanobis(z - at_age, rows),
-            "residual": -((residual / usual(residual, rows)) ** 2).mean((1, 2))}
+    return {"residual": -(deviates ** 2).mean((1, 2)), "cosine": cosine(z, z[rows].mean(0)),
+            "age_matched": cosine(z, at_age), "l2": -norm(z - at_age),
+            "mahalanobis": -M.mahalanobis(z - at_age, rows)}
 
 
 def latent_deviation(mean, logvar, rows):
@@ -639,49 +644,85 @@ def latent_deviation(mean, logvar, rows):
     return -(abs(mean - mean[rows].mean(0)) / np.sqrt(mean[rows].var(0) + np.exp(logvar))).mean(1)
 
 
-def all_scores(cfg, data, part, models, loader):
-    """Scores {row: (N,)}; codes {name: (N,d)}; images {name: (N,H,W) in [0,1]}, what these codes alone draw.
+def all_scores(cfg, data, part, models, codes, loader):
+    """-> {row: (N,) scores}, and deviation() of our code. Only part "val", the reference, says what is usual.
 
-    Names: "" is the autoencoder, then untrained, vae, pca. Row NAME is its cfg.score, rows NAME_KIND are the
-    other four. Nothing but part "val", the reference, says what is usual."""
+    Rows KIND and CODE_KIND: five scores of our code and of the others. Rows "" and CODE: only cfg.score."""
     age, real = data.columns["age"].astype(np.float64), data.image[np.arange(len(data))] / np.float32(255)
     train, rows = np.flatnonzero(part == "train"), np.flatnonzero(part == "val")
     g = torch.Generator(loader.device).manual_seed(cfg.seed)
-    scores, codes, images = {}, {}, {}
-    for name in ("", "untrained"):
-        z = semantic_codes(models[name], loader)
-        codes[name], images[name] = z.double().cpu().numpy(), image_of_code(models[name], z, g)
-    posterior = lambda rows: torch.stack(models["vae"].posterior(loader.batch(rows)["image"]), 1)
-    mean, logvar = in_batches(posterior, torch.arange(len(data), device=loader.device)).unbind(1)
-    codes["vae"], images["vae"] = mean.double().cpu().numpy(), M.to_image(in_batches(models["vae"].decoder, mean))
+    drawn = {row: image_of_code(models[row], codes[row], g) for row in ("", "untrained")}
+    drawn["vae"] = M.to_image(in_batches(models["vae"].decoder, codes["vae"]))
+    codes = {row: code.double().cpu().numpy() for row, code in codes.items()}
     pca, flat = M.pca_of_rows(data, train, cfg.z_dim)
     z = pca.transform(flat(np.arange(len(data))))
+    drawn["pca"] = pca.inverse_transform(z).reshape(real.shape).clip(0, 1)
     codes["pca"] = z + pca.components_ @ pca.mean_        # not centred: a cosine with the mean needs a mean
-    images["pca"] = pca.inverse_transform(z).reshape(real.shape).clip(0, 1)
-    for name in codes:
-        for kind, score in five_scores(codes[name], real - images[name], age, rows).items():
-            scores["_".join(filter(None, (name, "" if kind == cfg.score else kind)))] = score
-    scores["vae_error"] = -((real - images["vae"]) ** 2).mean((1, 2))
-    scores["vae_deviation"] = latent_deviation(codes["vae"], logvar.double().cpu().numpy(), rows)
+    scores, left_out = {}, {row: deviation(real, images, rows) for row, images in drawn.items()}
+    for row in drawn:
+        kinds = five_scores(codes[row], left_out[row], age, rows)
+        scores |= {row: kinds[cfg.score]} | {f"{row}_{kind}".strip("_"): kinds[kind] for kind in kinds}
+    every = torch.arange(len(data), device=loader.device)
+    logvar = in_batches(lambda few: models["vae"].posterior(loader.batch(few)["image"])[1], every)
+    scores["vae_deviation"] = latent_deviation(codes["vae"], logvar.cpu().numpy(), rows)
+    scores["vae_error"] = -((real - drawn["vae"]) ** 2).mean((1, 2))
     scores["brain_age_gap"] = -M.brain_age_gap(z, age, train, rows, data.subject)[1]
     if "factor_severity" in data.columns:       # a phantom: the score of somebody who knows
         scores["planted"] = -data.columns["factor_severity"].astype(np.float64)
-    return scores, codes, images
+    return scores, left_out[""]
+
+
+def lesion_gain(change, lesion, brain, age, ill):
+    """Does |change| (n,H,W) find the lesions of the ill (n,)? AUROC over the pixels of the brain, minus that
+    of the same lesion in the change of a control of about this age, since edges change in everybody.
+
+    lesion, brain: masks (n,H,W). -> one number for each who is ill and has a lesion"""
+    controls, out = np.flatnonzero(~ill), []
+    for k in np.flatnonzero(ill & lesion.any((1, 2))):
+        other = controls[abs(age[controls] - age[k]).argmin()]
+        own, chance = (M.auroc(abs(change[i])[brain[k]], lesion[k][brain[k]]) for i in (k, other))
+        out.append(own - chance)
+    return np.array(out)
 
 
 def evaluate(cfg, data, part, models, device):
     """Every number and picture of a run. -> metrics, as in results.json; scores: higher = healthier
 
-    models: {"": the autoencoder, "untrained": the same at step 0, "vae": ..}"""
-    out, age = Path(cfg.out), data.columns["age"].astype(np.float64)
-    loader = D.Loader({"image": data.image, "age": age}, device)
-    train, reference, tested = (np.flatnonzero(part == p) for p in ("train", "val", "test"))
-    ill = data.columns[cfg.target] > 0
-    patients, controls = tested[ill[tested]], tested[~ill[tested]]
-    scores, codes, images = all_scores(cfg, data, part, models, loader)
+    models: {"": the diffusion autoencoder, "untrained": the same at step 0, "vae": ..}"""
+    out, train = Path(cfg.out), np.flatnonzero(part == "train")
+    loader = D.Loader({"image": data.image, "age": data.columns["age"]}, device)
+    test = M.evenly(np.flatnonzero(part == "test"), cfg.eval_images)
+    who, real, x0 = data.subject[test], data.image[test] / 255, loader.batch(test)["image"]
+    wrong = torch.as_tensor(M.other_subject(who), device=device)
+    g = torch.Generator(device).manual_seed(cfg.seed)
+    noise = torch.randn(cfg.draws, *x0.shape, generator=g, device=device)
+    codes = {row: semantic_codes(model, loader) for row, model in models.items()}
+
+    # Images from z_sem with the encoded x_T (recon), and from z_sem alone (mean over random x_T). The VAE and
+    # the trivial rows have one image for both. Ours comes last: its x_T, z and draws are used below.
+    recon = M.trivial_images(data, train, test, cfg.z_dim)
+    recon["vae"] = M.to_image(in_batches(models["vae"].decoder, codes["vae"][test]))
+    mean, metrics = dict(recon), {}
+    for row in tqdm(("untrained", ""), "evaluate: images", unit="model"):
+        model, z, dot = models[row], codes[row][test], f".{row}" if row else ""
+        x_T = encode_noise(model, x0, z)
+        recon[row] = M.to_image(decode(model, x_T, z))
+        draws = [M.to_image(decode(model, x, z)) for x in noise]
+        mean[row] = np.mean(draws, 0)
+        of_another = M.to_image(decode(model, noise[0], z[wrong]))      # a slice of another patient
+        gain = M.ssim(real, draws[0]) - M.ssim(real, of_another)
+        metrics["semantic_gain" + dot] = M.row_of(np.mean, who, gain)
+        sd_error = (x_T.std((1, 2, 3)) - 1).abs()                       # x_T should be N(0,1)
+        metrics["x_T_sd_error" + dot] = M.row_of(np.mean, who, sd_error, better="lower")
+    metrics |= M.image_numbers("recon", recon, real, who) | M.image_numbers("semantic_mean", mean, real, who)
+    gain = M.ssim(real, mean[""]) - M.ssim(real, mean["vae"])
+    metrics["semantic_mean_gain.vae"] = M.row_of(np.mean, who, gain)
 
     # Patients against controls, beyond what the age says of a score.
-    metrics = {}
+    age, ill = data.columns["age"].astype(np.float64), data.columns[cfg.target] > 0
+    reference, tested = np.flatnonzero(part == "val"), np.flatnonzero(part == "test")
+    patients = tested[ill[tested]]
+    scores, left_out = all_scores(cfg, data, part, models, codes, loader)
     for row, score in scores.items():
         dot, beyond = f".{row}" if row else "", age_mean(score[:, None], age, reference)(age)[:, 0] - score
         metrics["auroc" + dot] = M.row_of(M.auroc, data.subject[tested], beyond[tested], ill[tested])
@@ -693,70 +734,50 @@ def evaluate(cfg, data, part, models, device):
     _, first, index = np.unique(data.subject[patients], return_index=True, return_inverse=True)
     if {"time", "event"} <= set(data.columns):
         known = ~np.isnan(data.columns["time"][patients][first])
-        mean = lambda x: (np.bincount(index, x[patients]) / np.bincount(index))[known]
-        time_, event = mean(data.columns["time"]), mean(data.columns["event"])
+        line = lambda x: (np.bincount(index, x[patients]) / np.bincount(index))[known]
         sex = data.columns.get("sex", np.full(len(data), ""))[patients][first][known]
-        metrics |= M.survival_numbers({row: mean(x) for row, x in scores.items()}, time_, event, mean(age), sex,
+        survival = line(data.columns["time"]), line(data.columns["event"])
+        metrics |= M.survival_numbers({row: line(x) for row, x in scores.items()}, *survival, line(age), sex,
                                       cfg.seed)
-        M.survival_curves(out / "survival.png", time_, event, mean(scores[""]),
+        M.survival_curves(out / "survival.png", *survival, line(scores[""]),
                           f"Patients above and below the median score ({cfg.score}).")
 
-    # Images from z_sem with the encoded x_T (recon), from z_sem alone (semantic), and the healthy twin: z_sem
-    # moved to the healthy mean at this age, x_T kept.
-    test = np.concatenate([M.evenly(rows, cfg.eval_images) for rows in (patients, controls)])
-    who, real, x0 = data.subject[test], data.image[test] / 255, loader.batch(test)["image"]
-    semantic = M.trivial_images(data, train, test, cfg.z_dim) | {row: x[test] for row, x in images.items()}
-    recon = dict(semantic)
-    code = lambda z: torch.as_tensor(z, dtype=torch.float32, device=device)
-    for row in tqdm(("untrained", ""), "evaluate: images", unit="model"):
-        x_T = encode_noise(models[row], x0, code(codes[row][test]))
-        recon[row] = M.to_image(decode(models[row], x_T, code(codes[row][test])))
-    metrics |= M.image_numbers("recon", recon, real, who) | M.image_numbers("semantic", semantic, real, who)
-    typical = age_mean(codes[""], age, reference)
-    twin = M.to_image(decode(models[""], x_T, code(typical(age[test]))))
+    # The healthy twin: z_sem moved to the healthy mean at this age, x_T kept.
+    typical = age_mean(codes[""].double().cpu().numpy(), age, reference)
+    healthy_z = lambda ages: torch.as_tensor(typical(ages), dtype=torch.float32, device=device)
+    twin = M.to_image(decode(model, x_T, healthy_z(age[test])))
+    names, lesion = list(data.attrs.get("mask_names", [])), np.zeros(real.shape, bool)
+    if data.mask is not None and "lesion" in names and not ill[test].all():
+        mask, lesion = data.mask[test], data.mask[test] == names.index("lesion")
+        found = ill[test] & lesion.any((1, 2))
+        for row, images in (mean | {"": twin}).items() if found.any() else ():
+            gain = lesion_gain(real - images, lesion, mask > 0, age[test], ill[test])
+            metrics["lesion_gain" + (f".{row}" if row else "")] = M.row_of(np.mean, who[found], gain)
     older = D.Loader({"image": data.image, "age": age + 20}, device, reference)
-    shift = semantic_codes(models[""], older).cpu().numpy() - codes[""][reference]
-    spread = np.linalg.norm(codes[""][reference].std(0))
-    metrics["age_use"] = M.row_of(np.mean, data.subject[reference], np.linalg.norm(shift, axis=1) / spread)
-
-    # Where is the twin different? AUROC of |image - twin| for lesion or not, over the pixels of the brain. Chance
-    # is what the same lesion gives on a control of about this age, for edges change in everybody.
-    names = list(data.attrs.get("mask_names", []))
-    lesion = data.mask[test] == names.index("lesion") if "lesion" in names else np.zeros(real.shape, bool)
-    shown = np.flatnonzero(lesion.any((1, 2)) & ill[test])
-    if len(shown) and len(controls):
-        brain, healthy = data.mask[test] > 0, np.flatnonzero(~ill[test])
-        other = healthy[abs(age[test[healthy]] - age[test[shown], None]).argmin(1)]
-        find = lambda x, k: M.auroc(x[brain[k]], lesion[k][brain[k]])
-        for row, x in (semantic | {"": twin}).items():
-            dot, change = f".{row}" if row else "", abs(real - x)
-            gain = [find(change[k], k) - find(change[o], k) for k, o in zip(shown, other)]
-            metrics["lesion_gain" + dot] = M.row_of(np.mean, who[shown], gain)
+    shift = (semantic_codes(model, older) - codes[""][reference]).norm(dim=1)
+    spread = codes[""][reference].std(0).norm()
+    metrics["age_use"] = M.row_of(np.mean, data.subject[reference], shift / spread)
 
     # Pictures
-    worst = np.argsort(scores[""][test[ill[test]]])[:8]        # of the patients, who come first in test
-    left = (data.image[np.arange(len(data))] / np.float32(255) - images[""])
-    left = (left / usual(left, reference))[test]
-    lines = {"patient": real, "z_sem + x_T": recon[""], "healthy twin": twin,
-             "patient - twin: red brighter, blue darker": signed((real - twin) / 0.3),
-             "patient - image of z_sem, in healthy SDs": signed(left / 6)}
-    if len(shown):
-        lines["planted lesion"] = lesion
-    M.grid(out / "twins.png", [x[worst] for x in lines.values()], list(lines),
-           [f"{age[test[k]]:.0f} y, {scores[''][test[k]]:.2f}" for k in worst],
-           "The patients with the lowest scores, their age and score. Twin: z_sem of the healthy mean at this age.")
-    ends = np.clip([age[reference].min(), age[reference].max()], age[train].min(), age[train].max())
-    ages = np.linspace(*ends, 8)
+    few = np.flatnonzero(ill[test])
+    few = few[scores[""][test[few]].argsort()[:8]]
+    rows = {"patient": real, "z_sem + x_T": recon[""], "healthy twin": twin,
+            "patient - twin: red brighter, blue darker": signed((real - twin) / 0.3),
+            "what z_sem leaves out, in healthy SDs": signed(left_out[test] / 6)}
+    if lesion.any():
+        rows["lesion"] = lesion
+    M.grid(out / "twins.png", [images[few] for images in rows.values()], list(rows),
+           [f"{age[test[k]]:.0f} y, {scores[''][test[k]]:.2f}" for k in few],
+           "Patients with the lowest scores. Twin: the same x_T with the z_sem of healthy people this old.")
+    ages = np.linspace(age[reference].min(), age[reference].max(), 8).clip(age[train].min(), age[train].max())
     near = train[abs(age[train] - ages[:, None]).argmin(1)]
-    start = M.evenly(reference, 1)
-    x_T = encode_noise(models[""], loader.batch(start)["image"], code(codes[""][start])).expand(8, -1, -1, -1)
-    path = M.to_image(decode(models[""], x_T, code(typical(ages))))
-    M.grid(out / "trajectory.png", [path, data.image[near] / 255], ["healthy mean z_sem, one x_T", "a training image"],
-           [f"{a:.0f} years" for a in ages], "The healthy brain over the ages of training, with one person's x_T.")
+    path = M.to_image(decode(model, x_T[[-1] * 8], healthy_z(ages)))
+    M.grid(out / "trajectory.png", [path, data.image[near] / 255], ["healthy mean z_sem", "a training image"],
+           [f"{a:.0f} years" for a in ages], "The healthy brain at the ages of training, from one x_T.")
     groups = {"training": part == "train", "reference": part == "val", "controls": (part == "test") & ~ill,
               "patients": (part == "test") & ill}
-    M.scatter(out / "age.png", age, scores[""], groups, "age (years)", f"score: {cfg.score}",
-              "The score (higher is healthier) against age.")
+    M.scatter(out / "age.png", age, scores[""], groups, "age (years)", f"score ({cfg.score})",
+              "The score, higher is healthier, against age.")
     M.curves(out / "curves.png", {"diffusion": out / "log.jsonl", "VAE": out / "log_vae.jsonl"})
     return metrics
 
@@ -773,41 +794,31 @@ def signed(x):
 SHOWN = {"hr_per_sd": "hazard ratio per SD", "c_index": "C-index with age and sex",
          "logrank_p": "log-rank p, halves", "ks_p": "KS p (ignores censoring)",
          "auroc": "AUROC, patients against controls", "severity_r": "correlation with severity",
-         "lesion_gain": "image - twin: AUROC for the lesion, above chance", "recon_ssim": "z_sem + x_T, SSIM",
-         "semantic_ssim": "z_sem alone, SSIM"}
-KINDS = {"residual": "residual", "cosine": "cosine", "age_matched": "cosine at this age", "l2": "distance",
-         "mahalanobis": "Mahalanobis"}
+         "lesion_gain": "patient - twin: AUROC of the lesion over chance", "recon_ssim": "z_sem + x_T, SSIM",
+         "semantic_mean_ssim": "z_sem alone, SSIM"}
+KINDS = {"residual": "residual", "cosine": "cosine", "age_matched": "cosine at this age",
+         "l2": "distance at this age", "mahalanobis": "Mahalanobis"}
+ROWS = {"": "ours, primary score", **{kind: f"* {words}" for kind, words in KINDS.items()},
+        "untrained": "untrained, the same", "untrained_mahalanobis": "untrained, Mahalanobis",
+        "vae": "VAE, the same", "vae_error": "VAE, image error", "vae_deviation": "VAE, latent deviation",
+        "pca": "PCA, the same", "pca_residual": "PCA, residual", "pca_cosine": "PCA, cosine",
+        "pca_mahalanobis": "PCA, Mahalanobis", "brain_age_gap": "brain-age gap", "age_sex": "age and sex",
+        "planted": "planted severity", "constant": "constant image"}
 
 
-def rows_of(primary):
-    """-> {row: words} for the table, the primary score first. * marks what is exploratory."""
-    rows = {"": f"ours: {KINDS[primary]}"}
-    rows |= {kind: f"* {words}" for kind, words in KINDS.items() if kind != primary}
-    of_others = {"untrained": ("residual", "mahalanobis"), "pca": ("residual", "cosine", "mahalanobis"),
-                 "vae": ("residual",)}
-    for name, kinds in of_others.items():
-        for kind in dict.fromkeys((primary, *kinds)):
-            rows[name if kind == primary else f"{name}_{kind}"] = f"{name}: {KINDS[kind]}"
-    return rows | {"vae_error": "vae: image error", "vae_deviation": "vae: latent deviation",
-                   "brain_age_gap": "brain-age gap", "age_sex": "age and sex", "planted": "planted severity",
-                   "constant": "constant image"}
+def best_score(metrics, planted):
+    """-> which of our five scores is best, why, and whether its interval holds the planted hazard ratio.
 
-
-def best_score(metrics, primary, planted):
-    """-> sentences: which of our scores is best, why, and whether its interval holds the planted hazard ratio.
-
-    planted: of severity, so that of a score is 1 / planted; 0: nothing is planted."""
-    row = lambda key, kind: metrics[key if kind == primary else f"{key}.{kind}"]
-    order = sorted(KINDS, key=lambda kind: -np.nan_to_num(row("c_index", kind)["value"]))
-    best, second = order[:2]
-    hr = row("hr_per_sd", best)
-    text = (f"Best of our five scores: {KINDS[best]}, which has the highest C-index, "
-            f"{M.number(row('c_index', best)['value'])}; next is {KINDS[second]}, "
-            f"{M.number(row('c_index', second)['value'])}. Its hazard ratio is {M.cell(hr)}.")
+    planted: of the severity, so that the ratio of a score is 1 / planted; 0 if nothing is planted."""
+    c = {kind: metrics[f"c_index.{kind}"]["value"] for kind in KINDS}
+    best = max(c, key=lambda kind: np.nan_to_num(c[kind]))
+    low, high = metrics[f"hr_per_sd.{best}"]["ci"]
+    text = (f"Best of our five scores is {KINDS[best]}: its C-index is the highest, {M.number(c[best])}. Its "
+            f"hazard ratio is {M.cell(metrics[f'hr_per_sd.{best}'])}")
     if planted:
-        inside = "inside" if hr["ci"][0] <= 1 / planted <= hr["ci"][1] else "outside"
-        text += f" The planted one, {1 / planted:.2f}, lies {inside} this interval."
-    return text
+        where = "inside" if low <= 1 / planted <= high else "outside"
+        text += f"; the planted one, {1 / planted:.2f}, lies {where} this interval"
+    return text + "."
 
 
 def start(argv):
@@ -834,10 +845,14 @@ def main(argv):
     try:        # settings that do not fit each other are an error before anything is read or written
         times(cfg.S, cfg.T, cfg.stride)
         with torch.device("meta"):
-            x0, z, t = torch.empty(2, 1, cfg.size, cfg.size), torch.empty(2, cfg.z_dim), torch.ones(2).long()
-            Model(cfg).unet(x0, t, z), VAE(cfg).decoder(VAE(cfg).posterior(x0)[0])
+            model, vae, t = Model(cfg), VAE(cfg), torch.zeros(2, dtype=torch.long)
+            x0 = torch.empty(2, 1, cfg.size, cfg.size)
+            batch = {"image": x0, "age": torch.empty(2)}
+            images = model.unet(x0, t, model.encode(batch)), vae.decoder(vae.encode(batch))
+        if cfg.size < 11 or any(x.shape != x0.shape for x in images):
+            raise ValueError(f"--size {cfg.size} is below 11 or cannot be halved as often as the levels ask")
     except (ValueError, RuntimeError, OverflowError) as e:
-        D.fail(f"--size {cfg.size}, --patch {cfg.patch}, --base {cfg.base}, --mult: no such network ({e})")
+        D.fail(f"no such network or sampler: {e}")
     held = M.lock(out) if rank == 0 else None           # until the process ends
     path = cfg.data or str(out / "cohort.h5")
     if rank == 0 and not cfg.data and not os.path.exists(path):
@@ -850,16 +865,16 @@ def main(argv):
     count["patients"] = len(np.unique(data.subject[(part == "test") & (data.columns[cfg.target] > 0)]))
     if rank == 0:
         print(f"normative: preset {cfg.preset}, recipe {cfg.recipe}, {device}, torch {torch.__version__}\n"
-              f"data: {data.path} at {cfg.size}x{cfg.size}; {count}\n"
+              f"data: {data.path} at {cfg.size}x{cfg.size}; subjects: {count}\n"
               f"out: {out}; stop at any time, the same command goes on", flush=True)
 
     arrays = {"image": data.image, "age": data.columns["age"]}
     rows = [np.flatnonzero(part == p) for p in ("train", "val")]
     images, unseen = (D.Loader(arrays, device, r) for r in rows)
-    watch = preview_reference(cfg, unseen)
+    watch = preview(cfg, unseen) if len(unseen) else None
     torch.manual_seed(D.mix(cfg.seed, 0))
     model, vae = Model(cfg), VAE(cfg)
-    models = {"untrained": copy.deepcopy(model).to(device).eval()}
+    models = {"untrained": copy.deepcopy(model).to(device).eval()}      # what random features already give
     models[""], reached = fit(model, images, cfg, "ckpt", cfg.steps, facts, watch)
     models["vae"], _ = fit(vae, images, cfg, "ckpt_vae", reached, facts)
     if world > 1:
@@ -870,11 +885,13 @@ def main(argv):
     metrics = evaluate(cfg, data, part, models, device)
     seconds, config = time.perf_counter() - began, dataclasses.asdict(cfg) | {"steps": reached}
     M.save_results(out / "results.json", "normative", data.path, count, seconds, config, metrics, device)
-    print(M.table(metrics, SHOWN, rows_of(cfg.score)))
+    rows = {row: words for row, words in ROWS.items() if not row.endswith(cfg.score)}      # is "" or CODE
+    print(M.table(metrics, SHOWN, rows))
     if "c_index" in metrics:
-        print(M.answer(f"Does the score ({cfg.score}) foretell survival better than age and sex alone?", "C-index",
+        print(f"The primary score, {cfg.score}, was named before the run. * is exploratory: among many scores one "
+              f"looks good by chance.\n{best_score(metrics, data.attrs.get('hr_per_sd', 0))}")
+        print(M.answer("Does the primary score foretell survival better than age and sex alone?", "C-index",
                        metrics["c_index"], metrics["c_index.age_sex"], metrics["c_index_gain.age_sex"]))
-        print(best_score(metrics, cfg.score, data.attrs.get("hr_per_sd", 0)))
     else:
         print("no survival analysis: the data have no columns time and event")
     print(f"{seconds:.0f} s. Numbers: {out}/results.json. Pictures: {out}/*.png")
