@@ -219,7 +219,7 @@ class Block(nn.Module):
 
 
 class PatchDiscriminator(nn.Module):
-    """Real or reconstructed, patch by patch (Isola et al. 2017). image (B,1,H,W) -> (B,1,h,w): 1 and 0."""
+    """Is a patch real (1) or reconstructed (0)? (Isola et al. 2017.) image (B,1,H,W) -> (B,1,h,w)"""
     def __init__(self, cfg):
         super().__init__()
         layers, c = [], 1
@@ -440,10 +440,9 @@ def planes(batch, edges, g=None):
     edges: one of D.EDGES; mixed: each sample draws one of them from g, or all edges without a g. All planes 0
     is "no condition": that differs from an empty drawing, whose background plane is 1."""
     B, _, H, W = batch["edges"].shape
+    which = torch.full((B,), D.EDGES.index(edges.replace("mixed", "full")), device=batch["kind"].device)
     if edges == "mixed" and g is not None:
         which = torch.randint(4, (B,), generator=g, device=g.device)
-    else:
-        which = torch.full_like(batch["edges"][:, 0, 0, 0], D.EDGES.index(edges) if edges != "mixed" else 0)
     chosen = F.one_hot(which, 4)[:, :3].view(B, 3, 1, 1)     # batch["edges"]: full, sparse, mask; none is 0
     lines = (chosen * batch["edges"]).sum(1, keepdim=True).float()
     ids = one_hot(batch["mask"]) if "mask" in batch else lines.new_zeros(B, 4, H, W)
@@ -814,7 +813,8 @@ def evaluate(cfg, data, part, arrays, vq, models, judge, w, inception):
         made["painted"] = painted(data, arrays["mask"], train, test)
 
     # Image by image: like the real slice? And does a segmenter, or an edge detector, find what was drawn?
-    obeys, found = (M.edge_f1, {}) if judge is None else (M.dice, {})
+    key, obeys = ("edge_f1", M.edge_f1) if judge is None else ("dice", M.dice)
+    found = {}
 
     def score(name, images, at):
         dot = f".{name}" if name else ""
@@ -836,16 +836,16 @@ def evaluate(cfg, data, part, arrays, vq, models, judge, w, inception):
         score(f"view_{name or 'unknown'}", made[""][at], at)
     for name in ("other_drawing", "real"):
         gain = lambda ours, other: obeys(ours) - obeys(other)
-        metrics[f"obeys_gain.{name}"] = M.row_of(gain, who, found[""], found[name])
+        metrics[f"{key}_gain.{name}"] = M.row_of(gain, who, found[""], found[name])
 
     # As a population: distance to the test slices. Row `real`: as many real slices of training patients.
-    keys = ("fd_vq", "kid_vq") if inception is None else ("fid", "kid")
+    names = ("fd_vq", "kid_vq") if inception is None else ("fid", "kid")
     target = features(vq, inception, to_tensor(real, device))
     for name, images in (made | {"real": data.image[M.evenly(train, len(test))] / 255}).items():
         here = features(vq, inception, to_tensor(images, device))
-        for key, distance in zip(keys, (M.frechet, M.kid)):
-            value = distance(here, target)
-            metrics[key + (f".{name}" if name else "")] = M.row(value, n=len(np.unique(who)), better="lower")
+        for k, distance in zip(names, (M.frechet, M.kid)):
+            value = M.row(distance(here, target), n=len(np.unique(who)), better="lower")
+            metrics[f"{k}.{name}" if name else k] = value
 
     # Pictures: a slice of each of eight patients, another view in turn.
     few = [np.flatnonzero(who == p) for p in np.unique(who)[:8]]
@@ -881,9 +881,9 @@ def from_drawings(cfg, model, vq, arrays, w):
 # The command
 
 # The table that ends a run: the numbers that answer the question, and the rows beside them.
-SHOWN = {"dice": "Dice of a segmenter with the map", "edge_f1": "edges, F1", "ssim": "SSIM",
-         "nmse": "MSE / variance", "fid": "FID", "kid": "KID", "fd_vq": "Frechet distance, VQ-VAE features",
-         "kid_vq": "kernel distance, VQ-VAE features"}
+SHOWN = {"dice": "Dice, segmenter with map", "edge_f1": "F1 of edges", "ssim": "SSIM",
+         "nmse": "MSE / variance", "fid": "FID", "kid": "KID", "fd_vq": "Frechet, VQ features",
+         "kid_vq": "KID, VQ features"}
 ROWS = {"": "ours", "edges_sparse": "a few strokes", "edges_mask": "contours, no edges inside",
         "edges_none": "no edges", "other_drawing": "another patient's drawing", "view_SA": "short axis alone",
         "view_LA": "long axis alone", "untrained": "untrained diffusion", "painted": "map in mean greys",
@@ -995,8 +995,9 @@ def main(argv):
     M.save_results(out / "results.json", "cond_ldm", data.path, count, seconds, config, metrics, device)
     print(M.table(metrics, SHOWN, ROWS))
     key = "edge_f1" if judge is None else "dice"
-    print(M.answer("Does a generated slice obey its drawing?", f"{SHOWN[key]}: with it", metrics[key],
-                   metrics[f"{key}.other_drawing"], metrics["obeys_gain.other_drawing"]))
+    print(M.answer("Does a slice obey its drawing more than one generated from another patient's drawing?",
+                   SHOWN[key], metrics[key], metrics[f"{key}.other_drawing"],
+                   metrics[f"{key}_gain.other_drawing"]))
     print(f"{seconds:.0f} s. Numbers: {out}/results.json. Pictures: {out}/*.png")
 
 

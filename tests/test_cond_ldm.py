@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -81,7 +82,6 @@ def test_nearest_code_is_brute_force():
     far = (z.permute(0, 2, 3, 1)[..., None, :] - vq.codes).square().sum(-1)
     index = vq.nearest(z)
     assert torch.equal(index, far.argmin(-1))
-    assert torch.equal(vq.look_up(index)[1, :, 2, 5], vq.codes[index[1, 2, 5]])
     assert torch.equal(vq.decode(vq.look_up(index) + 1e-6), vq.decoder(vq.look_up(index)))     # moved to codes
 
 
@@ -116,17 +116,15 @@ def test_unused_codes_move_to_latents_and_used_ones_stay():
 
 
 def test_codebook_comes_alive():
-    """All codes begin at zero: after the first step they are where latents are, and most of them are used."""
+    """All codes begin at zero. After the first step they are where latents are, and most of them are used."""
     torch.manual_seed(0)
-    vq = m.VQVAE(replace(TINY, augment=0.0))
+    vq, batch = m.VQVAE(replace(TINY, augment=0.0)), a_batch()
     for k in range(2):
-        vq(a_batch(seed=k), torch.Generator().manual_seed(k))
-    images, perplexity = m.reconstruct(vq, a_batch(seed=1)["image"])
+        vq(batch, torch.Generator().manual_seed(k))
     with m.amp(torch.device("cpu")):
-        index = vq.nearest(vq.encoder(a_batch(seed=1)["image"]))
-    counts = np.bincount(index.flatten(), minlength=32) / 256
-    assert perplexity == pytest.approx(np.exp(-(counts * np.log(counts + 1e-30)).sum())) and perplexity > 12
-    assert vq.trained == 2 and images.shape == (4, 16, 16)
+        share = np.bincount(vq.nearest(vq.encoder(batch["image"])).flatten(), minlength=32) / 256
+    perplexity = m.reconstruct(vq, batch["image"])[1]
+    assert perplexity == pytest.approx(np.exp(-(share * np.log(share + 1e-30)).sum())) and perplexity > 12
 
 
 @pytest.mark.parametrize("trained", [0, 5])
@@ -177,10 +175,9 @@ def test_guidance_against_two_gaussians():
             levels = torch.full((n,), t)
             eps_c, eps_u = oracle(x, levels, cond), oracle(x, levels, 0 * cond)
             assert (m.guided(model, cond, w)(x, t) - (eps_u + w * (eps_c - eps_u))).abs().max() < 1e-12
-    samples = {w: m.ddim_decode(m.guided(model, cond, w), x, 1000, AB) for w in (0, 1, 3)}
+    samples = {w: m.ddim_decode(m.guided(model, cond, w), x, 200, AB) for w in (0, 1, 3)}
     assert abs(samples[1].mean() - 1) < 0.03 and abs(samples[1].std() - 0.3) < 0.03
-    assert abs((samples[0] > 0).double().mean() - 0.5) < 0.05
-    assert samples[3].mean() > samples[1].mean() + 0.02
+    assert abs((samples[0] > 0).double().mean() - 0.5) < 0.05 and samples[3].mean() > samples[1].mean() + 0.02
 
 
 # --------------------------------------------------------------------------------- drawings, networks
@@ -258,60 +255,65 @@ def test_segmenter_learns_and_moves_image_and_mask_together(tmp_path):
 def test_painted_is_the_mean_grey_of_training_rows():
     image, mask = np.full((4, 2, 2), 100, np.uint8), np.zeros((4, 2, 2), np.uint8)
     image[:, 0, 0], mask[:, 0, 0] = [10, 30, 250, 250], 2
-    mask[3, 1, 1] = 2
     x = m.painted(SimpleNamespace(image=image), mask, np.array([0, 1]), np.array([2, 3])) * 255
-    assert np.allclose(x, [[[20, 100], [100, 100]], [[20, 100], [100, 20]]])
+    assert np.allclose(x, [[20, 100], [100, 100]])
 
 
 # --------------------------------------------------------------------------------- runs
 
 def test_a_run_learns_from_training_rows_and_chooses_w_on_validation_rows(tiny, tmp_path, capsys, monkeypatch):
-    seen, compared, fit, nmse, evaluate = {}, [], m.fit, M.nmse, m.evaluate
-    columns, part = slices(), D.load_study(tiny)[1]
-    rows_of = lambda images: {int(abs(columns["image"] / 255 - x).sum((1, 2)).argmin()) for x in images}
+    seen, made, compared, fit, nmse, generate, evaluate = {}, [], [], m.fit, M.nmse, m.generate, m.evaluate
+    columns, part, out = slices(), D.load_study(tiny)[1], tmp_path / "out"
+    train, val, test = (np.flatnonzero(part == p).tolist() for p in ("train", "val", "test"))
+    rows_of = lambda images: [int(abs(columns["image"] / 255 - x).sum((1, 2)).argmin()) for x in images]
 
     def spy(model, loader, cfg, name, *more):
-        seen[name] = set(loader.rows.tolist())
+        seen[name] = loader.rows.tolist()
         if name == "ckpt_ldm":
             z0 = loader.batch(np.arange(len(loader)))["z0"]
             assert (model.mean - z0.mean((0, 2, 3), keepdim=True)).abs().max() < 1e-6
         return fit(model, loader, cfg, name, *more)
     monkeypatch.setattr(m, "fit", spy)
     monkeypatch.setattr(M, "nmse", lambda real, fake: compared.append(rows_of(real)) or nmse(real, fake))
-    monkeypatch.setattr(m, "evaluate", lambda *a: seen.update(chosen=list(compared), w=a[7]) or evaluate(*a))
-    out = tmp_path / "out"
+    monkeypatch.setattr(m, "generate", lambda *a: made.append(generate(*a)) or made[-1])
+    monkeypatch.setattr(m, "evaluate", lambda *a: seen.update(chosen=list(compared), w=a[7], at=len(made)) or evaluate(*a))
     main("--data", tiny, "--out", out, *FLAGS)
-    train, val, test = (set(np.flatnonzero(part == p).tolist()) for p in ("train", "val", "test"))
     assert seen["ckpt_vq"] == seen["ckpt_judge"] == seen["ckpt_ldm"] == train
-    assert seen["chosen"] == 3 * [val] and compared[-1] <= test
+    assert seen["chosen"] == 3 * [val] and test in compared and not set(sum(compared, [])) & set(train)
 
     metrics, printed = metrics_of(out), capsys.readouterr().out
     error = {w: metrics[f"val_nmse.w{w}"]["value"] for w in (1, 2, 4)}
     assert metrics["w"]["value"] == seen["w"] == min(error, key=error.get)
-    assert "Does a generated slice obey its drawing?" in printed and "fid" not in printed.lower()
+    assert "Does a slice obey its drawing more than" in printed and "fid" not in printed.lower()
     for key in ("ssim", "nmse", "dice", "edge_f1", "fd_vq", "kid_vq"):
         for row in ("", "edges_sparse", "edges_mask", "edges_none", "other_drawing", "untrained", "vq", "pca", "painted",
                     "copy", "constant", "real"):
             assert f"{key}.{row}".rstrip(".") in metrics, (key, row)
-    assert {"ssim.view_SA", "ssim.view_LA", "obeys_gain.real", "obeys_gain.other_drawing", "vq_perplexity"} <= set(metrics)
+    assert {"ssim.view_SA", "ssim.view_LA", "dice_gain.real", "dice_gain.other_drawing", "vq_perplexity"} <= set(metrics)
     for name in ("samples", "curves", "preview_vq", "preview_ldm"):
         assert (out / f"{name}.png").stat().st_size > 1000, name
     assert [r["step"] for r in M.read_log(out / "log_vq.jsonl") if "perplexity" in r] == [0, 3, 6]
-
-    # `copy` is the other slice of the same patient only if it shows the same view; here there is none: black.
-    x = columns["image"][sorted(test)] / 255
+    # `copy` shows the same view of the same patient: there is none here, so it is black.
+    x = columns["image"][test] / 255
     assert metrics["nmse.copy"]["value"] == pytest.approx(nmse(x, 0 * x).mean())
 
-    # With Inception's file the distances are FID and KID, and nothing is trained again.
+    # A user's drawings: those of the test rows give the images that evaluate() has made of these.
+    with h5py.File(tmp_path / "mine.h5", "w") as f:
+        f["edges"], f["mask"], f["view"] = (x[test] for x in (D.edges(columns["image"]), columns["mask"], columns["view"]))
+        f.attrs.update(D.CINE_NAMES)
+    main("--data", tiny, "--out", out, *FLAGS, "--draw", tmp_path / "mine.h5")
+    drawn = D.load(out / "drawn.h5")
+    assert abs(drawn.image / 255 - made[seen["at"]]).max() < 0.003 and np.array_equal(drawn.mask, columns["mask"][test])
+
+    # With Inception's file the distances are FID and KID. Nothing is trained again.
     class Inception(torch.nn.Module):
         def forward(self, x, return_features: bool):
             assert x.dtype == torch.uint8 and x.shape[1] == 3 and return_features
             return x.double().mean((2, 3))
     torch.jit.script(Inception()).save(str(tmp_path / "inception.pt"))
-    before = (out / "ckpt_ldm.pt").read_bytes()
     main("--data", tiny, "--out", out, *FLAGS, "--inception", tmp_path / "inception.pt")
     assert {"fid", "kid.real"} <= set(metrics_of(out)) and "fd_vq" not in metrics_of(out)
-    assert metrics_of(out)["ssim"] == metrics["ssim"] and (out / "ckpt_ldm.pt").read_bytes() == before
+    assert metrics_of(out)["ssim"] == metrics["ssim"]
 
 
 def test_more_steps_go_on_where_a_run_ended(tiny, tmp_path, capsys):
@@ -335,8 +337,9 @@ def test_one_view_alone(tiny, tmp_path, capsys, monkeypatch):
     assert "LA, SA" in error_of(capsys, *flags, "--out", tmp_path / "no", "--view=4CH")
 
 
-def test_images_alone_and_the_papers_recipe(tmp_path, capsys):
+def test_the_papers_recipe_on_images_alone(tmp_path, capsys):
     columns = slices()
+    whole = written(tmp_path / "whole.h5", columns)
     del columns["mask"], columns["view"]
     path = written(tmp_path / "plain.h5", columns)
     assert "--edges full" in error_of(capsys, "--data", path, "--out", tmp_path / "a", *FLAGS)
@@ -346,27 +349,9 @@ def test_images_alone_and_the_papers_recipe(tmp_path, capsys):
         cond="seed", edges="full", predict="eps", scale=False, ema=0.0, w=1.0)
     assert "edge_f1.untrained" in metrics and not [k for k in metrics if "dice" in k or "edges_" in k or "view" in k]
     assert torch.load(tmp_path / "a" / "ckpt_ldm.pt", weights_only=True)["model"]["std"].flatten().tolist() == [1, 1, 1]
-
-
-def test_a_users_drawings(tiny, tmp_path, capsys):
-    """--draw makes the pictures that the model makes of the same edges and maps."""
-    h5py = pytest.importorskip("h5py")
-    c, n, out = slices(), 6, tmp_path / "out"
-    edges, mask = D.edges(c["image"][:n]), c["mask"][:n]
-    with h5py.File(tmp_path / "mine.h5", "w") as f:
-        f["edges"], f["mask"], f["view"] = edges, mask, c["view"][:n]
-        f.attrs.update(D.CINE_NAMES)
-    main("--data", tiny, "--out", out, *FLAGS, "--w=2", "--draw", tmp_path / "mine.h5")
-    made = D.load(out / "drawn.h5")
-    assert np.array_equal(made.mask, mask) and not (out / "results.json").exists()
-    cfg = replace(TINY, out=str(out))
-    model, vq = m.Model(cfg, a_batch()["z0"]), m.VQVAE(cfg)
-    for net, name in ((model, "ldm"), (vq, "vq")):
-        net.load_state_dict(torch.load(out / f"ckpt_{name}.pt", weights_only=True)["ema"])
-    arrays = {"edges": m.edge_maps(c["image"][:n], mask, 0), "mask": mask, "kind": D.view_phase(c | {"view": c["view"][:n]}, n)}
-    want = m.generate(model, vq, D.Loader(arrays, "cpu"), np.arange(n), "full", 2.0)
-    assert abs(made.image / 255 - want).max() < 0.01 and want.std() > 0.01
-    error_of(capsys, "--data", tiny, "--out", out, *FLAGS, "--draw", tmp_path / "no.h5")
+    other = written(tmp_path / "other.h5", slices(4, seed=1) | dict(subject=np.repeat(list("abcd"), 2)),
+                    mask_names=["background", "RV cavity", "myocardium", "LV cavity"])
+    assert "other ids" in error_of(capsys, "--data", whole, "--test", other, "--out", tmp_path / "b", *FLAGS)
 
 
 @pytest.mark.parametrize("flags, word", [
@@ -379,14 +364,3 @@ def test_a_users_drawings(tiny, tmp_path, capsys):
 def test_bad_flags(flags, word, tiny, tmp_path, capsys):
     assert word in error_of(capsys, "--data", tiny, "--out", tmp_path / "out", *FLAGS, *flags)
     assert not list(tmp_path.glob("out/*.pt"))     # nothing was trained for it
-
-
-def test_bad_masks(tmp_path, capsys):
-    good, out = slices(), tmp_path / "out"
-    five = {**good, "mask": np.where(good["mask"] == 3, 4, good["mask"]).astype(np.uint8)}
-    assert "mask[0]" in error_of(capsys, "--data", written(tmp_path / "five.h5", five), "--out", out, *FLAGS)
-    swapped = written(tmp_path / "swapped.h5", {**slices(4, seed=1), "subject": np.repeat(list("abcd"), 2)},
-                      mask_names=["background", "RV cavity", "myocardium", "LV cavity"])
-    tiny = written(tmp_path / "tiny.h5", good)
-    assert "other ids" in error_of(capsys, "--data", tiny, "--test", swapped, "--out", out, *FLAGS)
-    assert not list(out.glob("*.pt"))
