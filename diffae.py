@@ -4,22 +4,22 @@ An encoder compresses an image into a short vector, the semantic code z_sem. A d
 The same model, run backwards (deterministic DDIM), stores in a noise image x_T whatever z_sem leaves out.
 Question: does z_sem, learned without labels, see an infarct better than the code of a VAE does?
 
-    x0 (B,1,H,W) --Encoder--> z_sem (B,d) --------------------------------> probes, edits, prior
-         |                       |      |
-         +--DDIM up: UNet(x_t, t, z_sem)--> x_T (B,1,H,W)
-                                        |      |
-                                        +--DDIM down: UNet(x_t, t, z_sem)--> image (B,1,H,W)
+    x0 (B,1,H,W) ---Encoder---> z_sem (B,d) ------> probes, edits, prior
+      |                           |
+      +--- DDIM up with z_sem --> x_T (B,1,H,W) --- DDIM down with z_sem --> image (B,1,H,W)
 
 Preechakul et al., Diffusion Autoencoders, CVPR 2022 (arXiv 2111.15640).
 
     python diffae.py                     # phantom hearts, about 5 minutes on 2 CPU cores
-    python diffae.py --data emidec.h5    # your hearts; on a GPU the default is the paper's 128x128 network
+    python diffae.py --data emidec.h5    # your hearts; on a GPU the default is the paper's network at 128x128
 
-`--recipe paper` trains as published (but lr and EMA warm up). `--recipe ours`, the default, changes this:
-- predict v, t_power 0.5: the eps loss hardly trains high noise levels, and only there must z_sem decide;
-- spatial: a face sits where it should, a heart does not. Average pooling forgets where things are, and AdaGN
-  scales whole channels. So the encoder flattens its last feature map, and a linear layer turns z_sem into an
-  image that the UNet sees beside x_t;
+--preset is the size (demo or paper), --recipe the method. `--recipe paper` has the published objective,
+conditioning and sampling. `--recipe ours`, the default, differs in this:
+- predict v, t_power 0.5: at low noise x_t still shows the image; z_sem must decide at high noise, and the eps
+  loss hardly trains that;
+- spatial: faces are aligned, hearts are not. Average pooling forgets where things are, and AdaGN scales whole
+  channels. So the encoder flattens its last feature map, and a linear layer turns z_sem into an image that
+  the UNet sees beside x_t. The VAE gets the same encoder;
 - augment 0.5, no flip: small random motions of the training images, and no mirrored hearts;
 - stride trailing: sampling starts at T - 1, the noisiest level that was trained.
 """
@@ -59,19 +59,19 @@ class Config:
     mult: tuple = (1, 1, 2, 3, 4)         # channels per level of the UNet, in units of base
     enc_mult: tuple = (1, 1, 2, 3, 4, 4)  # the same for the encoder, one level deeper
     blocks: int = 2           # residual blocks per level (one more on the way up)
-    attention: int = 16       # self-attention where the feature map is this wide, and in the middle
+    attention: int = 16       # self-attention at maps of this width, if there are any, and in the middle
     groups: int = 32          # of GroupNorm; 0: one per 16 channels (backward up to 18x faster on a CPU)
     dropout: float = 0.1      # in the UNet's blocks
     z_dim: int = 512          # numbers in z_sem
-    z_scale: float = 1.0      # multiplies z_sem where AdaGN reads it (not the image made of z_sem)
+    z_scale: float = 1.0      # multiplies z_sem in AdaGN: a study found that 3 makes the UNet listen to it
     spatial: bool = True      # the encoder keeps position and the UNet sees an image of z_sem; paper: false
     # objective
     predict: Literal["v", "eps"] = "v"    # what the UNet outputs; paper: eps
     t_power: float = 0.5      # times are drawn as T u^t_power: 0.5 favours high noise; paper: 1, uniform
     augment: float = 0.5      # strength of random rotation, zoom and shift of the training images; paper: 0
     flip: bool = False        # random left-right flips (paper: true; but a heart has its left and its right)
-    T: int = 1000             # diffusion steps, linear beta
-    vae_beta: float = 1e-3    # weight of the VAE's KL
+    T: int = 1000             # diffusion steps, linear beta; with far fewer the last level is not pure noise
+    vae_beta: float = 1e-3    # weight of the VAE's KL beside the squared error summed over pixels
     # training
     steps: int = 5000         # optimizer steps; raise it and run again to train longer
     batch: int = 64           # images per step, over all processes
@@ -101,7 +101,8 @@ MAY_CHANGE = {"data", "test", "out", "preset", "device", "target", "steps", "sav
 
 
 # --------------------------------------------------------------------------------------------------------
-# Schedule and forward process. Level t in 0..T-1 is noisy, -1 is clean (alpha_bar = 1), T is pure noise (0).
+# Schedule and forward process. Levels t in 0..T-1 are noisy. Two more exist for the samplers: at t = -1 the
+# image is clean (alpha_bar = 1), at t = T it is pure noise (alpha_bar = 0).
 
 def linear_alpha_bar(T):
     """Product of 1 - beta up to t, beta linear 1e-4 .. 0.02 (DDPM, Ho et al. 2020, sec. 4). -> (T,)"""
@@ -147,30 +148,30 @@ def norm(ch, groups):
 
 
 def zero(layer):
-    """Zero-initialised: a block starts as the identity, the network as x -> 0."""
+    """Zero-initialised: a residual block starts as its skip, a network as x -> 0."""
     for p in layer.parameters():
         nn.init.zeros_(p)
     return layer
 
 
 def time_embedding(t, dim):
-    """Sinusoids of t (B,) -> (B,dim), cosines first, periods 2 pi .. 2 pi 10000."""
+    """Sinusoids of t (B,) -> (B,dim), cosines first, periods 2 pi to nearly 2 pi 10000."""
     freq = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angle = t[:, None].float() * freq
     return torch.cat([angle.cos(), angle.sin()], 1)
 
 
 def resample(x, how):
-    """Halve ("down", 2x2 mean) or double ("up", each pixel four times) the side of (B,C,H,W).
+    """Halve ("down", 2x2 mean) or double ("up", each pixel four times) the side of (B,C,H,W); "": neither.
 
-    Doubling copies in channels_last order. (torch.compile has lost the gradient through F.interpolate.)"""
+    F.interpolate would do, but torch.compile has lost its gradient, and this keeps channels_last order."""
     if how == "down":
         return F.avg_pool2d(x, 2)
     if how == "up":
         B, C, H, W = x.shape
         x = x.permute(0, 2, 3, 1)
-        x = torch.cat([x, x], 3).view(B, H, 1, 2 * W * C)
-        return torch.cat([x, x], 2).view(B, 2 * H, 2 * W, C).permute(0, 3, 1, 2)
+        x = torch.cat([x, x], 3).view(B, H, 1, 2 * W * C)      # each pixel twice in its row
+        return torch.cat([x, x], 2).view(B, 2 * H, 2 * W, C).permute(0, 3, 1, 2)    # each row twice
     return x
 
 
@@ -202,7 +203,7 @@ class EncoderBlock(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """UNet block: t scales and shifts, z_sem scales again (AdaGN, DiffAE eq. 7; the 1 + is their code's).
+    """Block: t scales and shifts, z_sem scales again (AdaGN, DiffAE eq. 7; 1 + and SiLU as in their code).
 
     x (B,C,H,W), emb (B,4*base), z (B,z_dim) -> (B,ch_out,H',W'). The second convolution starts at zero."""
     def __init__(self, ch_in, ch_out, cfg, how=""):
@@ -226,7 +227,7 @@ class ResBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Half a UNet that never sees noise or t. x (B,ch_in,H,W) -> (B,ch_out)"""
+    """Half a UNet that never sees noise or t. x (B,ch_in,H,W) -> (B,ch_out) float32"""
     def __init__(self, cfg, ch_in, ch_out):
         super().__init__()
         self.patch, self.spatial, width, c = cfg.patch, cfg.spatial, cfg.size // cfg.patch, cfg.base
@@ -245,7 +246,7 @@ class Encoder(nn.Module):
         self.out = nn.Linear(c * width * width if cfg.spatial else c, ch_out)
 
     def forward(self, x):
-        h = self.trunk(F.pixel_unshuffle(x, self.patch))
+        h = self.trunk(F.pixel_unshuffle(x, self.patch))       # (B,C,h,w), 3x3 in the demo, 4x4 in the paper
         return self.out(h.flatten(1) if self.spatial else h.mean((2, 3))).float()
 
 
@@ -259,7 +260,7 @@ class UNet(nn.Module):
         # AdaGN scales whole channels, so it cannot say where. An image made of z_sem can.
         self.z_image = nn.Linear(cfg.z_dim, ch * width * width) if cfg.spatial else None
         self.conv_in = nn.Conv2d(2 * ch if cfg.spatial else ch, c, 3, padding=1)
-        skips = [c]
+        skips = [c]                   # channels of what the way up takes, last in first out, as in forward
         self.down = nn.ModuleList()   # each entry: a list of layers whose output is kept for the way up
         for i, m in enumerate(cfg.mult):
             for _ in range(cfg.blocks):
@@ -310,7 +311,7 @@ class UNet(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The VAE's decoder, the encoder's trunk mirrored. z (B,z_dim) -> (B,1,H,W) float32."""
+    """The VAE's decoder: the blocks of the encoder in reverse. z (B,z_dim) -> (B,1,H,W) float32."""
     def __init__(self, cfg):
         super().__init__()
         self.patch, self.width = cfg.patch, cfg.size // cfg.patch // 2 ** (len(cfg.enc_mult) - 1)
@@ -332,9 +333,9 @@ class Decoder(nn.Module):
 
 
 class Prior(nn.Module):
-    """Latent DDIM: an MLP that denoises standardised z_sem; every layer sees z_t again (DiffAE app. A).
+    """Latent DDIM, from which new z_sem are drawn: an MLP whose every layer sees z_t again (DiffAE app. A).
 
-    z_t (B,d), t (B,) -> eps_hat (B,d). forward is the training loss: L1 at constant beta = 0.008."""
+    codes (N,d) are to be standardised. forward is the training loss, L1 at constant beta = 0.008."""
     def __init__(self, T, codes, layers=10):
         super().__init__()
         d, width = codes.shape[1], 4 * codes.shape[1]
@@ -348,6 +349,7 @@ class Prior(nn.Module):
         self.out = nn.Linear(width + d, d)
 
     def eps(self, z_t, t):
+        """Standardised codes z_t (B,d) at levels t (B,) -> eps_hat (B,d)."""
         emb, h = F.silu(self.time(time_embedding(t, 64))), z_t
         for i, (lin, scale, norm) in enumerate(zip(self.lin, self.scale, self.norm)):
             h = lin(h if i == 0 else torch.cat([h, z_t], 1))
@@ -368,7 +370,8 @@ class Prior(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------------
-# The two models that are compared. forward(batch, g) is the training loss.
+# The two models that are compared. forward(batch, g) is the training loss. A batch is a dict, since other
+# scripts have more in it than the image.
 
 class Model(nn.Module):
     """Diffusion autoencoder: || UNet(x_t, t, z_sem) - target ||^2, z_sem = Encoder(x0) (DiffAE sec. 3)."""
@@ -403,7 +406,7 @@ class Model(nn.Module):
 
 
 class VAE(nn.Module):
-    """The baseline (Kingma & Welling 2014, eq. 10): the same encoder and code length, a plain decoder."""
+    """The baseline (Kingma & Welling 2014, eq. 10, KL weighted): the same encoder and code length."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -445,29 +448,29 @@ def ddim_step(x, t_from, t_to, eps_hat, alpha_bar, clip=False):
 
     x, eps_hat (B,..). Levels: -1 clean, 0..T-1, T pure noise. clip: x0_hat to [-1,1] and eps re-derived.
     -> like x"""
-    ab = [1.0 if t < 0 else 0.0 if t == len(alpha_bar) else float(alpha_bar[t]) for t in (t_from, t_to)]
-    x0_hat = (x - math.sqrt(1 - ab[0]) * eps_hat) / math.sqrt(ab[0])
-    if clip and ab[0] < 1:
+    level = lambda t: 1.0 if t < 0 else 0.0 if t == len(alpha_bar) else float(alpha_bar[t])
+    ab_from, ab_to = level(t_from), level(t_to)
+    x0_hat = (x - math.sqrt(1 - ab_from) * eps_hat) / math.sqrt(ab_from)
+    if clip and ab_from < 1:
         x0_hat = x0_hat.clamp(-1, 1)
-        eps_hat = (x - math.sqrt(ab[0]) * x0_hat) / math.sqrt(1 - ab[0])
-    return math.sqrt(ab[1]) * x0_hat + math.sqrt(1 - ab[1]) * eps_hat
+        eps_hat = (x - math.sqrt(ab_from) * x0_hat) / math.sqrt(1 - ab_from)
+    return math.sqrt(ab_to) * x0_hat + math.sqrt(1 - ab_to) * eps_hat
 
 
 def ddim_decode(eps_fn, x_T, S, alpha_bar, stride="trailing", clip=False):
-    """x_T -> x_0 in S calls of eps_fn(x_t, t): the walk down (DDIM eq. 12). Shapes of x_T."""
-    x, ts = x_T, [-1] + times(S, len(alpha_bar), stride)
-    for t, t_prev in zip(ts[:0:-1], ts[-2::-1]):
+    """x_T -> x_0 in S calls of eps_fn(x_t, t), down the levels (DDIM eq. 12). S = 4: 999, 749, 499, 249, -1."""
+    x, down = x_T, times(S, len(alpha_bar), stride)[::-1] + [-1]
+    for t, t_prev in zip(down, down[1:]):
         x = ddim_step(x, t, t_prev, eps_fn(x, t), alpha_bar, clip)
     return x
 
 
 def ddim_encode(eps_fn, x0, S, alpha_bar, stride="trailing", clip=False):
-    """x_0 -> x_T: the same walk up (DiffAE eq. 8), with eps at the level it is on (at 0 for the first step).
-
-    stride "leading" is the original code's: x_0 counts as level 0, and x_T is the last eps_hat itself."""
-    x, ts = x0, times(S, len(alpha_bar), stride)
-    ts = [-1] + ts if stride == "trailing" else ts + [len(alpha_bar)]
-    for t, t_next in zip(ts[:-1], ts[1:]):
+    """x_0 -> x_T, up the levels (DiffAE eq. 8). S = 4: -1, 249, 499, 749, 999. Level -1 is not trained, so the
+    first step takes eps at t = 0. stride "leading" is the original code's: 0, 250, 500, 750, T."""
+    x, up = x0, times(S, len(alpha_bar), stride)
+    up = [-1] + up if stride == "trailing" else up + [len(alpha_bar)]
+    for t, t_next in zip(up, up[1:]):
         x = ddim_step(x, t, t_next, eps_fn(x, max(t, 0)), alpha_bar, clip)
     return x
 
@@ -504,8 +507,8 @@ def amp(device):
 def fit(model, loader, cfg, name, steps, facts, watch=None):
     """Train `model` to step `steps` -> (its EMA, the step reached). model(batch, g) is the loss of a batch.
 
-    Goes on from OUT/name.pt, or exits if that file is of another cfg or of other data (facts). watch(ema) is
-    called before the first step and at each save. SIGTERM and Ctrl-C: finish the step, save, exit."""
+    Goes on from OUT/name.pt, or exits if that file has another cfg or other facts (hashes of the data). watch(ema)
+    is called at the start and at each save. SIGTERM and Ctrl-C: finish the step, save, exit."""
     (rank, world), device = ranks(), loader.device
     path, log = Path(cfg.out, f"{name}.pt"), Path(cfg.out, f"{name.replace('ckpt', 'log')}.jsonl")
     params = [p for p in model.to(device).train().parameters() if p.requires_grad]
@@ -535,7 +538,7 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
     rows = (D.batch_rows(len(loader), cfg.batch, cfg.seed, k)[mine] for k in range(step, steps))
     bar = tqdm(total=steps, initial=step, desc=name, unit="step", disable=rank > 0 or None)
     for batch in loader.stream(rows):
-        g.manual_seed(D.mix(cfg.seed, step, rank, 0))
+        g.manual_seed(D.mix(cfg.seed, step, rank, 0))          # t, noise, augmentation
         torch.manual_seed(D.mix(cfg.seed, step, rank, 1))      # dropout
         lr = cfg.lr * min(1, (step + 1) / 100)
         for group in opt.param_groups:
@@ -546,7 +549,7 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(params, 1.0)
         opt.step()
-        with torch.no_grad():
+        with torch.no_grad():               # the EMA's decay grows from 0.1, so that it forgets the first weights
             torch._foreach_lerp_(averaged, params, 1 - min(cfg.ema, (1 + step) / (10 + step)))
         seen.append(torch.stack([loss.detach(), grad_norm]))
         step += 1
@@ -597,14 +600,16 @@ def in_batches(fn, *tensors, batch=64):
         return torch.cat([fn(*rows) for rows in zip(*(x.split(batch) for x in tensors))])
 
 
+@torch.inference_mode()
 def semantic_codes(model, loader):
     """z_sem (the VAE: its mean) of every row, not augmented. -> (N,z_dim)"""
-    rows = torch.arange(len(loader), device=loader.device)
-    return in_batches(lambda rows: model.encode(loader.batch(rows)), rows)
+    batches = (loader.batch(np.arange(len(loader))[i:i + 64]) for i in range(0, len(loader), 64))
+    with amp(loader.device):
+        return torch.cat([model.encode(batch) for batch in batches])
 
 
 def walk(sampler, model, x, z_sem):
-    """sampler (ddim_encode or ddim_decode) with model at fixed z_sem (B,z_dim), from x (B,1,H,W). -> like x"""
+    """sampler (ddim_encode or ddim_decode) with model at fixed z_sem (B,z_dim), from x (B,1,H,W) -> like x"""
     def few(x, z):
         eps_fn = lambda x_t, t: model.eps(x_t, torch.full((len(x),), t, device=x.device), z)
         return sampler(eps_fn, x, model.cfg.S, model.alpha_bar, model.cfg.stride, clip=True)
@@ -612,7 +617,7 @@ def walk(sampler, model, x, z_sem):
 
 
 def encode_noise(model, x0, z_sem):
-    """The x_T from which, with z_sem, decode() comes back to x0. x0 (B,1,H,W) -> same"""
+    """The x_T from which, with z_sem, decode() comes back close to x0. x0 (B,1,H,W) -> same"""
     return walk(ddim_encode, model, x0, z_sem)
 
 
@@ -624,9 +629,9 @@ def decode(model, x_T, z_sem):
 def preview(cfg, loader):
     """-> watch(ema) for fit: preview.png of validation images. Row 3 unlike row 1: z_sem is not used yet."""
     def watch(ema):
-        x0 = loader.batch(M.evenly(np.arange(len(loader)), 6))["image"]
-        with amp(x0.device), torch.inference_mode():
-            z = ema.encode({"image": x0})
+        batch = loader.batch(M.evenly(np.arange(len(loader)), 6))
+        with amp(loader.device), torch.inference_mode():
+            x0, z = batch["image"], ema.encode(batch)
         noise = torch.randn(x0.shape, generator=torch.Generator(x0.device).manual_seed(0), device=x0.device)
         rows = [x0, decode(ema, encode_noise(ema, x0, z), z), decode(ema, noise, z)]
         M.grid(Path(cfg.out, "preview.png"), [M.to_image(x) for x in rows],
@@ -648,7 +653,7 @@ def evaluate(cfg, data, part, models, prior, device):
     codes = {row: semantic_codes(model, loader) for row, model in models.items()}
 
     # Images from z_sem with the encoded x_T (recon), and from z_sem alone (mean over random x_T). The VAE and
-    # the trivial rows have one image for both.
+    # the trivial rows have one image for both. Ours comes last: its x_T, z and draws are used below.
     recon = M.trivial_images(data, train, test, cfg.z_dim)
     recon["vae"] = M.to_image(in_batches(models["vae"].decoder, codes["vae"][test]))
     mean, metrics = dict(recon), {}
@@ -658,7 +663,7 @@ def evaluate(cfg, data, part, models, prior, device):
         recon[row] = M.to_image(decode(model, x_T, z))
         draws = [M.to_image(decode(model, x, z)) for x in noise]
         mean[row] = np.mean(draws, 0)
-        of_another = M.to_image(decode(model, noise[0], z[wrong]))      # z_sem of another patient
+        of_another = M.to_image(decode(model, noise[0], z[wrong]))      # a slice of another patient
         gain = M.ssim(real, draws[0]) - M.ssim(real, of_another)
         metrics["semantic_gain" + dot] = M.row_of(np.mean, who, gain)
         sd_error = (x_T.std((1, 2, 3)) - 1).abs()                       # x_T should be N(0,1)
@@ -667,41 +672,39 @@ def evaluate(cfg, data, part, models, prior, device):
     gain = M.ssim(real, mean[""]) - M.ssim(real, mean["vae"])
     metrics["semantic_mean_gain.vae"] = M.row_of(np.mean, who, gain)
 
-    # What a linear probe reads from the codes of all test images.
-    z, axis = codes[""], None
-    codes = {row: code.cpu().numpy() for row, code in codes.items()}
-    codes["pca"] = M.pca_codes(data, train, cfg.z_dim)
-    target = cfg.target or ("has_infarct" if "has_infarct" in data.columns else "label")
+    # What is read from the codes of all test images, by a linear probe fitted to the training patients
+    everyone = {row: code.cpu().numpy() for row, code in codes.items()}
+    everyone["pca"] = M.pca_codes(data, train, cfg.z_dim)
+    axis, y = None, data.columns.get(cfg.target, np.zeros(len(data)))
     try:
-        numbers, probe = M.probe_numbers(codes, data.columns[target], part, data.subject, cfg.seed)
+        numbers, probe = M.probe_numbers(everyone, y, part, data.subject, cfg.seed)
+    except ValueError as e:
+        print(f"no probe of {cfg.target}: {e}; choose another column with --target")
+    else:
         metrics |= numbers
         axis = torch.as_tensor(M.direction(probe), dtype=z.dtype, device=device)
-        axis = axis * (z[train] @ axis).std()
-    except (KeyError, ValueError) as e:
-        print(f"no probe: {e}; choose a column of numbers with --target")
-    metrics |= M.factor_numbers(codes, data.columns, part, data.subject, cfg.seed)
+        axis = axis * (codes[""][train] @ axis).std()                   # one SD of the training codes
+    metrics |= M.factor_numbers(everyone, data.columns, part, data.subject, cfg.seed)
 
-    # Pictures
-    few = [np.flatnonzero(who == p)[sum(who == p) // 2] for p in np.unique(who)[:8]]    # a middle slice each
+    middle = [np.flatnonzero(who == p)[(who == p).sum() // 2] for p in np.unique(who)[:8]]
     rows = {"test image": real, "z_sem + x_T": recon[""], "z_sem, random x_T": draws[0],
             f"mean of {cfg.draws} random x_T": mean[""], "VAE": mean["vae"], "PCA": mean["pca"]}
-    M.grid(out / "reconstructions.png", [images[few] for images in rows.values()], list(rows), list(who[few]),
+    M.grid(out / "reconstructions.png", [x[middle] for x in rows.values()], list(rows), list(who[middle]),
            f"A middle slice of test patients, whom no network has seen. {cfg.S} DDIM steps.")
-    edits(out, models[""], x_T[few], z[test[few]], axis)
-    new = decode(models[""], torch.randn(8, *x0.shape[1:], generator=g, device=device), prior.sample(8, g))
+    edits(out, model, x_T[middle], z[middle], axis)
+    new = decode(model, torch.randn(8, *x0.shape[1:], generator=g, device=device), prior.sample(8, g))
     bank = data.image[M.evenly(train, 5000)] / 255
     _, nearest = M.nearest(M.to_image(new), bank)
     M.grid(out / "samples.png", [M.to_image(new), bank[nearest]], ["new heart", "nearest training image"], [],
            "Hearts of nobody: z_sem from the prior, random x_T. Row 2 shows whether they are copies.")
-    M.curves(out / "curves.png", {"diffusion": out / "log.jsonl", "VAE": out / "log_vae.jsonl"})
+    M.curves(out / "curves.png", {"diffusion": out / "log.jsonl"})
     return metrics
 
 
 def edits(out, model, x_T, z, axis):
-    """interpolation.png and manipulation.png. x_T (n,1,H,W), z (n,d); axis (d,): one SD of the training codes
-    along the probe, or None if there is no probe."""
-    alpha = torch.linspace(0, 1, 7, device=z.device)
-    lines = []
+    """interpolation.png and manipulation.png. x_T (n,1,H,W), z (n,d). axis (d,): direction of the probe, one SD
+    of the training codes long; None if there is no probe."""
+    alpha, lines = torch.linspace(0, 1, 7, device=z.device), []
     for i in range(0, len(z) - 1, 2):
         between = slerp(x_T[[i] * 7], x_T[[i + 1] * 7], alpha), torch.lerp(z[[i]], z[[i + 1]], alpha[:, None])
         lines.append(M.to_image(decode(model, *between)))
@@ -717,13 +720,15 @@ def edits(out, model, x_T, z, axis):
 # --------------------------------------------------------------------------------------------------------
 # The command
 
-# The table that ends a run: the numbers that answer the question, and the rows beside them.
+# The table that ends a run. z_sem + x_T proves little: an untrained UNet, whose output is 0, comes back to the
+# image, too. Its x_T is no noise, though. So look at the SD of x_T, and at z_sem alone.
 SHOWN = {"recon_ssim": "z_sem + x_T, SSIM", "semantic_mean_ssim": "z_sem alone, SSIM",
-         "semantic_gain": "right - wrong z_sem, SSIM", "x_T_sd_error": "SD of x_T, off by",
+         "semantic_gain": "right - wrong z_sem, SSIM", "x_T_sd_error": "SD of x_T, off 1 by",
          "probe_auroc": "AUROC, slice", "patient_auroc": "AUROC, patient", "probe_f1": "F1, slice",
          "probe_r2": "R2, slice"}
-ROWS = {"": "ours", "untrained": "untrained network", "vae": "VAE", "pca": "PCA", "copy": "another slice",
-        "constant": "constant image", "all_positive": "all called positive", "mean": "training mean"}
+ROWS = {"": "diffusion autoencoder", "untrained": "the same, untrained", "vae": "VAE", "pca": "PCA",
+        "copy": "another slice", "constant": "constant image", "all_positive": "all called positive",
+        "mean": "training mean"}
 
 
 def start(argv):
@@ -750,10 +755,13 @@ def main(argv):
     try:        # settings that do not fit each other are an error before anything is read or written
         times(cfg.S, cfg.T, cfg.stride)
         with torch.device("meta"):
-            x0, z, t = torch.empty(2, 1, cfg.size, cfg.size), torch.empty(2, cfg.z_dim), torch.ones(2).long()
-            Model(cfg).unet(x0, t, z), VAE(cfg).decoder(VAE(cfg).posterior(x0)[0])
+            model, vae, t = Model(cfg), VAE(cfg), torch.zeros(2, dtype=torch.long)
+            x0 = torch.empty(2, 1, cfg.size, cfg.size)
+            images = model.unet(x0, t, model.encoder(x0)), vae.decoder(vae.encode({"image": x0}))
+        if cfg.size < 11 or any(x.shape != x0.shape for x in images):
+            raise ValueError(f"--size {cfg.size} is below 11 or cannot be halved as often as the levels ask")
     except (ValueError, RuntimeError, OverflowError) as e:
-        D.fail(f"--size {cfg.size}, --patch {cfg.patch}, --base {cfg.base}, --mult: no such network ({e})")
+        D.fail(f"no such network or sampler: {e}")
     held = M.lock(out) if rank == 0 else None           # until the process ends
     path = cfg.data or str(out / "hearts.h5")
     if rank == 0 and not cfg.data and not os.path.exists(path):
@@ -762,9 +770,13 @@ def main(argv):
         dist.barrier()
     data, part = D.load_study(path, cfg.test, cfg.size, cfg.seed)
     count, facts = D.describe(data, part)
+    if cfg.target and data.columns.get(cfg.target, np.array("")).dtype.kind not in "biuf":
+        D.fail(f"--target {cfg.target}: no numbers of that name in {path}, which has {', '.join(data.columns)}")
+    target = cfg.target or ("has_infarct" if "has_infarct" in data.columns else "label")
+    cfg = dataclasses.replace(cfg, target=target)
     if rank == 0:
         print(f"diffae: preset {cfg.preset}, recipe {cfg.recipe}, {device}, torch {torch.__version__}\n"
-              f"data: {data.path} at {cfg.size}x{cfg.size}; {count}\n"
+              f"data: {data.path} at {cfg.size}x{cfg.size}; subjects: {count}\n"
               f"out: {out}; stop at any time, the same command goes on", flush=True)
 
     rows = [np.flatnonzero(part == p) for p in ("train", "val")]
@@ -772,7 +784,7 @@ def main(argv):
     watch = preview(cfg, unseen) if len(unseen) else None
     torch.manual_seed(D.mix(cfg.seed, 0))
     model, vae = Model(cfg), VAE(cfg)
-    models = {"untrained": copy.deepcopy(model).to(device).eval()}
+    models = {"untrained": copy.deepcopy(model).to(device).eval()}      # what random features already give
     models[""], reached = fit(model, images, cfg, "ckpt", cfg.steps, facts, watch)
     models["vae"], _ = fit(vae, images, cfg, "ckpt_vae", reached, facts)
     if world > 1:
@@ -781,6 +793,7 @@ def main(argv):
     if rank > 0:        # the rest is the work of one process
         return
     z = semantic_codes(models[""], images)
+    torch.manual_seed(D.mix(cfg.seed, 1))
     codes = D.Loader({"z": z.cpu().numpy()}, device)
     prior, _ = fit(Prior(cfg.T, z), codes, cfg, f"ckpt_prior_{reached}", cfg.steps, facts)
     metrics = evaluate(cfg, data, part, models, prior, device)
@@ -788,8 +801,9 @@ def main(argv):
     M.save_results(out / "results.json", "diffae", data.path, count, seconds, config, metrics, device)
     print(M.table(metrics, SHOWN, ROWS))
     if "probe_auroc_gain.vae" in metrics:
-        print(M.answer("Does z_sem see infarcts better than the VAE's code?", "AUROC", metrics["probe_auroc"],
-                       metrics["probe_auroc.vae"], metrics["probe_auroc_gain.vae"]))
+        question = f"Does z_sem tell {target} better than the VAE's code?"
+        print(M.answer(question, "AUROC", metrics["probe_auroc"], metrics["probe_auroc.vae"],
+                       metrics["probe_auroc_gain.vae"]))
     print(f"{seconds:.0f} s. Numbers: {out}/results.json. Pictures: {out}/*.png")
 
 

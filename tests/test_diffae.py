@@ -343,7 +343,7 @@ def test_whole_run_leaves_results_and_pictures(tiny, tmp_path, capsys, monkeypat
         assert np.array_equal(seen[name], np.flatnonzero(part == "train"))
     results, printed = json.loads((out / "results.json").read_text()), capsys.readouterr().out
     assert results["script"] == "diffae" and results["n"] == {"train": 8, "val": 2, "test": 2}
-    assert "16x16" in printed and "undecided" in printed
+    assert "16x16" in printed and "Does z_sem tell has_infarct better" in printed
     for key in ("recon_ssim", "recon_mse", "semantic_mean_ssim", "semantic_gain", "x_T_sd_error", "probe_auroc",
                 "probe_f1", "probe_precision", "probe_recall", "patient_auroc", "factor_r2_size"):
         assert set(results["metrics"][key]) == {"value", "ci", "n", "unit", "better"}, key
