@@ -32,6 +32,17 @@ def run_error(m, capsys, *flags):
     return lines[0]
 
 
+def one_error(capsys, call, *words, code=2):
+    """`call` exits with this code and says one line on stderr, warnings aside, that holds all the words."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as e:
+        call()
+    text = capsys.readouterr().err
+    lines = [t for t in text.strip().splitlines() if not t.startswith("warning: ") and "%|" not in t and t]
+    assert e.value.code == code and len(lines) == 1 and lines[0].startswith("error: "), text
+    assert all(str(w) in lines[0] for w in words), (words, lines[0])
+
+
 def runs_of(m):
     """-> main(*flags), error_of(capsys, *flags) for a script."""
     return partial(run_main, m), partial(run_error, m)

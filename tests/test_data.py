@@ -1,19 +1,21 @@
-"""data.py: splits that cannot leak, batches that do not depend on where they come from, phantoms that keep
-their word, EMIDEC's traps, and one line for every bad file."""
+"""data.py: splits that cannot leak, batches that do not depend on where they come from, one line for every bad
+file, flags and checkpoints."""
+import contextlib
+import io
 import os
 import subprocess
 import sys
 import threading
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Literal
 
 import h5py
 import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import data  # noqa: E402
+import data
+from conftest import ROOT, one_error
 
 N, H = 12, 16
 
@@ -33,19 +35,16 @@ def make(path, **change):
     return str(path)
 
 
-def table(subject, label=None, **more):
-    """A Dataset without pixels, for split()."""
-    cols = {} if label is None else {"label": np.asarray(label)}
-    return data.Dataset("", None, None, np.asarray(subject), cols, more.get("split"), {}, [], "", [])
+def row(x, k, value):
+    x = np.array(x)
+    x[k] = value
+    return x
 
 
-def one_error(capsys, call, *words):
-    """`call` exits with 2 and says one line on stderr that holds all the words."""
-    with pytest.raises(SystemExit) as stop:
-        call()
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
-    assert all(str(w) in lines[0] for w in words), (words, lines[0])
+def table(subject, label=None, split=None, **more):
+    """A Dataset without pixels."""
+    cols = more if label is None else dict(more, label=np.asarray(label))
+    return data.Dataset("t.h5", None, None, np.asarray(subject), cols, split, {}, [], "", [])
 
 
 # ---------------------------------------------------------------- split
@@ -63,6 +62,8 @@ def test_split_is_by_subject_stratified_and_of_the_right_size():
     assert [sum(p == {k} for p in where.values()) for k in ("train", "val", "test")] == [70, 10, 20]
     for k in ("train", "val", "test"):
         assert abs(label[part == k].mean() - label.mean()) < 0.05
+    patchy = label * np.tile([0, 1, 0, 0, 0, 0, 0], 100)    # the largest label of a subject counts
+    assert (data.split(table(subject, patchy), seed=3) == part).all()
 
 
 def test_split_depends_on_seed_and_subject_only():
@@ -76,19 +77,10 @@ def test_split_depends_on_seed_and_subject_only():
         "val train test test train train train train train train"
 
 
-def test_split_uses_the_largest_label_of_a_subject():
-    subject, label = many(30, 4)
-    patchy = label * np.tile([0, 1, 0, 0], 30)  # per slice: 3 of 4 slices of a patient look normal
-    assert (data.split(table(subject, label)) == data.split(table(subject, patchy))).all()
-
-
-@pytest.mark.parametrize("subjects", [3, 4, 5, 10])
-def test_split_leaves_no_part_empty(subjects):
-    part = data.split(table([str(i) for i in range(subjects)], np.arange(subjects) % 2))
-    assert set(part) == {"train", "val", "test"}
-
-
-def test_split_fractions_and_stored_split():
+def test_split_of_few_subjects_of_other_fractions_and_as_stored():
+    for n in (3, 4, 5, 10):
+        part = data.split(table([str(i) for i in range(n)], np.arange(n) % 2))
+        assert set(part) == {"train", "val", "test"}
     subject, label = many(10, 1)
     assert set(data.split(table(subject, label), fractions=(0.8, 0.2, 0))) == {"train", "val"}
     stored = np.array(["test"] * 5 + ["train"] * 5)
@@ -111,13 +103,7 @@ def test_folder_equals_file_and_floats_equal_uint8(tmp_path):
     changed = c["image"].copy()
     changed[11, 0, 0] ^= 1
     assert data.load(make(tmp_path / "x.h5", image=changed)).fingerprint != whole.fingerprint
-
-
-def test_lazy_rows_equal_the_array(tmp_path):
-    c = columns()
-    (tmp_path / "parts").mkdir()
-    for s in "abcd":
-        make(tmp_path / "parts" / f"{s}.h5", **{k: v[c["subject"] == s] for k, v in c.items()})
+    # and rows that stay on disk are those in memory
     lazy = data.load(tmp_path / "parts", max_gb=0)
     assert isinstance(lazy.image, data.Rows) and lazy.image.shape == (N, H, H)
     for rows in ([11, 0, 5, 5, 4], [3], np.arange(N), []):
@@ -127,9 +113,16 @@ def test_lazy_rows_equal_the_array(tmp_path):
     assert (eager.mask == c["mask"][:, 1::2, 1::2]).all()  # labels are picked, never averaged
 
 
+def test_what_stays_on_disk_is_read_a_few_rows_at_a_time(tmp_path, monkeypatch):
+    """A fingerprint of large planes must not hold 64 of them: 8.8 GB were read at once."""
+    path, most, real = make(tmp_path / "a.h5"), [], data.Rows.__getitem__
+    monkeypatch.setattr(data.Rows, "__getitem__", lambda self, rows: most.append(len(rows)) or real(self, rows))
+    data.load(path, max_gb=0)
+    assert len(most) == N and max(most) == 1
+
+
 def test_resize_is_the_area_mean_and_keeps_labels():
     x = np.random.default_rng(0).integers(0, 256, (3, 12, 12)).astype(np.uint8)
-    assert np.allclose(data.resize(x, 4), x.reshape(3, 4, 3, 4, 3).mean((2, 4)), atol=1e-3)
     fine = x.repeat(5, 1).repeat(5, 2)  # 12 -> 5 is 60 -> 5 after repeating each pixel 5 times
     assert np.allclose(data.resize(x, 5), fine.reshape(3, 5, 12, 5, 12).mean((2, 4)), atol=1e-3)
     ramp = np.arange(8, dtype=np.float32)[None, None].repeat(8, 1)
@@ -139,288 +132,127 @@ def test_resize_is_the_area_mean_and_keeps_labels():
     assert set(np.unique(data.resize(x // 60, 7, nearest=True))) <= set(np.unique(x // 60))
 
 
-def test_names_missing_values_and_strings(tmp_path):
-    path = make(tmp_path / "a.h5", subject=np.repeat([" a", "b ", "c", "é"], 3),
-                sex=np.array(["M", "F"] * 6), age=row(np.full(N, 50.0), 0, np.nan), score=np.arange(N))
+def test_names_missing_values_and_strings(tmp_path, capsys):
+    path = make(tmp_path / "a.h5", subject=np.repeat([" a", "b ", "c", "é"], 3), sex=np.array(["M", "F"] * 6),
+                age=row(np.full(N, 50.0), 0, np.nan), score=np.arange(N), view=row(np.zeros(N, int), 3, -1))
     with h5py.File(path, "a") as f:
-        f["label"].attrs["label_names"] = ["healthy", "ill"]
+        f["label"].attrs["label_names"] = np.bytes_(b"healthy, ill")
         f.create_group("extra")
     d = data.load(path)
     with h5py.File(path, "a") as f:
         del f["subject"]
         f["subject"] = np.repeat([s.encode() for s in ("a", "b", "c", "é")], 3)    # declared as ASCII
-    assert data.load(path).fingerprint == d.fingerprint
-    assert list(d.subject[::3]) == ["a", "b", "c", "é"] and d.label_names == ["healthy", "ill"]
+        f["label"].attrs["label_names"] = ["healthy", "ill"]
+        f.attrs["empty_names"] = h5py.Empty("S1")
+    again = data.load(path)
+    assert again.fingerprint == d.fingerprint and again.label_names == d.label_names == ["healthy", "ill"]
+    assert list(d.subject[::3]) == ["a", "b", "c", "é"]
     assert d.columns["score"][5] == 5 and d.columns["sex"][1] == "F" and len(d) == N
-    assert any("age: 1 of 12" in w for w in d.warnings) and any("extra" in w for w in d.warnings)
+    for said in ("age: 1 of 12", "extra", "view: 1 of 12"):
+        assert any(said in w for w in d.warnings), said
+    assert np.isnan(d.columns["view"][3])      # so that no index -1 is ever taken of the names
+    data.summary(path)
+    assert "label: healthy 6, ill 6" in capsys.readouterr().out
+
+
+def test_images_that_are_not_square_are_padded(tmp_path, capsys):
+    x = np.random.default_rng(0).integers(0, 255, (N, 16, 24), dtype=np.uint8)
+    path = make(tmp_path / "a.h5", image=x, mask=None)
+    d, _ = data.load_study(path, size=24)
+    assert (d.image[:, 4:20] == x).all() and not d.image[:, :4].any() and not d.image[:, 20:].any()
+    assert "16x24 are padded" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- batches
 
-def arrays(tmp_path):
+def arrays():
     c = columns()
     return dict(image=c["image"], mask=c["mask"], y=c["label"], age=c["age"])
 
 
-def test_batch_types_and_values(tmp_path):
-    a, rows = arrays(tmp_path), [5, 0, 5]
-    b = data.Loader(a, "cpu").batch(rows)
-    assert b["image"].shape == (3, 1, H, H) and b["image"].dtype == torch.float32
-    assert torch.equal(b["image"][:, 0], torch.tensor(a["image"][rows]) / 127.5 - 1)
-    assert b["mask"].dtype == b["y"].dtype == torch.int64 and (b["mask"].numpy() == a["mask"][rows]).all()
-    assert b["age"].dtype == torch.float32
-
-
-def test_streamed_equals_resident(tmp_path):
-    path, order = make(tmp_path / "a.h5"), [np.array(r) for r in ([3, 1], [11, 11], [0, 7], [4, 2])]
-    lazy, a = data.load(path, max_gb=0), arrays(tmp_path)
-    resident = data.Loader(a, "cpu")
-    disk = data.Loader(dict(a, image=lazy.image, mask=lazy.mask), "cpu", limit_gb=0)
-    assert resident.resident and not disk.resident
+def test_batches_from_disk_equal_those_in_memory(tmp_path):
+    path, a = make(tmp_path / "a.h5"), arrays()
+    some, lazy = np.array([7, 2, 9, 0, 11]), data.load(path, max_gb=0)
+    resident = data.Loader(a, "cpu", some)
+    disk = data.Loader(dict(a, image=lazy.image, mask=lazy.mask), "cpu", some, limit_gb=0)
+    assert resident.resident and not disk.resident and len(disk) == 5
+    order = [np.array(r) for r in ([3, 1], [4, 4], [0, 2])]
     for one, two, rows in zip(resident.stream(order), disk.stream(order), order, strict=True):
         for name, x in disk.batch(rows).items():
             assert torch.equal(one[name], two[name]) and torch.equal(one[name], x)
+        assert torch.equal(one["image"][:, 0], torch.tensor(a["image"][some[rows]]) / 127.5 - 1)
+        assert one["mask"].dtype == one["y"].dtype == torch.int64 and one["age"].dtype == torch.float32
 
 
 def test_prefetch_raises_in_the_consumer_and_ends_with_it(tmp_path, capsys):
-    loader = data.Loader(arrays(tmp_path), "cpu", limit_gb=0)
-    stream = loader.stream(iter([np.array([0]), np.array([99])]))
-    next(stream)
-    with pytest.raises(IndexError):
-        next(stream)
     before = threading.active_count()
-    endless = loader.stream(np.array([i % N]) for i in iter(int, 1))
+    endless = data.Loader(arrays(), "cpu", limit_gb=0).stream(np.array([i % N]) for i in iter(int, 1))
     next(endless)
     assert threading.active_count() == before + 1
     endless.close()
     assert threading.active_count() == before
     with pytest.raises(ValueError):
         data.Loader(dict(image=np.zeros((3, 4, 4), np.uint8), y=np.zeros(4)), "cpu")
-    # a file that goes bad during training is still a one-line error
-    c = columns(image=np.random.default_rng(0).random((N, H, H)))
-    c["image"][9, 2, 3] = np.nan
-    rows = data.Rows("image", [make(tmp_path / "nan.h5", **c)], [N], (H, H))
+    # a file that goes bad during training is still one line, also if the next batch would fail, too
+    x = np.random.default_rng(0).random((N, H, H))
+    x[9, 2, 3] = np.nan
+    rows = data.Rows("image", [make(tmp_path / "nan.h5", image=x)], [N], (H, H))
     bad = data.Loader(dict(image=rows), "cpu", limit_gb=0)
-    one_error(capsys, lambda: list(bad.stream([np.array([1]), np.array([9])])), "nan.h5", "image[9]")
+    one_error(capsys, lambda: list(bad.stream([np.array([k]) for k in (1, 9, 9, 9)])), "nan.h5", "image[9]")
 
 
-@pytest.mark.parametrize("change", [
-    dict(image=columns()["image"][:5], mask=None, subject=np.array(["a"] * 5), label=None, age=None),
-    dict(image=columns()["image"][:, :8], mask=None), dict(image=None)])
-def test_a_file_that_changes_during_the_run_is_one_line(tmp_path, capsys, change):
+def test_a_file_that_changes_during_the_run_is_one_line(tmp_path, capsys):
     path = make(tmp_path / "a.h5")
     rows = data.load(path, max_gb=0).image
-    make(path, **change)
-    one_error(capsys, lambda: rows[[1, 9]], "a.h5: image")
+    for change in (dict(image=columns()["image"][:, :8], mask=None), dict(image=None)):
+        make(path, **change)
+        one_error(capsys, lambda: rows[[1, 9]], "a.h5: image")
 
 
-# ---------------------------------------------------------------- phantom hearts
-
-@pytest.fixture(scope="module")
-def hearts(tmp_path_factory):
-    path = tmp_path_factory.mktemp("hearts") / "h.h5"
-    data.phantom_hearts(str(path), subjects=30, seed=1)
-    return data.load(path)
-
-
-def test_phantom_is_deterministic_and_its_masks_keep_their_word(hearts, tmp_path):
-    data.phantom_hearts(str(tmp_path / "again.h5"), subjects=3, seed=1)
-    again = data.load(tmp_path / "again.h5")  # a subject is the same whatever the number of subjects
-    assert (again.image == hearts.image[:len(again)]).all() and (again.mask == hearts.mask[:len(again)]).all()
-    data.phantom_hearts(str(tmp_path / "other.h5"), subjects=3, seed=2)
-    other = data.load(tmp_path / "other.h5")
-    assert other.fingerprint != again.fingerprint and not set(other.subject) & set(hearts.subject)
-    scar, muscle = (hearts.mask >= 3).sum((1, 2)), (hearts.mask >= 2).sum((1, 2))
-    c = hearts.columns
-    assert np.allclose(c["infarct_fraction"], scar / muscle) and (c["has_infarct"] == (scar > 0)).all()
-    assert ((c["factor_transmurality"] > 0) == (scar > 0)).all()
-    rows = [hearts.subject == s for s in set(hearts.subject)]
-    patient = {i: (c["label"][r].max(), scar[r]) for i, r in enumerate(rows)}
-    assert sum(label for label, _ in patient.values()) == 20  # two thirds
-    assert all((area > 0).any() == bool(label) for label, area in patient.values())
-    assert 0.35 < c["has_infarct"].mean() < 0.65 and (hearts.mask == 4).any()
-    radius = np.sqrt((hearts.mask == 1).sum((1, 2)) / np.pi)
-    assert np.corrcoef(radius, c["factor_lv_radius"])[0, 1] > 0.98
-    assert abs(radius - c["factor_lv_radius"]).mean() < 1
-
-
-def test_phantom_looks_like_lge(hearts):
-    grey = [np.mean([x[m == v].mean() for x, m in zip(hearts.image, hearts.mask) if (m == v).any()])
-            for v in range(5)]
-    assert grey[2] < grey[1] < grey[3] and grey[4] < grey[3]  # nulled muscle < blood < scar > no-reflow
-    small = data.resize(hearts.image, 32)  # the scar must survive 32 x 32
-    inner = data.resize(np.isin(hearts.mask, (2, 3)).astype(np.uint8), 32) > 0.99
-    top = np.array([np.quantile(x[i], 0.95) - np.median(x[i]) for x, i in zip(small, inner)])
-    scarred = hearts.columns["infarct_fraction"] > 0.08
-    assert np.median(top[scarred]) > 2 * np.median(top[hearts.columns["infarct_fraction"] == 0])
-
-
-def test_phantom_slices_of_one_subject_are_alike(hearts):
-    x = data.resize(hearts.image, 32).reshape(len(hearts), -1)
-    r = np.corrcoef(x)
-    same = hearts.subject[:, None] == hearts.subject
-    assert np.median(r[same & ~np.eye(len(x), dtype=bool)]) > np.median(r[~same]) + 0.1
-
-
-def test_phantom_jitter_is_pose_and_nothing_else(tmp_path):
-    centres = {}
-    for jitter in (0.0, 1.0):
-        data.phantom_hearts(str(tmp_path / "j.h5"), subjects=8, seed=0, jitter=jitter)
-        d = data.load(tmp_path / "j.h5")
-        centres[jitter] = np.array([np.argwhere(m > 0).mean(0) for m in d.mask])
-        assert ((d.columns["factor_rotation"] == 0).all()) == (jitter == 0)
-        age = d.columns["age"]
-    assert centres[0.0].std(0).max() < 1.0 < 3.0 < centres[1.0].std(0).min()
-    right_up = np.stack([63.5 - centres[1.0][:, 0], centres[1.0][:, 1] - 63.5])
-    known = np.stack([d.columns["factor_y"], d.columns["factor_x"]])
-    assert abs(right_up - known).max() < 2.5 and len(np.unique(age)) == 8
-
-
-# ---------------------------------------------------------------- EMIDEC
-
-def emidec_case(root, name, centre, zoom, radius=20.0, suffix=".nii.gz", text=None, scar=True, spike=0.0):
-    """A disc of 1s in a ring of 2s (outer radius in mm), scar on one side; float64 labels, wrong affine."""
-    import nibabel
-    shape = (90, 70, 4)
-    i, j = np.meshgrid(np.arange(90), np.arange(70), indexing="ij")
-    d = np.hypot((i - centre[0]) * zoom, (j - centre[1]) * zoom)
-    flat = np.select([d < radius * 0.6, (d < radius) & (j > centre[1]) & scar, d < radius], [1, 3, 2], 0)
-    mask = np.stack([flat * 0, flat, flat, flat], 2).astype(np.float64)  # one slice without heart
-    image = np.stack([100 + 400 * (flat == 1) + 800 * (flat == 3)] * 4, 2).astype(np.float64)
-    image[..., 2] *= 0.5
-    image[centre[0] + 2, centre[1] - 2, 1] += spike
-    mask[mask == 2] = 1.9999
-    for folder, x in (("Images", image), ("Contours", mask)):
-        nifti = nibabel.Nifti1Image(x, np.diag([-1.0, -1, 1, 1]))
-        nifti.header.set_zooms((zoom, zoom, 10.0))  # pixdim is right, the affine says 1 mm
-        path = root / name / folder / (name + suffix)
-        if suffix == ".nii/":
-            path.mkdir(parents=True)
-            path = path / "volume.nii"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        nibabel.save(nifti, path)
-    if text:
-        (root / (name.replace("_", " ") + ".txt")).write_bytes(text.encode("latin-1"))
-
-
-def test_emidec_layout_and_traps(tmp_path, capsys):
-    pytest.importorskip("nibabel")
-    root = tmp_path / "emidec"
-    emidec_case(root, "Case_N006", (45, 30), 1.0, scar=False,
-                text="Case\xa0: N006\r\nSex\xa0: M\r\nAge\xa0:\xa061\r\nObésité : 0\r\n")
-    emidec_case(root, "Case_P007", (30, 40), 1.6, suffix=".nii", text="Sex : F\r\nAge : \r\n")
-    emidec_case(root, "Case_P008", (40, 40), 1.3, radius=25, suffix=".nii/", spike=1e6)
-    (root / "Case_P009" / "Images").mkdir(parents=True)
-    emidec_case(root, "Case_P010", (40, 40), 1.3)
-    broken = root / "Case_P010" / "Contours" / "Case_P010.nii.gz"
-    broken.write_bytes(broken.read_bytes()[:200])
-    data.emidec(str(root), str(tmp_path / "out.h5"))
-    said = capsys.readouterr().out
-    assert "skipped Case_P009: no " in said and "skipped Case_P010: " in said
-    d = data.load(tmp_path / "out.h5")
-    assert d.image.shape == (9, 128, 128)
-    assert list(d.subject[::3]) == ["Case_N006", "Case_P007", "Case_P008"]
-    assert list(d.columns["label"][::3]) == [0, 1, 1] and list(d.columns["slice"][:3]) == [1, 2, 3]
-    assert d.columns["age"][0] == 61 and np.isnan(d.columns["age"][3:]).all()
-    assert list(d.columns["sex"][::3]) == ["M", "F", ""]
-    assert list(d.columns["has_infarct"][::3]) == [0, 1, 1]
-    spacing = d.attrs["spacing_mm"][1]
-    assert abs(spacing - 1.5 * 50 / 128) < 0.03  # the largest heart is 50 mm across
-    for s, radius in (("Case_N006", 20), ("Case_P007", 20), ("Case_P008", 25)):  # mm: zooms, not affine
-        m = d.mask[d.subject == s][0]
-        assert abs(np.sqrt((m > 0).sum() / np.pi) * spacing - radius) < 0.5
-        assert abs(np.argwhere(m > 0).mean(0) - 63.5).max() < 1.5  # cropped around the heart
-    n = d.subject == "Case_N006"
-    bright = [x[m == 1].mean() for x, m in zip(d.image[n], d.mask[n])]
-    assert abs(bright[1] / bright[0] - 0.5) < 0.15 and bright[0] > 230  # one window for all slices
-    scar = d.image[d.subject == "Case_P008"][0][d.mask[d.subject == "Case_P008"][0] == 3]
-    assert scar.mean() > 200  # one hot voxel does not dim the heart
-    i, j = (np.argwhere(d.mask[d.subject == "Case_P007"][0] == v).mean(0) for v in (3, 2))
-    assert i[1] > j[1] + 10 and abs(i[0] - j[0]) < 2  # axes neither swapped nor flipped
-    data.emidec(str(root), str(tmp_path / "coarse.h5"), spacing=1.0)
-    assert data.load(tmp_path / "coarse.h5").attrs["spacing_mm"][1] == 1.0
-
-
-def test_emidec_errors(tmp_path, capsys, monkeypatch):
-    one_error(capsys, lambda: data.emidec(str(tmp_path), "x.h5"), tmp_path, "Case_")
-    monkeypatch.setitem(sys.modules, "nibabel", None)
-    one_error(capsys, lambda: data.emidec(str(tmp_path), "x.h5"), "pip install nibabel")
-
-
-def test_real_emidec():
-    path = ROOT.parent / "shared" / "data" / "emidec.h5"
-    if not path.exists():
-        pytest.skip(f"real hearts not found at {path}")
-    d = data.load(path, size=64)
-    part = data.split(d)
-    assert d.image.shape == (493, 64, 64) and set(np.unique(d.mask)) == set(range(5))
-    assert [len(set(d.subject[part == p])) for p in ("train", "val", "test")] == [49, 7, 14]
-    fraction = (d.mask >= 3).sum((1, 2)) / np.maximum((d.mask >= 2).sum((1, 2)), 1)
-    assert np.corrcoef(fraction, d.columns["infarct_fraction"])[0, 1] > 0.99
+def test_batch_rows_is_a_chain_of_permutations(capsys):
+    rows = np.concatenate([data.batch_rows(10, 4, 3, k) for k in range(5)])
+    assert sorted(rows[:10]) == sorted(rows[10:]) == list(range(10)) and (rows[:10] != rows[10:]).any()
+    assert (data.batch_rows(10, 4, 4, 0) != rows[:4]).any()
+    one_error(capsys, lambda: data.batch_rows(40, 64, 0, 0), "--batch 64", "only 40", "at most 40")
 
 
 # ---------------------------------------------------------------- bad files
 
-rng = np.random.default_rng(5)
-nan = rng.random((N, H, H)).astype(np.float32)
-nan[7, 1, 1:4] = [np.nan, np.inf, np.nan]
-wide = rng.random((N, H, H)).astype(np.float32)
-wide[4, 0, 0] = 1.5
-
-
-def row(values, i, v):
-    values = np.array(values)
-    values[i] = v
-    return values
+nan, wide = np.full((N, H, H), 0.5), np.full((N, H, H), 0.5)
+nan[7, 0, :3], wide[4, 1, 1] = np.nan, 1.5
 
 
 @pytest.mark.parametrize("change, words", [
-    (dict(image=None), ["image: missing", "subject"]),
     (dict(image=None, Images=columns()["image"]), ["image: missing", "rename Images to image"]),
     (dict(subject=None), ["subject: missing", "image, label"]),
     (dict(image=np.zeros((N, H), np.uint8)), ["image", "(12, 16)", "(N,H,W)"]),
-    (dict(image=np.zeros((N, H, H, 3), np.uint8), mask=None), ["image", "channels last"]),
+    (dict(image=np.zeros((N, H, H, 3), np.uint8), mask=None), ["image", "(12, 16, 16, 3)", "one colour"]),
     (dict(image=np.zeros((N, H, H), np.int16)), ["image", "int16", "uint8"]),
     (dict(image=nan), ["image[7]", "3 values NaN or Inf"]),
     (dict(image=wide), ["image[4]", "1.5", "outside [0,1]"]),
-    (dict(image=wide / 1.5 * np.float32(1.000001)), ["image[4]", "1.00000", "outside [0,1]"]),
     (dict(image=np.full((N, H, H), 9, np.uint8)), ["image", "every image is constant"]),
     (dict(label=np.zeros(N - 1, int)), ["label", "(11,)", "12 rows"]),
     (dict(mask=np.zeros((N, H, H + 1), np.uint8)), ["mask", "(12, 16, 17)"]),
     (dict(mask=np.zeros((N, H, H), np.int32)), ["mask", "int32"]),
     (dict(subject=row(np.repeat(["aa", "b"], 6), 5, " ")), ["subject[5]", "empty"]),
-    (dict(subject=row(np.repeat(["aaa", "b"], 6), 5, "nan")), ["subject[5]: nan", "empty"]),
     (dict(subject=row(np.arange(N) + 0.0, 5, np.nan)), ["subject", "float", "text or whole numbers"]),
-    (dict(sex=row(np.ones(N), 5, np.nan)), ["sex", "float", "text or whole numbers"]),
     (dict(subject=row(np.repeat(["a" * 300, "b"], 6), 5, "c")), ["subject[0]: aaaa", "longer than 200"]),
-    (dict(split=np.array(["train", "val"] * 6)), ["split", "a, b, c, d"]),
     (dict(subject=np.array(["a", "a "] * 6), split=np.array(["train", "val"] * 6)), ["1 subjects", " a;"]),
     (dict(split=row(["train"] * N, 3, "dev")), ["split[3]", "dev"]),
     (dict(label=row(np.zeros(N), 2, 0.5)), ["label[2]", "0.5"]),
     (dict(label=row(np.zeros(N, int), 2, -1)), ["label[2]", "-1"]),
-    (dict(age=row(np.ones(N), 6, np.inf)), ["age[6]", "inf"]),
-    (dict(age=row(np.ones(N, np.longdouble), 6, 1e39)), ["age[6]", "infinite"]),    # as a float32
-    (dict(label=row(np.zeros(N, np.uint64), 2, 2 ** 63)), ["label[2]", "9223372036854775808"]),
     (dict(label=row(np.zeros(N, np.longdouble), 2, 2.0 ** 70)), ["label[2]", "1.18059", "2147483647"]),
+    (dict(age=row(np.ones(N, np.longdouble), 6, 1e39)), ["age[6]", "infinite"]),    # as a float32
     (dict(age=np.array(["old"] * N)), ["age", "expected numbers"]),
     (dict(event=row(np.zeros(N, int), 8, 2), time=np.ones(N)), ["event[8]"]),
     (dict(event=np.zeros(N, int), time=row(np.ones(N), 1, 0)), ["time[1]"]),
+    (dict(view=row(np.zeros(N, int), 5, -2)), ["view[5]: -2", "neither 0 nor 1"]),
+    (dict(phase=row(np.zeros(N, int), 5, 2)), ["phase[5]: 2", "neither 0 nor 1"]),
+    (dict(slice=row(np.zeros(N), 5, np.nan)), ["slice[5]: nan", "whole number"]),
 ])
 def test_bad_content(tmp_path, capsys, change, words):
     path = make(tmp_path / "bad.h5", **change)
     one_error(capsys, lambda: data.check(path), path, *words)
-
-
-def garbage(path):
-    path.write_text("subject,label\na,1\n" * 200)
-
-
-def empty(path):
-    path.write_bytes(b"")
-
-
-def eight_bytes(path):
-    path.write_bytes(b"\x89HDF\r\n\x1a\n")
 
 
 def truncated(path):
@@ -438,19 +270,6 @@ def flipped(path):
         f.write(b"\xff\x00\xff\x00")
 
 
-def folder(path):
-    path.mkdir()
-
-
-def pipe(path):
-    os.mkfifo(path)
-
-
-def zero_rows(path):
-    with h5py.File(path, "w") as f:
-        f["image"], f["subject"] = np.zeros((0, H, H), np.uint8), np.zeros(0, "S1")
-
-
 def never_written(path):
     with h5py.File(path, "w") as f:
         f.create_dataset("image", (N, H, H), "u1", chunks=(1, H, H))
@@ -465,55 +284,75 @@ def bomb(path):  # a few kB that declare 4 TB
 
 def wide_bomb(path):  # 20 kB that inflate to 100 GB an image
     with h5py.File(path, "w") as f:
-        f.create_dataset("image", (2, 100_000, 1_000_000), "u1", chunks=(1, 1000, 1000), compression="gzip")[0, 0, 0] = 1
+        image = f.create_dataset("image", (2, 100_000, 1_000_000), "u1", chunks=(1, 1000, 1000), compression=4)
+        image[0, 0, 0] = 1
         f["subject"] = ["a", "b"]
 
 
-def name_bomb(path):  # ids of 1 GB each
+def foreign_name(path):
     make(path)
     with h5py.File(path, "a") as f:
-        del f["subject"]
-        f.create_dataset("subject", (N,), "S1000000000", chunks=(1,), compression="gzip").id.set_extent((N,))
-        f["subject"].id.write_direct_chunk((0,), b"x")
-
-
-def many_bomb(path):  # 300 million rows in a few kB
-    with h5py.File(path, "w") as f:
-        for name, shape in (("image", (300_000_000, 1, 1)), ("subject", (300_000_000,))):
-            f.create_dataset(name, shape, "u1", chunks=(1_000_000, *shape[1:]), compression="gzip")[0] = 1
+        f[b"sc\xffre"] = np.arange(N)
 
 
 @pytest.mark.parametrize("build, words", [
-    (wide_bomb, ["image", "1e+11 bytes"]), (name_bomb, ["subject", "1e+09 bytes"]), (many_bomb, ["300000000 rows"]),
-    (lambda path: None, ["no such file"]), (garbage, ["not an HDF5 file"]), (empty, ["empty (0 bytes)"]),
-    (eight_bytes, []), (truncated, ["truncated: has", "bytes"]), (flipped, ["image[", "damaged"]),
-    (folder, ["without .h5"]), (pipe, ["not a regular file"]), (zero_rows, ["image", "no pixel"]),
-    (never_written, ["image", "never written"]), (bomb, ["image", "4000 GB"])])
+    (lambda path: None, ["no such file"]), (lambda path: path.write_text("subject,label\n" * 200), ["not an HDF5"]),
+    (lambda path: path.write_bytes(b""), ["empty (0 bytes)"]), (truncated, ["truncated: has", "bytes"]),
+    (lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n"), []), (flipped, ["image[", "damaged"]),
+    (lambda path: path.mkdir(), ["without .h5"]), (os.mkfifo, ["not a regular file"]),
+    (never_written, ["image", "never written"]), (bomb, ["image", "4000 GB"]), (foreign_name, ["utf-8"]),
+    (wide_bomb, ["image", "1e+11 bytes"])])
 def test_bad_files(tmp_path, capsys, build, words):
     path = tmp_path / "bad.h5"
     build(path)
     one_error(capsys, lambda: data.check(path), path, *words)
 
 
-def test_unreadable_and_locked_files(tmp_path, capsys, monkeypatch):
-    path, real = make(tmp_path / "a.h5"), h5py.File
+FLIPS = """
+import contextlib, io, os, signal, sys
+import data
+path, raw = sys.argv[1], open(sys.argv[1], "rb").read()
 
-    def locked(name, mode, locking=None):
-        if locking is None:
-            raise BlockingIOError(11, "Unable to synchronously open file (unable to lock file, errno = 11)")
-        return real(name, mode, locking=locking)
-    monkeypatch.setattr(h5py, "File", locked)
-    assert len(data.load(path)) == N  # another program has it open: read without a lock
+def outcome():
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            data.summary(path)
+        return "read"
+    except SystemExit as e:
+        lines = [t for t in said.getvalue().splitlines() if not t.startswith("warning: ")]
+        return "refused" if e.code == 2 and len(lines) == 1 else f"{e.code} {lines}"
+    except BaseException as e:
+        return f"{type(e).__name__} {e}"
 
-    def forbidden(*_):  # root may read everything, so chmod would not do
-        raise PermissionError(13, "Permission denied")
-    monkeypatch.setattr(h5py, "File", forbidden)
-    one_error(capsys, lambda: data.load(path), path, "no permission")
+for at in range(0, len(raw), len(raw) // 200):
+    with open(path, "wb") as f:
+        f.write(raw[:at] + bytes([raw[at] ^ (0xff if at % 2 else 1)]) + raw[at + 1:])
+    if child := os.fork():
+        if os.WIFSIGNALED(os.waitpid(child, 0)[1]):
+            print("libhdf5")
+        continue
+    signal.setitimer(signal.ITIMER_PROF, 2)
+    end = outcome()
+    print(end if end in ("read", "refused") else f"byte {at}: {end}", flush=True)
+    os._exit(0)
+"""
+
+
+def test_one_damaged_byte_is_read_or_refused_in_one_line(tmp_path):
+    """Each flip in a process of its own: that libhdf5 crashes or loops for ever is not ours to mend."""
+    c = {k: v[:4] for k, v in columns(image=columns()["image"][:, :8, :8], mask=None).items()}
+    data.write(str(tmp_path / "a.h5"), [c], dict(label_names=["healthy", "ill"], source="x", spacing_mm=[1.0]))
+    done = subprocess.run([sys.executable, "-c", FLIPS, tmp_path / "a.h5"], capture_output=True, text=True,
+                          cwd=ROOT, timeout=300)
+    said = done.stdout.splitlines()
+    assert len(said) >= 200 and said.count("read") > 100 and said.count("refused") > 3, done.stderr
+    assert said.count("libhdf5") < 10 and set(said) <= {"read", "refused", "libhdf5"}, set(said)
 
 
 @pytest.mark.parametrize("kind", ["external link", "soft link", "external storage", "virtual"])
-def test_nothing_outside_the_file_is_read(tmp_path, kind):
-    """The target is a pipe: whoever opened it would hang until the timeout."""
+def test_nothing_outside_the_file_is_read(tmp_path, capsys, kind):
+    """The target is a pipe: whoever opened it would hang."""
     path, target = tmp_path / "bad.h5", tmp_path / "target"
     os.mkfifo(target)
     with h5py.File(path, "w") as f:
@@ -532,40 +371,7 @@ def test_nothing_outside_the_file_is_read(tmp_path, kind):
             layout = h5py.VirtualLayout((N, H, H), "u1")
             layout[:] = h5py.VirtualSource(str(target), "image", (N, H, H))
             f.create_virtual_dataset("image", layout)
-    done = subprocess.run([sys.executable, ROOT / "data.py", "check", path], capture_output=True,
-                          text=True, timeout=60)
-    lines = done.stderr.strip().splitlines()
-    assert done.returncode == 2 and len(lines) == 1, done.stderr
-    assert str(path) in lines[0] and "image: a " in lines[0] and "refused" in lines[0]
-
-
-@pytest.mark.parametrize("stored", [
-    ["none", "scar"], "none, scar", np.bytes_(b"none,scar"), np.array([b"none", b"scar"])])
-def test_names_are_a_list_of_text_however_they_are_stored(tmp_path, stored, capsys):
-    path = make(tmp_path / "a.h5", mask=columns()["mask"] % 2)
-    with h5py.File(path, "a") as f:
-        f["mask"].attrs["mask_names"] = f.attrs["label_names"] = stored
-    d = data.load(path)
-    assert d.attrs["mask_names"] == d.label_names == ["none", "scar"]
-    data.summary(path)
-    assert "label: none 6, scar 6" in capsys.readouterr().out
-    with h5py.File(path, "a") as f:
-        f["mask"].attrs["mask_names"] = f.attrs["label_names"] = 5
-        f.attrs["empty_names"] = h5py.Empty("S1")
-    data.summary(path)
-
-
-def test_a_class_has_one_number_in_all_files(tmp_path, capsys):
-    """[healthy, ill] in one file and [ill, healthy] in the other would train on half of the labels inverted."""
-    a, b = make(tmp_path / "a.h5"), make(tmp_path / "b.h5", subject=np.repeat(["e", "f", "g", "h"], 3))
-    for path, names in ((a, ["healthy", "ill"]), (b, ["ill", "healthy"])):
-        with h5py.File(path, "a") as f:
-            f.attrs["label_names"] = names
-    one_error(capsys, lambda: data.load(tmp_path), "b.h5", "label_names", "['ill', 'healthy']", "a.h5")
-    one_error(capsys, lambda: data.load_study(a, b), "b.h5", "label_names", "['ill', 'healthy']", "a.h5")
-    with h5py.File(b, "a") as f:
-        f.attrs["label_names"] = ["healthy", "infarct"]     # other words for the same number: their choice
-    assert len(data.load_study(a, b)[0]) == 2 * N
+    one_error(capsys, lambda: data.check(path), path, "image: a ", "refused")
 
 
 def test_folder_of_mixed_files(tmp_path, capsys):
@@ -579,35 +385,237 @@ def test_folder_of_mixed_files(tmp_path, capsys):
     assert len(data.load(tmp_path)) == 2 * N
 
 
-def test_volumes_and_warnings(tmp_path, capsys):
+def test_volumes_and_constant_images(tmp_path, capsys):
     x = np.random.default_rng(0).integers(0, 255, (N, 6, 8, 10), dtype=np.uint8)
     x[3] = 7
     path = make(tmp_path / "v.h5", image=x, mask=None)
     assert data.load(path).image.shape == x.shape
-    assert any("1 constant images, rows 3" in w for w in data.check(path))
-    capsys.readouterr()
-    one_error(capsys, lambda: data.load(path, size=8), path, "image", "not resized")
+    assert any("1 constant images, rows 3" in w for w in data.check(path).warnings)
+    one_error(capsys, lambda: data.load(path, size=8), path, "volumes", "--slice axial:mid")
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path, capsys, monkeypatch):
-    path = tmp_path / "keep.h5"
+def test_a_failed_write_leaves_the_old_file_and_follows_no_link(tmp_path, capsys, monkeypatch):
+    path, precious = tmp_path / "keep.h5", tmp_path / "precious"
     make(path)
     before = path.read_bytes()
+    precious.write_text("another's")
+    (tmp_path / "keep.h5.part").symlink_to(precious)
 
     def full(*_):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(data.os, "replace", full)
-    one_error(capsys, lambda: make(path, seed=1), path, "No space left")
-    assert path.read_bytes() == before and os.listdir(tmp_path) == ["keep.h5"]
-    one_error(capsys, lambda: make(tmp_path / "no" / "where.h5"), "where.h5", "cannot be written")
+    with monkeypatch.context() as disk:
+        disk.setattr(data.os, "replace", full)
+        one_error(capsys, lambda: make(path, seed=1), path, "No space left", "MB free", code=1)
+        one_error(capsys, lambda: data.save_checkpoint(path, {}), path, "No space left", code=1)
+    assert path.read_bytes() == before and sorted(os.listdir(tmp_path)) == ["keep.h5", "precious"]
+    assert precious.read_text() == "another's"
+    one_error(capsys, lambda: make(tmp_path / "no" / "where.h5"), "where.h5", "could not be written", code=1)
+
+
+# ---------------------------------------------------------------- two files, cohorts
+
+def test_study_with_a_test_file_trains_on_one_and_tests_on_the_other(tmp_path, capsys):
+    a = make(tmp_path / "a.h5", subject=np.array([f"a{i}" for i in range(N)]))
+    died = dict(time=np.arange(1, N + 1, dtype=np.float32), event=np.arange(N) % 2)
+    b = make(tmp_path / "b.h5", subject=np.array([f"b{i}" for i in range(N)]), seed=1, extra=np.arange(N), **died)
+    joined, part = data.load_study(a, b)
+    assert (part[:N] != "test").all() and (part[N:] == "test").all() and {"train", "val"} == set(part[:N])
+    assert np.array_equal(joined.image[N:], data.load(b).image) and "extra" not in joined.columns
+    # healthy people without survival do not hide that of the patients
+    assert np.isnan(joined.columns["time"][:N]).all() and np.array_equal(joined.columns["time"][N:], died["time"])
+    assert np.array_equal(joined.columns["event"], [*[0] * N, *died["event"]])
+    alone, part = data.load_study(a)
+    assert np.array_equal(part, data.split(alone, 0))
+    for other in (["x", "y", "a3", "z"], ["x", "y", "A3", "z"]):     # also in other letters
+        c = make(tmp_path / "c.h5", subject=np.repeat(other, 3))
+        one_error(capsys, lambda: data.load_study(a, c), "c.h5", "a3", "one part")
+    assert any("P1, p1" in w for w in data.load(make(a, subject=np.repeat(["P1", "p1 ", "c", "d"], 3))).warnings)
+
+
+def test_a_class_has_one_number_in_all_files(tmp_path, capsys):
+    """[healthy, ill] in one file and [ill, healthy] in the other would train on half of the labels inverted."""
+    a, b = make(tmp_path / "a.h5"), make(tmp_path / "b.h5", subject=np.repeat(["e", "f", "g", "h"], 3))
+    for path, names in ((a, ["healthy", "ill"]), (b, ["ill", "healthy"])):
+        with h5py.File(path, "a") as f:
+            f.attrs["label_names"] = names
+    one_error(capsys, lambda: data.load(tmp_path), "b.h5", "label_names", "['ill', 'healthy']", "a.h5")
+    one_error(capsys, lambda: data.load_study(a, b), "b.h5", "label_names", "['ill', 'healthy']", "a.h5")
+
+
+def test_cohort_keeps_patients_out_of_training(capsys):
+    subject = np.array(["h0", "h1", "h2", "v0", "v1", "v2", "t0", "p0", "p1", "p1", "p2"])
+    ill = np.array([0, 0, 0, 0, 0, 0, 0, 1, 1, 0, 1])
+    part = np.array(["train"] * 3 + ["val"] * 3 + ["test", "train", "val", "train", "test"])
+    age, time = np.linspace(50, 60, 11), np.where(ill, 100.0, np.nan)
+    d = table(subject, ill, age=age, time=time, event=ill)
+    new = data.cohort(d, part, "label", False)
+    assert new.tolist() == ["train"] * 3 + ["val"] * 3 + ["test", "test", "test", "", "test"]    # p1: was healthy
+    assert "1 healthy images" in (said := capsys.readouterr().err) and "3 events: too few" in said
+    assert data.cohort(d, part, "label", True).tolist() == ["train"] * 3 + ["val"] * 3 + ["test", "", "", "", "test"]
+    for change, words in ((dict(age=row(age, 2, np.nan)), ["age", "missing in 1 rows: 2"]),
+                          (dict(event=ill * 0), ["event", "censored"]), (dict(label=ill * 0), ["0 patients"])):
+        bad = table(subject, **(dict(label=ill, age=age, time=time, event=ill) | change))
+        one_error(capsys, lambda: data.cohort(bad, part, "label", False), *words)
+    twice = table(subject, row(ill, 9, 1), age=age, event=ill, time=row(time, 9, 5.0))
+    one_error(capsys, lambda: data.cohort(twice, part, "label", False), "subject p1 has several")
+
+
+# ---------------------------------------------------------------- flags
+
+@dataclass
+class Config:
+    out: str = "out/x"      # a comment that --help shows
+    preset: str = ""
+    recipe: str = "ours"
+    device: str = ""
+    seed: int = 0
+    steps: int = 3
+    save_every: int = 4
+    predict: Literal["v", "eps"] = "v"
+    mult: tuple = (1, 2)
+    lr: float = 1e-3
+    bf16: bool = True
+
+
+PRESETS = {"paper": {}, "demo": dict(steps=5, lr=0.1)}
+RECIPES = {"ours": {}, "paper": dict(predict="eps", lr=0.2)}
+
+
+def parse(*argv):
+    return data.parse(Config, PRESETS, RECIPES, "what it does", list(argv))
+
+
+def test_flags_beat_recipe_beats_preset_beats_default(capsys):
+    cfg, given = parse("--mult", "3,4", "--no-bf16", "--device=cpu")
+    assert (cfg.mult, cfg.bf16, cfg.steps, cfg.lr, cfg.preset, cfg.recipe) == ((3, 4), False, 5, 0.1, "demo", "ours")
+    assert given == {"mult", "bf16", "device"}
+    cfg, _ = parse("--recipe", "paper", "--preset=demo", "--steps=0")
+    assert (cfg.lr, cfg.predict, cfg.steps, cfg.recipe) == (0.2, "eps", 0, "paper")
+    assert parse("--recipe=paper", "--lr", "0.3")[0].lr == 0.3
+    with pytest.raises(SystemExit) as e:
+        parse("--help")
+    assert e.value.code == 0
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("what it does", "a comment that --help shows", "'eps'"))
+
+
+@pytest.mark.parametrize("argv, words", [
+    ("--stps 3", "--stps --steps"), ("--save 3", "--save"), ("3", "3"), ("--steps", "--steps"),
+    ("--steps 1.5", "--steps 1.5"), ("--mult a", "--mult a"), ("--mult 0,1", "--mult least 1"),
+    ("--predict z", "--predict v eps"), ("--preset x", "--preset paper demo"), ("--save_every 0", "least 1"),
+    ("--lr 0", "--lr above 0"), ("--lr nan", "--lr finite"), ("--lr -1", "--lr least 0"), ("--lr inf", "finite"),
+    ("--seed 4294967296", "--seed 2**32"), ("--seed -1", "--seed least 0"), ("--device cuda:77", "cuda:77 cpu")])
+def test_a_wrong_flag_is_one_line(capsys, argv, words):
+    one_error(capsys, lambda: parse(*argv.split()), *words.split())
+
+
+def test_running_out_of_memory_names_the_flags_and_other_faults_are_shown(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+
+    def raises(error):
+        def main(flags):
+            raise error
+        return lambda: data.program(main)
+    one_error(capsys, lambda: data.program(lambda _: torch.empty(1 << 52)), "--batch", "--size", "--base")
+    one_error(capsys, lambda: data.program(lambda _: np.empty(1 << 52)), "--batch")
+    one_error(capsys, raises(torch.OutOfMemoryError("CUDA out of memory")), "--batch")
+    with pytest.raises(RuntimeError, match="shapes"):
+        raises(RuntimeError("shapes do not fit"))()
+
+
+# ---------------------------------------------------------------- checkpoints
+
+def trained(shape=3, steps=2):
+    torch.manual_seed(0)
+    model, ema = torch.nn.Linear(shape, 2), torch.nn.Linear(shape, 2)
+    adam = torch.optim.Adam(model.parameters(), lr=0.1, fused=True)
+    for _ in range(steps):
+        model(torch.ones(1, shape)).sum().backward()
+        adam.step()
+        adam.zero_grad()
+    return model, ema, adam
+
+
+def state_of(model, ema, adam, step=2, **config):
+    return dict(step=step, model=model.state_dict(), ema=ema.state_dict(), optimizer=adam.state_dict(),
+                config=dict(lr=0.1, mult=(1, 2), **config))
+
+
+def test_a_checkpoint_goes_on_where_it_was(tmp_path, capsys):
+    path, first = tmp_path / "c.pt", trained()
+    assert data.read_checkpoint(path, {}, {}, ()) is None
+    data.save_checkpoint(path, state_of(*first, old=5))
+    config = dict(lr=0.1, mult=(1, 2), new=7, steps=9)    # `new` is a field that the file lacks, `old` one of its own
+    defaults = dict(new=7, steps=3)
+    state = data.read_checkpoint(path, config, defaults, {"steps"})
+    fresh = trained(steps=0)
+    fresh[0].weight.data = fresh[0].weight.data.t().contiguous().t()     # lies in memory the other way round
+    data.load_into(state, path, *fresh)
+    for p in fresh[0].parameters():
+        assert all(v.stride() == p.stride() for k, v in fresh[2].state[p].items() if k != "step")
+    for model, _, adam in (first, fresh):
+        model(torch.ones(1, 3)).sum().backward()
+        adam.step()
+    assert torch.equal(first[0].weight, fresh[0].weight) and torch.equal(first[1].weight, fresh[1].weight)
+    before = path.read_bytes()
+    one_error(capsys, lambda: data.read_checkpoint(path, dict(config, lr=0.2, new=8), defaults, {"steps"}),
+              path, "lr 0.1 -> 0.2", "new 7 -> 8")
+    one_error(capsys, lambda: data.read_checkpoint(path, config, defaults, ()), "steps 3 -> 9")
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["c.pt"]
+
+
+def damage(path, at):
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 0xff
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda s: s.pop("step"), lambda s: s.update(step=-1), lambda s: s.update(step=2.0), lambda s: s.pop("config"),
+    lambda s: s.update(model=[1]), lambda s: s.update(ema=dict(weight=[1.0], bias=[2.0])),
+    lambda s: s["optimizer"]["state"][0].update(exp_avg=[1.0]), lambda s: s.update(optimizer=3),
+    lambda s: s.update(config=[1])])
+def test_a_foreign_checkpoint_is_one_line(tmp_path, capsys, spoil):
+    path, state = tmp_path / "c.pt", state_of(*trained())
+    spoil(state)
+    data.save_checkpoint(path, state)
+    one_error(capsys, lambda: data.read_checkpoint(path, {}, {}, ()), path, "damaged, or not a checkpoint")
+
+
+def test_a_damaged_checkpoint_is_one_line(tmp_path, capsys):
+    path = tmp_path / "c.pt"
+    data.save_checkpoint(path, state_of(*trained()))
+    whole = path.read_bytes()
+    at = whole.index(state_of(*trained())["model"]["weight"].numpy().tobytes())    # in the weights themselves
+    for spoil in (lambda: damage(path, at), lambda: path.write_bytes(whole[:900]), lambda: path.write_bytes(b"")):
+        path.write_bytes(whole)
+        spoil()
+        one_error(capsys, lambda: data.read_checkpoint(path, {}, {}, ()), path, "damaged")
+    path.unlink()
+    path.mkdir()
+    one_error(capsys, lambda: data.read_checkpoint(path, {}, {}, ()), path, "damaged")
+
+
+def test_other_shapes_are_refused_also_the_optimizers(tmp_path, capsys):
+    path, fresh = tmp_path / "c.pt", trained(steps=0)
+    one_error(capsys, lambda: data.load_into(state_of(*trained(4)), path, *fresh), "model: weight", "(2, 4)", "(2, 3)")
+    for part, change in (("ema", lambda s: s["ema"].pop("bias")),
+                         ("optimizer: parameter 0", lambda s: s["optimizer"]["state"].update(
+                             trained(9)[2].state_dict()["state"])),
+                         ("optimizer: parameter 1", lambda s: s["optimizer"]["state"].pop(1)),
+                         ("optimizer: parameter 1", lambda s: s["optimizer"]["state"][1].pop("exp_avg"))):
+        state = state_of(*trained())
+        state["ema"] = dict(state["ema"])
+        change(state)
+        one_error(capsys, lambda: data.load_into(state, path, *fresh), path, part, "in this network")
+    data.load_into(state_of(*trained(steps=0), step=0), path, *fresh)     # before the first step: no moments yet
 
 
 # ---------------------------------------------------------------- command line
 
-def test_command_line(tmp_path, capsys, monkeypatch):
+def test_command_line(tmp_path, capsys):
     def run(*words):
-        monkeypatch.setattr(sys, "argv", ["data.py", *map(str, words)])
-        data.main()
+        data.main([str(w) for w in words])
         return capsys.readouterr().out
     path = tmp_path / "h.h5"
     run("phantom", "hearts", path, "--subjects", 4, "--size", 64)
@@ -616,72 +624,26 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     run("show", path, "--out", tmp_path / "s.png")
     assert (tmp_path / "s.png").stat().st_size > 10_000
     for words in (["check"], ["phantom", "lungs", path], ["chck"], ["check", path, "--fast"],
-                  ["phantom", "hearts", path, "--subjects", "0"], ["show", path, "--out", path / "x.png"],
+                  ["phantom", "hearts", path, "--subjects", "0"], ["phantom", "views", path, "--patients", "3"],
                   ["phantom", "hearts", tmp_path / "no" / "x.h5"], ["phantom", "views", path, "--seed", "-1"],
-                  ["phantom", "hearts", path, "--jitter", "nan"], ["emidec", tmp_path, path, "--spacing", "0"]):
+                  ["phantom", "cohort", path, "--size", "8"], ["emidec", tmp_path, path, "--spacing", "0"]):
         one_error(capsys, lambda: run(*words))
 
 
 def test_a_reader_who_leaves_is_no_traceback(tmp_path):
-    path = make(tmp_path / "a.h5")
-    command = f'{sys.executable} {ROOT / "data.py"} check {path} | true; exit ${{PIPESTATUS[0]}}'
+    command = f'{sys.executable} {ROOT / "data.py"} check {make(tmp_path / "a.h5")} | true'
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and done.stderr == ""
+    assert done.stderr == ""
 
 
-# ---------------------------------------------------------------- load_study
-
-def test_study_with_a_test_file_trains_on_one_and_tests_on_the_other(tmp_path):
-    a = make(tmp_path / "a.h5", subject=np.array([f"a{i}" for i in range(N)]))
-    b = make(tmp_path / "b.h5", subject=np.array([f"b{i}" for i in range(N)]), seed=1, extra=np.arange(N, dtype=np.float32))
-    joined, part = data.load_study(a, b)
-    assert (part[:N] != "test").all() and (part[N:] == "test").all() and {"train", "val"} == set(part[:N])
-    assert np.array_equal(joined.image[N:], data.load(b).image) and "extra" not in joined.columns
-    assert len(joined.columns["age"]) == 2 * N
-    alone, part = data.load_study(a)
-    assert np.array_equal(part, data.split(alone, 0))
-
-
-def test_healthy_people_without_survival_do_not_hide_that_of_the_patients_tested(tmp_path):
-    died = dict(time=np.arange(1, N + 1, dtype=np.float32), event=np.arange(N) % 2)
-    a = make(tmp_path / "a.h5", subject=np.array([f"a{i}" for i in range(N)]))
-    b = make(tmp_path / "b.h5", subject=np.array([f"b{i}" for i in range(N)]), **died)
-    columns_of = data.load_study(a, b)[0].columns
-    assert np.isnan(columns_of["time"][:N]).all() and np.array_equal(columns_of["time"][N:], died["time"])
-    assert np.array_equal(columns_of["event"], [*[0] * N, *died["event"]])
-    assert {"time", "event"}.isdisjoint(data.load_study(b, a)[0].columns)
-
-
-def test_study_refuses_a_subject_of_both_files(tmp_path, capsys):
-    a = make(tmp_path / "a.h5")
-    b = make(tmp_path / "b.h5", subject=np.repeat(["x", "y", "c", "z"], 3))
-    one_error(capsys, lambda: data.load_study(a, b), "b.h5", "c", "one part")
-
-
-def test_ids_that_differ_in_case_alone(tmp_path, capsys):
-    a = make(tmp_path / "a.h5", subject=np.repeat(["P1", "p1 ", "c", "caf\u00e9"], 3))
-    assert any("P1, p1" in w for w in data.load(a).warnings)
-    b = make(tmp_path / "b.h5", subject=np.repeat(["x", "y", "z", "cafe\u0301"], 3))
-    assert data.load(b).warnings == []
-    capsys.readouterr()
-    with pytest.raises(SystemExit):
-        data.load_study(a, b)
-    said = capsys.readouterr().err
-    assert "b.h5: subject: 1 are also in" in said and "caf\u00e9" in said
-
-
-def test_study_refuses_what_is_not_square_unless_a_size_is_asked_for(tmp_path, capsys):
-    a = make(tmp_path / "a.h5", image=np.random.default_rng(0).integers(0, 255, (N, 16, 24), dtype=np.uint8), mask=None)
-    one_error(capsys, lambda: data.load_study(a, size=16, square=True), "a.h5", "--size 16")
-    assert data.load_study(a, size=16, square=False)[0].image.shape == (N, 16, 16)
-
-
-def test_loader_of_some_rows_counts_in_them(tmp_path):
-    path = make(tmp_path / "a.h5")
-    rows = np.array([7, 2, 9])
-    for limit in (8.0, 0.0):
-        loader = data.Loader({"image": data.load(path).image}, "cpu", rows, limit)
-        assert len(loader) == 3
-        expected = data.load(path).image[rows[[2, 0]]] / 127.5 - 1
-        assert abs(loader.batch([2, 0])["image"][:, 0].numpy() - expected).max() < 1e-6
-        assert abs(next(loader.stream([np.array([2, 0])]))["image"][:, 0].numpy() - expected).max() < 1e-6
+@pytest.mark.parametrize("name", ["emidec", "acdc256", "hippocampus3d"])
+def test_real_data_pass_check(name):
+    path = ROOT.parent / "shared" / "data" / f"{name}.h5"
+    if not path.exists():
+        pytest.skip(f"real data not found at {path}")
+    with contextlib.redirect_stderr(io.StringIO()):
+        d = data.load(path)
+    assert len(np.unique(d.subject)) > 50
+    if name == "acdc256":       # with ids of its own
+        assert data.cine_ids(d)[:4].tolist() == [0, 3, 2, 1]
+        assert 0.01 < data.edges(d.image[::200]).mean() < 0.1
