@@ -647,7 +647,7 @@ def latent_deviation(mean, logvar, rows):
 def all_scores(cfg, data, part, models, codes, loader):
     """-> {row: (N,) scores}, and deviation() of our code. Only part "val", the reference, says what is usual.
 
-    Rows KIND and CODE_KIND: five scores of our code and of the others. Rows "" and CODE: only cfg.score."""
+    Rows KIND and CODE_KIND: five scores of our code, some of other codes (see ROWS). "" and CODE: cfg.score."""
     age, real = data.columns["age"].astype(np.float64), data.image[np.arange(len(data))] / np.float32(255)
     train, rows = np.flatnonzero(part == "train"), np.flatnonzero(part == "val")
     g = torch.Generator(loader.device).manual_seed(cfg.seed)
@@ -669,7 +669,7 @@ def all_scores(cfg, data, part, models, codes, loader):
     scores["brain_age_gap"] = -M.brain_age_gap(z, age, train, rows, data.subject)[1]
     if "factor_severity" in data.columns:       # a phantom: the score of somebody who knows
         scores["planted"] = -data.columns["factor_severity"].astype(np.float64)
-    return scores, left_out[""]
+    return {row: scores[row] for row in ROWS if row in scores}, left_out[""]
 
 
 def lesion_gain(change, lesion, brain, age, ill):
