@@ -16,8 +16,8 @@ The study: T. Yang, Conditional LDM with medical images, 2024. VQ-VAE: van den O
     python cond_ldm.py                      # phantom hearts in two views, about 8 minutes on 2 CPU cores
     python cond_ldm.py --data acdc256.h5    # your hearts; on a GPU the study's networks, at 256x256
 
-`--recipe paper` trains as the study did (but lr warms up, unused codes are moved, there is no LPIPS loss, and
-images are sampled by DDIM). `--recipe ours`, the default, changes this:
+`--recipe paper` trains as the study did (but lr warms up, unused codes are moved, attention has one head, the
+LPIPS loss is left out, and sampling is by DDIM). `--recipe ours`, the default, changes this:
 - cond conv: strided convolutions read the drawing. The study resizes the drawing to 32x32 by nearest
   neighbour, and to one channel. Of the latent pixels that hold an edge 13 % keep it;
 - edges mixed: one model learns from all edges, a few strokes, the map's contours, and no edges;
@@ -154,35 +154,35 @@ def norm(ch, groups):
 
 
 def zero(layer):
-    """Zero-initialised: a block starts as the identity, the network as x -> 0."""
+    """Zero-initialised: a residual block starts as its skip, a network as x -> 0."""
     for p in layer.parameters():
         nn.init.zeros_(p)
     return layer
 
 
 def time_embedding(t, dim):
-    """Sinusoids of t (B,) -> (B,dim), cosines first, periods 2 pi .. 2 pi 10000."""
+    """Sinusoids of t (B,) -> (B,dim), cosines first, periods 2 pi to nearly 2 pi 10000."""
     freq = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angle = t[:, None].float() * freq
     return torch.cat([angle.cos(), angle.sin()], 1)
 
 
 def resample(x, how):
-    """Halve ("down", 2x2 mean) or double ("up", each pixel four times) the side of (B,C,H,W).
+    """Halve ("down", 2x2 mean) or double ("up", each pixel four times) the side of (B,C,H,W); "": neither.
 
-    Doubling copies in channels_last order. (torch.compile has lost the gradient through F.interpolate.)"""
+    F.interpolate would do, but torch.compile has lost its gradient, and this keeps channels_last order."""
     if how == "down":
         return F.avg_pool2d(x, 2)
     if how == "up":
         B, C, H, W = x.shape
         x = x.permute(0, 2, 3, 1)
-        x = torch.cat([x, x], 3).view(B, H, 1, 2 * W * C)
-        return torch.cat([x, x], 2).view(B, 2 * H, 2 * W, C).permute(0, 3, 1, 2)
+        x = torch.cat([x, x], 3).view(B, H, 1, 2 * W * C)      # each pixel twice in its row
+        return torch.cat([x, x], 2).view(B, 2 * H, 2 * W, C).permute(0, 3, 1, 2)    # each row twice
     return x
 
 
-class MultiHeadAttention(nn.Module):
-    """Self-attention over all pixels, 8 heads, residual; its projection starts at zero. (B,C,H,W) -> same"""
+class Attention(nn.Module):
+    """Self-attention over all pixels, one head, residual; its projection starts at zero. (B,C,H,W) -> same"""
     def __init__(self, ch, groups):
         super().__init__()
         self.norm = norm(ch, groups)
@@ -190,10 +190,9 @@ class MultiHeadAttention(nn.Module):
         self.proj = zero(nn.Conv2d(ch, ch, 1))
 
     def forward(self, x):
-        B, C, H, W = x.shape
-        qkv = self.qkv(self.norm(x)).view(B, 3, 8, C // 8, H * W).transpose(3, 4)
-        h = F.scaled_dot_product_attention(*qkv.unbind(1))                     # (B,8,H*W,C/8)
-        return x + self.proj(h.transpose(2, 3).reshape(B, C, H, W))
+        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, -1)  # (B,1,H*W,C)
+        h = F.scaled_dot_product_attention(q, k, v)  # softmax in float32 inside
+        return x + self.proj(h.squeeze(1).transpose(1, 2).reshape(x.shape))
 
 
 class Block(nn.Module):
@@ -208,7 +207,7 @@ class Block(nn.Module):
         self.norm2 = norm(ch_out, groups)
         self.conv2 = zero(nn.Conv2d(ch_out, ch_out, 3, padding=1))
         self.skip = nn.Conv2d(ch_in, ch_out, 1) if ch_in != ch_out else nn.Identity()
-        self.attention = MultiHeadAttention(ch_out, groups) if attend else nn.Identity()
+        self.attention = Attention(ch_out, groups) if attend else nn.Identity()
 
     def forward(self, x, emb=None):
         h = self.conv1(F.silu(self.norm1(x)))
@@ -530,18 +529,19 @@ def ddim_step(x, t_from, t_to, eps_hat, alpha_bar, clip=False):
 
     x, eps_hat (B,..). Levels: -1 clean, 0..T-1, T pure noise. clip: x0_hat to [-1,1] and eps re-derived.
     -> like x"""
-    ab = [1.0 if t < 0 else 0.0 if t == len(alpha_bar) else float(alpha_bar[t]) for t in (t_from, t_to)]
-    x0_hat = (x - math.sqrt(1 - ab[0]) * eps_hat) / math.sqrt(ab[0])
-    if clip and ab[0] < 1:
+    level = lambda t: 1.0 if t < 0 else 0.0 if t == len(alpha_bar) else float(alpha_bar[t])
+    ab_from, ab_to = level(t_from), level(t_to)
+    x0_hat = (x - math.sqrt(1 - ab_from) * eps_hat) / math.sqrt(ab_from)
+    if clip and ab_from < 1:
         x0_hat = x0_hat.clamp(-1, 1)
-        eps_hat = (x - math.sqrt(ab[0]) * x0_hat) / math.sqrt(1 - ab[0])
-    return math.sqrt(ab[1]) * x0_hat + math.sqrt(1 - ab[1]) * eps_hat
+        eps_hat = (x - math.sqrt(ab_from) * x0_hat) / math.sqrt(1 - ab_from)
+    return math.sqrt(ab_to) * x0_hat + math.sqrt(1 - ab_to) * eps_hat
 
 
 def ddim_decode(eps_fn, x_T, S, alpha_bar, stride="trailing", clip=False):
-    """x_T -> x_0 in S calls of eps_fn(x_t, t): the walk down (DDIM eq. 12). Shapes of x_T."""
-    x, ts = x_T, [-1] + times(S, len(alpha_bar), stride)
-    for t, t_prev in zip(ts[:0:-1], ts[-2::-1]):
+    """x_T -> x_0 in S calls of eps_fn(x_t, t), down the levels (DDIM eq. 12). S = 4: 999, 749, 499, 249, -1."""
+    x, down = x_T, times(S, len(alpha_bar), stride)[::-1] + [-1]
+    for t, t_prev in zip(down, down[1:]):
         x = ddim_step(x, t, t_prev, eps_fn(x, t), alpha_bar, clip)
     return x
 
@@ -581,8 +581,8 @@ def amp(device):
 def fit(model, loader, cfg, name, steps, facts, watch=None):
     """Train `model` to step `steps` -> (its EMA, the step reached). model(batch, g) is the loss of a batch.
 
-    Goes on from OUT/name.pt, or exits if that file is of another cfg or of other data (facts). watch(ema) is
-    called before the first step and at each save. SIGTERM and Ctrl-C: finish the step, save, exit."""
+    Goes on from OUT/name.pt, or exits if that file has another cfg or other facts (hashes of the data). watch(ema)
+    is called at the start and at each save. SIGTERM and Ctrl-C: finish the step, save, exit."""
     (rank, world), device = ranks(), loader.device
     path, log = Path(cfg.out, f"{name}.pt"), Path(cfg.out, f"{name.replace('ckpt', 'log')}.jsonl")
     params = [p for p in model.to(device).train().parameters() if p.requires_grad]
@@ -612,7 +612,7 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
     rows = (D.batch_rows(len(loader), cfg.batch, cfg.seed, k)[mine] for k in range(step, steps))
     bar = tqdm(total=steps, initial=step, desc=name, unit="step", disable=rank > 0 or None)
     for batch in loader.stream(rows):
-        g.manual_seed(D.mix(cfg.seed, step, rank, 0))
+        g.manual_seed(D.mix(cfg.seed, step, rank, 0))          # t, noise, augmentation
         torch.manual_seed(D.mix(cfg.seed, step, rank, 1))      # dropout
         lr = cfg.lr * min(1, (step + 1) / 100)
         for group in opt.param_groups:
@@ -623,7 +623,7 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(params, 1.0)
         opt.step()
-        with torch.no_grad():
+        with torch.no_grad():               # the EMA's decay grows from 0.1, so that it forgets the first weights
             torch._foreach_lerp_(averaged, params, 1 - min(cfg.ema, (1 + step) / (10 + step)))
         seen.append(torch.stack([loss.detach(), grad_norm]))
         step += 1
