@@ -933,22 +933,6 @@ def edge_map(image, mask=None, mode="full", rng=None):
     return found if mode == "full" else strokes(found, rng)
 
 
-def moved(image, mask, strength, rng):
-    """(N,H,W) uint8 and mask (or None), each pair rotated, zoomed and shifted by chance -> both, copies.
-
-    At strength 1 up to 20 degrees, 12 % and 8 % of the width; what enters from outside repeats the border."""
-    image, mask, side = image.copy(), None if mask is None else mask.copy(), image.shape[1]
-    for k, u in enumerate(strength * rng.uniform(-1, 1, (len(image), 4))):
-        cos, sin = np.cos(0.35 * u[0]) * (1 + 0.12 * u[1]), np.sin(0.35 * u[0]) * (1 + 0.12 * u[1])
-        matrix, centre = np.array([[cos, -sin], [sin, cos]]), np.array([side, side]) / 2 - 0.5
-        where = dict(matrix=matrix, offset=centre - matrix @ (centre + 0.08 * side * u[2:]), mode="nearest")
-        x = ndimage.affine_transform(image[k], order=3, output=np.float32, **where)
-        image[k] = np.rint(x.clip(0, 255))
-        if mask is not None:
-            mask[k] = ndimage.affine_transform(mask[k], order=0, **where)
-    return image, mask
-
-
 def cine_ids(data):
     """-> (256,) uint8 that takes the mask ids of a Dataset to those of CINE: cine_ids(data)[mask].
 
@@ -1731,11 +1715,6 @@ def read_pair(image, labels, allowed):
     return x, label.astype(np.uint8), zooms
 
 
-def to_grey(x, low, high):
-    """Float images -> uint8, 0 at `low` and 255 at `high`."""
-    return np.rint(255 * np.clip((x - low) / max(high - low, 1e-6), 0, 1)).astype(np.uint8)
-
-
 def read_table(path, needed):
     """CSV -> DataFrame of stripped texts, NaN where missing; columns in lower case, line numbers as index."""
     try:
@@ -1754,9 +1733,11 @@ def read_table(path, needed):
         fail(f"{path}: cannot be read as a table: {error}")
     table.index += 1
     table = table.apply(lambda column: column.str.strip()).dropna(how="all").dropna(axis=1, how="all")
+    if len(table) < 2:
+        fail(f"{path}: no rows; expected a line with the names of columns and one line per row")
     table, header = table.iloc[1:], table.iloc[0].fillna("").str.lower()
     if comma == ";":  # decimal commas come with it
-        table = table.replace(r"^(-?\d+),(\d+)$", r"\1.\2", regex=True)
+        table = table.apply(lambda column: column.str.replace(r"^(-?\d+),(\d+)$", r"\1.\2", regex=True))
     for name in needed:
         if name not in set(header):
             near = difflib.get_close_matches(name, header, 1)
@@ -1765,8 +1746,6 @@ def read_table(path, needed):
     table.columns = header.str.replace(r"\W+", "_", regex=True)       # "a/b" would be a group
     for name in table.columns[table.columns.duplicated()]:
         fail(f"{path}: {(table.columns == name).sum()} columns have the name {name}; rename all but one")
-    if not len(table):
-        fail(f"{path}: a header but no rows")
     return table.loc[:, table.notna().any() | table.columns.isin(needed)]
 
 
@@ -1811,8 +1790,10 @@ def emidec(root, out, spacing=None):
         keep = np.flatnonzero((mask >= 2).any((1, 2)))
         image, n = resample(image[keep], start, step, 128), len(keep)
         mask = resample(mask[keep], start, step, 128, nearest=True)
+        low, high = np.percentile(image, [0, 99.5])
+        image = np.rint(255 * np.clip((image - low) / max(high - low, 1e-6), 0, 1)).astype(np.uint8)
         parts.append(dict(
-            image=to_grey(image, *np.percentile(image, [0, 99.5])), mask=mask, slice=keep,
+            image=image, mask=mask, slice=keep,
             subject=np.full(n, case), label=np.full(n, int(case[5] == "P")), age=np.full(n, age),
             sex=np.full(n, sex), has_infarct=(mask >= 3).any((1, 2)).astype(np.uint8),
             infarct_fraction=infarct_fraction(mask)))
@@ -2077,6 +2058,8 @@ def volumes(path, out, spacing=1.5, shape=None, size=None, where=None):
     for name in ["path", "subject"] + [k for k in ("label", "diagnosis") if k in table][:1]:
         skipped += [f"line {line}: no {name}" for line in table.index[table[name].isna()]]
         table = table.dropna(subset=[name])
+    if not len(table):
+        fail(f"{path}: no row could be converted; the first: {skipped[0]}")
     columns, names = table_columns(path, table)
     rows = {f"line {line}: {scan}": i for i, (line, scan) in enumerate(table["path"].items())}
 
