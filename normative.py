@@ -647,7 +647,7 @@ def latent_deviation(mean, logvar, rows):
 def all_scores(cfg, data, part, models, codes, loader):
     """-> {row: (N,) scores}, and deviation() of our code. Only part "val", the reference, says what is usual.
 
-    Rows KIND and CODE_KIND: five scores of our code, some of other codes (see ROWS). "" and CODE: cfg.score."""
+    Rows KIND and CODE_KIND: the scores of our code and of others, as in ROWS. "" and CODE: only cfg.score."""
     age, real = data.columns["age"].astype(np.float64), data.image[np.arange(len(data))] / np.float32(255)
     train, rows = np.flatnonzero(part == "train"), np.flatnonzero(part == "val")
     g = torch.Generator(loader.device).manual_seed(cfg.seed)
@@ -888,8 +888,8 @@ def main(argv):
     rows = {row: words for row, words in ROWS.items() if not row.endswith(cfg.score)}      # is "" or CODE
     print(M.table(metrics, SHOWN, rows))
     if "c_index" in metrics:
-        print(f"The primary score, {cfg.score}, was named before the run. * is exploratory: among many scores one "
-              f"looks good by chance.\n{best_score(metrics, data.attrs.get('hr_per_sd', 0))}")
+        print(f"The primary score, {cfg.score}, was named before the run. * is exploratory: among many scores, "
+              f"one looks good by chance.\n{best_score(metrics, data.attrs.get('hr_per_sd', 0))}")
         print(M.answer("Does the primary score foretell survival better than age and sex alone?", "C-index",
                        metrics["c_index"], metrics["c_index.age_sex"], metrics["c_index_gain.age_sex"]))
     else:
