@@ -3,7 +3,6 @@
     python train.py                                   # everything on phantoms, then out/report.html
     python train.py diffae --seeds 3 -- --data emidec.h5 --steps 9000    # after --: flags of the scripts,
     python train.py diffae ldae --gpus 8 -- --ldae.data brains.h5        # .. or of one of them
-    python train.py --dry-run                         # prints the commands and does nothing
 
 Every script runs as it would by hand: our recipe in OUT/NAME, the published one in OUT/NAME_paper, seed 1 in
 OUT/NAME_s1 and OUT/NAME_paper_s1. What a script prints is in train.log there. The same command again goes on
@@ -222,7 +221,7 @@ def finished(run):
         path = Path(run.out, "results.json")
         results = json.loads(path.read_text())
         began = path.stat().st_mtime - results["seconds"]
-        own = {"size": run.config["size"]} if run.script == "ldae" else {}      # it writes that of the volumes
+        own = {"size": run.config["size"]} if run.script == "ldae" else {}     # it writes the volumes' own
         if results["config"] | own == run.config and began > max(p.stat().st_mtime for p in code + data):
             return results
     except (OSError, ValueError, KeyError, TypeError):
@@ -246,7 +245,8 @@ def execute(run, held, caught):
     # study too: if this program is killed, no second study starts beside what the first left running.
     with open(log, "wb") as f:
         child = subprocess.Popen(run.command, stdin=subprocess.DEVNULL, stdout=f, stderr=f,
-                                 start_new_session=True, pass_fds=[held.fileno()])
+                                 start_new_session=True,
+                                 pass_fds=[held.fileno()] if os.name == "posix" else [])
     while child.poll() is None:
         for number in caught[passed_on:]:
             child.send_signal(number)
@@ -373,8 +373,6 @@ def as_html(blocks):
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
             f"<style>{CSS}</style></head>\n<body>\n" + "\n".join(out) + "\n</body></html>\n")
 
-
-# --------------------------------------------------------------------------------------------------------
 
 def main(argv):
     args = parse(argv)
