@@ -766,12 +766,14 @@ def evaluate(cfg, data, part, models, device):
             "what z_sem leaves out, in healthy SDs": signed(left_out[test] / 6)}
     if lesion.any():
         rows["lesion"] = lesion
-    M.grid(out / "twins.png", [images[few] for images in rows.values()], list(rows),
-           [f"{age[test[k]]:.0f} y, {scores[''][test[k]]:.2f}" for k in few],
-           "Patients with the lowest scores. Twin: the same x_T with the z_sem of healthy people this old.")
+    if len(few):
+        M.grid(out / "twins.png", [images[few] for images in rows.values()], list(rows),
+               [f"{age[test[k]]:.0f} y, {scores[''][test[k]]:.2f}" for k in few],
+               "Patients with the lowest scores. Twin: the same x_T, and z_sem of healthy people this old.")
     ages = np.linspace(age[reference].min(), age[reference].max(), 8).clip(age[train].min(), age[train].max())
     near = train[abs(age[train] - ages[:, None]).argmin(1)]
-    path = M.to_image(decode(model, x_T[[-1] * 8], healthy_z(ages)))
+    control = ill[test].argmin()        # the first, if there is one
+    path = M.to_image(decode(model, x_T[[control] * 8], healthy_z(ages)))
     M.grid(out / "trajectory.png", [path, data.image[near] / 255], ["healthy mean z_sem", "a training image"],
            [f"{a:.0f} years" for a in ages], "The healthy brain at the ages of training, from one x_T.")
     groups = {"training": part == "train", "reference": part == "val", "controls": (part == "test") & ~ill,
@@ -888,7 +890,7 @@ def main(argv):
     rows = {row: words for row, words in ROWS.items() if not row.endswith(cfg.score)}      # is "" or CODE
     print(M.table(metrics, SHOWN, rows))
     if "c_index" in metrics:
-        print(f"The primary score, {cfg.score}, was named before the run. * is exploratory: among many scores, "
+        print(f"The primary score, {cfg.score}, was named before the run. * is exploratory: of many scores "
               f"one looks good by chance.\n{best_score(metrics, data.attrs.get('hr_per_sd', 0))}")
         print(M.answer("Does the primary score foretell survival better than age and sex alone?", "C-index",
                        metrics["c_index"], metrics["c_index.age_sex"], metrics["c_index_gain.age_sex"]))
