@@ -242,14 +242,12 @@ def test_loss_is_of_standardised_latents_and_a_tenth_has_no_condition(monkeypatc
     assert loss.item() == pytest.approx(1, abs=0.05)     # the UNet begins at 0, and v of unit latents has variance 1
 
 
-def test_segmenter_learns_and_moves_image_and_mask_together(tmp_path):
-    c = slices(8)
-    loader = D.Loader({"image": c["image"], "mask": c["mask"]}, "cpu")
-    cfg = replace(TINY, out=str(tmp_path), lr=1e-2, save_every=1000)
-    judge, _ = m.fit(m.Segmenter(cfg), loader, cfg, "ckpt_judge", 60, {})
-    with torch.no_grad():
-        labels = judge.logits(m.to_tensor(c["image"] / 255, "cpu")).argmax(1)
-    assert M.dice(M.overlap(labels, c["mask"], (1, 2))) > 0.7
+def test_judge_learns_from_image_and_mask_that_move_together():
+    """An image that is its own mask: a judge that reads it off is right after every motion."""
+    mask, g = torch.as_tensor(slices()["mask"]).long() // 3 * 3, torch.Generator().manual_seed(0)
+    judge = m.Segmenter(TINY)
+    judge.logits = lambda x: 9 * m.one_hot(3 * (x[:, 0] > 0))
+    assert judge(dict(image=mask[:, None] / 1.5 - 1, mask=mask), g) < 0.1
 
 
 def test_painted_is_the_mean_grey_of_training_rows():
@@ -274,7 +272,10 @@ def test_a_run_learns_from_training_rows_and_chooses_w_on_validation_rows(tiny, 
             assert (model.mean - z0.mean((0, 2, 3), keepdim=True)).abs().max() < 1e-6
         return fit(model, loader, cfg, name, *more)
     monkeypatch.setattr(m, "fit", spy)
-    monkeypatch.setattr(M, "nmse", lambda real, fake: compared.append(rows_of(real)) or nmse(real, fake))
+    def worse_at_first(real, fake):     # of the three w, the last comes out best
+        compared.append(rows_of(real))
+        return nmse(real, fake) + max(0, 3 - len(compared))
+    monkeypatch.setattr(M, "nmse", worse_at_first)
     monkeypatch.setattr(m, "generate", lambda *a: made.append(generate(*a)) or made[-1])
     monkeypatch.setattr(m, "evaluate", lambda *a: seen.update(chosen=list(compared), w=a[7], at=len(made)) or evaluate(*a))
     main("--data", tiny, "--out", out, *FLAGS)
@@ -283,7 +284,7 @@ def test_a_run_learns_from_training_rows_and_chooses_w_on_validation_rows(tiny, 
 
     metrics, printed = metrics_of(out), capsys.readouterr().out
     error = {w: metrics[f"val_nmse.w{w}"]["value"] for w in (1, 2, 4)}
-    assert metrics["w"]["value"] == seen["w"] == min(error, key=error.get)
+    assert metrics["w"]["value"] == seen["w"] == min(error, key=error.get) == 4
     assert "Does a slice obey its drawing more than" in printed and "fid" not in printed.lower()
     for key in ("ssim", "nmse", "dice", "edge_f1", "fd_vq", "kid_vq"):
         for row in ("", "edges_sparse", "edges_mask", "edges_none", "other_drawing", "untrained", "vq", "pca", "painted",
@@ -317,8 +318,8 @@ def test_a_run_learns_from_training_rows_and_chooses_w_on_validation_rows(tiny, 
 
 
 def test_more_steps_go_on_where_a_run_ended(tiny, tmp_path, capsys):
-    """3 steps and then 6 are bitwise 6; but a diffusion model is of the latents of one VQ-VAE."""
-    for out, steps in (("a", (3, 6)), ("b", (6,))):
+    """0 steps, then 3, then 6 are bitwise 6. But a diffusion model is of the latents of one VQ-VAE."""
+    for out, steps in (("a", (0, 3, 6)), ("b", (6,))):
         for n in steps:
             main("--data", tiny, "--out", tmp_path / out, *FLAGS, f"--steps={n}", "--w=1")
     a, b = (torch.load(tmp_path / out / "ckpt_ldm.pt", weights_only=True) for out in "ab")
