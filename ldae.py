@@ -20,10 +20,10 @@ arXiv 2212.12990).
 Latents are never clipped: standardised latents are not bounded by 1, and clipping them costs an MSE of 0.15.
 `--recipe paper` trains as published, but the adversarial loss warms up, and LPIPS and the ImageNet weights of
 the encoder are left out (both need a download). Its DDIM times are ours. `--recipe ours`, the default:
-- predict v, t_power 0.5: PDAE's weights hardly train high noise levels, and only there must z_sem decide;
+- predict v, t_power 0.25: PDAE's weights hardly train high noise levels, and only there must z_sem decide;
 - spatial: brains are registered, so a place means something. Latents are standardised place by place, the
-  encoder flattens its feature maps where the paper averages them, and a linear layer turns z_sem into a
-  latent that is added to G.
+  encoder sees the deviation from the mean brain and flattens its feature maps where the paper averages
+  them, and a linear layer turns z_sem into a latent that is added to G.
 """
 import copy, dataclasses, datetime, hashlib, itertools, math, os, signal, sys, time
 from dataclasses import dataclass
@@ -72,7 +72,7 @@ class Config:
     spatial: bool = True      # latents, encoder and decoder keep position; paper: false
     # objective
     predict: Literal["v", "eps"] = "v"    # what B and C output; paper: eps, with PDAE's weights
-    t_power: float = 0.5      # times are drawn as T u^t_power: 0.5 favours high noise; paper: 1, uniform
+    t_power: float = 0.25     # times are drawn as T u^t_power: 0.25 favours high noise; paper: 1, uniform
     T: int = 1000             # diffusion steps, linear beta
     # training
     ae_steps: int = 20000     # optimizer steps of stage A
@@ -602,12 +602,17 @@ class Model(nn.Module):
         self.encoder = SemanticEncoder(cfg)
         self.embed = nn.Linear(cfg.z_dim, 4 * cfg.base)
         self.gradient = Up3d(cfg, cfg.z_ch, 4 * cfg.base)
+        # The encoder sees how a brain differs from the mean one: what all share would swamp the rest.
+        self.register_buffer("mean_brain", ae.decode(ldm.shift) if cfg.spatial else None)
         # AdaGN scales whole channels, so it cannot say where. A latent made of z_sem can.
         self.z_latent = zero(nn.Linear(cfg.z_dim, cfg.z_ch * math.prod(latent))) if cfg.spatial else None
 
     def encode(self, batch):
         """batch["image"] (B,1,D,H,W) in [-1,1] -> z_sem (B,z_dim)"""
-        return self.encoder(batch["image"])
+        x = batch["image"]
+        if self.cfg.spatial:
+            x = 4 * (x - self.mean_brain)          # the SD of the difference is about 1/4
+        return self.encoder(x)
 
     def outputs(self, z_t, t, z_sem):
         """-> the prediction (v or eps) of the frozen network, and G, both like z_t"""
