@@ -91,7 +91,7 @@ class Config:
 PRESETS = {
     "paper": {},
     "demo": dict(size=(48, 56, 48), patch=4, ae_base=32, ae_mult=(1,), z_ch=32, disc_base=8, base=32,
-                 mult=(1, 2), blocks=1, groups=0, enc_base=32, enc_mult=(1, 2), z_dim=128, ae_steps=900,
+                 mult=(1, 2), blocks=1, groups=0, enc_base=32, enc_mult=(1, 2), z_dim=128, ae_steps=1200,
                  ldm_steps=120, steps=300, batch=8, lr=2e-3, save_every=100, S=10, eval_images=12),
 }
 RECIPES = {
@@ -264,7 +264,8 @@ class ConvBlock3d(nn.Module):
 class Encoder3d(nn.Module):
     """The autoencoder's way down. x (B,1,D,H,W) -> mean, log variance (B,z_ch,D/f,H/f,W/f)
 
-    f = patch 2^(levels - 1) must divide the sides."""
+    f = patch 2^(levels - 1) must divide the sides. With patches a linear layer goes beside the network: a
+    patch is almost linear in its code, and the linear part is learned first."""
     def __init__(self, cfg):
         super().__init__()
         c, p = cfg.ae_base, cfg.patch
@@ -279,10 +280,13 @@ class Encoder3d(nn.Module):
         self.trunk = nn.Sequential(*layers)
         self.mean, self.logvar = nn.Conv3d(cfg.z_ch, cfg.z_ch, 1), nn.Conv3d(cfg.z_ch, cfg.z_ch, 1)
         nn.init.constant_(self.logvar.bias, -8)     # SD .02: at SD 1 short runs only fight the noise
+        f = p * 2 ** (len(cfg.ae_mult) - 1)
+        self.linear = nn.Conv3d(1, cfg.z_ch, f, stride=f) if p > 1 else None
 
     def forward(self, x):
         h = self.trunk(x)
-        return self.mean(h).float(), self.logvar(h).float().clamp(-30, 20)
+        mean = self.mean(h) if self.linear is None else self.mean(h) + self.linear(x)
+        return mean.float(), self.logvar(h).float().clamp(-30, 20)
 
 
 class Double3d(nn.Module):
@@ -309,9 +313,12 @@ class Decoder3d(nn.Module):
                 layers.append(Double3d(c))
         layers += [norm(c, cfg.groups), nn.SiLU(), nn.ConvTranspose3d(c, 1, p + 2, stride=p, padding=1)]
         self.trunk = nn.Sequential(*layers)
+        f = p * 2 ** (len(cfg.ae_mult) - 1)
+        self.linear = nn.ConvTranspose3d(cfg.z_ch, 1, f, stride=f) if p > 1 else None
 
     def forward(self, z):
-        return self.trunk(z).float()
+        x = self.trunk(z) if self.linear is None else self.trunk(z) + self.linear(z)
+        return x.float()
 
 
 class Discriminator3d(nn.Module):
