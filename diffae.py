@@ -15,7 +15,7 @@ Preechakul et al., Diffusion Autoencoders, CVPR 2022 (arXiv 2111.15640).
 
 --preset is the size (demo or paper), --recipe the method. `--recipe paper` has the published objective,
 conditioning and sampling. `--recipe ours`, the default, differs in this:
-- predict v, t_power 0.5: at low noise x_t still shows the image; z_sem must decide at high noise, and the eps
+- predict v, t_power 0.33: at low noise x_t still shows the image; z_sem must decide at high noise, and the eps
   loss hardly trains that;
 - spatial: faces are aligned, hearts are not. Average pooling forgets where things are, and AdaGN scales whole
   channels. So the encoder flattens its last feature map, and a linear layer turns z_sem into an image that
@@ -67,7 +67,7 @@ class Config:
     spatial: bool = True      # the encoder keeps position and the UNet sees an image of z_sem; paper: false
     # objective
     predict: Literal["v", "eps"] = "v"    # what the UNet outputs; paper: eps
-    t_power: float = 0.5      # times are drawn as T u^t_power: 0.5 favours high noise; paper: 1, uniform
+    t_power: float = 0.33     # times are drawn as T u^t_power: 0.33 favours high noise; paper: 1, uniform
     augment: float = 0.5      # strength of random rotation, zoom and shift of the training images; paper: 0
     flip: bool = False        # random left-right flips (paper: true; but a heart has its left and its right)
     T: int = 1000             # diffusion steps, linear beta; with far fewer the last level is not pure noise
@@ -88,7 +88,7 @@ class Config:
 PRESETS = {
     "paper": {},
     "demo": dict(size=48, patch=2, base=32, mult=(1, 2, 4), enc_mult=(1, 2, 4, 4), blocks=1, attention=6,
-                 groups=0, dropout=0.0, z_dim=128, steps=700, batch=32, lr=1e-3, save_every=100,
+                 groups=0, dropout=0.0, z_dim=128, steps=600, batch=32, lr=1e-3, save_every=100,
                  eval_images=40),
 }
 RECIPES = {
@@ -458,7 +458,7 @@ def ddim_step(x, t_from, t_to, eps_hat, alpha_bar, clip=False):
 
 
 def ddim_decode(eps_fn, x_T, S, alpha_bar, stride="trailing", clip=False):
-    """x_T -> x_0 in S calls of eps_fn(x_t, t), down the levels (DDIM eq. 12). S = 4: 999, 749, 499, 249, -1."""
+    """x_T -> x_0 in S calls of eps_fn(x_t, t), down the levels (DDIM eq. 12); S = 4: 999, 749, 499, 249, -1"""
     x, down = x_T, times(S, len(alpha_bar), stride)[::-1] + [-1]
     for t, t_prev in zip(down, down[1:]):
         x = ddim_step(x, t, t_prev, eps_fn(x, t), alpha_bar, clip)
@@ -466,7 +466,7 @@ def ddim_decode(eps_fn, x_T, S, alpha_bar, stride="trailing", clip=False):
 
 
 def ddim_encode(eps_fn, x0, S, alpha_bar, stride="trailing", clip=False):
-    """x_0 -> x_T, up the levels (DiffAE eq. 8). S = 4: -1, 249, 499, 749, 999. Level -1 is not trained, so the
+    """x_0 -> x_T, up the levels (DiffAE eq. 8); S = 4: -1, 249, 499, 749, 999. Level -1 is not trained: the
     first step takes eps at t = 0. stride "leading" is the original code's: 0, 250, 500, 750, T."""
     x, up = x0, times(S, len(alpha_bar), stride)
     up = [-1] + up if stride == "trailing" else up + [len(alpha_bar)]
@@ -507,8 +507,8 @@ def amp(device):
 def fit(model, loader, cfg, name, steps, facts, watch=None):
     """Train `model` to step `steps` -> (its EMA, the step reached). model(batch, g) is the loss of a batch.
 
-    Goes on from OUT/name.pt, or exits if that file has another cfg or other facts (hashes of the data). watch(ema)
-    is called at the start and at each save. SIGTERM and Ctrl-C: finish the step, save, exit."""
+    Goes on from OUT/name.pt, or exits if that file has another cfg or other facts (hashes of the data).
+    watch(ema) is called at the start and at each save. SIGTERM and Ctrl-C: finish the step, save, exit."""
     (rank, world), device = ranks(), loader.device
     path, log = Path(cfg.out, f"{name}.pt"), Path(cfg.out, f"{name.replace('ckpt', 'log')}.jsonl")
     params = [p for p in model.to(device).train().parameters() if p.requires_grad]
@@ -549,7 +549,7 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(params, 1.0)
         opt.step()
-        with torch.no_grad():               # the EMA's decay grows from 0.1, so that it forgets the first weights
+        with torch.no_grad():               # the decay grows from 0.1: the EMA must forget the first weights
             torch._foreach_lerp_(averaged, params, 1 - min(cfg.ema, (1 + step) / (10 + step)))
         seen.append(torch.stack([loss.detach(), grad_norm]))
         step += 1
@@ -702,8 +702,8 @@ def evaluate(cfg, data, part, models, prior, device):
 
 
 def edits(out, model, x_T, z, axis):
-    """interpolation.png and manipulation.png. x_T (n,1,H,W), z (n,d). axis (d,): direction of the probe, one SD
-    of the training codes long; None if there is no probe."""
+    """interpolation.png and manipulation.png. x_T (n,1,H,W), z (n,d). axis (d,): direction of the probe, as
+    long as one SD of the training codes; None if there is no probe."""
     alpha, lines = torch.linspace(0, 1, 7, device=z.device), []
     for i in range(0, len(z) - 1, 2):
         between = slerp(x_T[[i] * 7], x_T[[i + 1] * 7], alpha), torch.lerp(z[[i]], z[[i + 1]], alpha[:, None])
@@ -720,8 +720,8 @@ def edits(out, model, x_T, z, axis):
 # --------------------------------------------------------------------------------------------------------
 # The command
 
-# The table that ends a run. z_sem + x_T proves little: an untrained UNet, whose output is 0, comes back to the
-# image, too. Its x_T is no noise, though. So look at the SD of x_T, and at z_sem alone.
+# The table that ends a run. z_sem + x_T proves little: an untrained UNet, whose output is 0, comes back to
+# the image, too. Its x_T is no noise, though. So look at the SD of x_T, and at z_sem alone.
 SHOWN = {"recon_ssim": "z_sem + x_T, SSIM", "semantic_mean_ssim": "z_sem alone, SSIM",
          "semantic_gain": "right - wrong z_sem, SSIM", "x_T_sd_error": "SD of x_T, off 1 by",
          "probe_auroc": "AUROC, slice", "patient_auroc": "AUROC, patient", "probe_f1": "F1, slice",
@@ -771,7 +771,7 @@ def main(argv):
     data, part = D.load_study(path, cfg.test, cfg.size, cfg.seed)
     count, facts = D.describe(data, part)
     if cfg.target and data.columns.get(cfg.target, np.array("")).dtype.kind not in "biuf":
-        D.fail(f"--target {cfg.target}: no numbers of that name in {path}, which has {', '.join(data.columns)}")
+        D.fail(f"--target {cfg.target}: no such numbers in {path}, which has {', '.join(data.columns)}")
     target = cfg.target or ("has_infarct" if "has_infarct" in data.columns else "label")
     cfg = dataclasses.replace(cfg, target=target)
     if rank == 0:
