@@ -15,8 +15,8 @@ Preechakul et al., Diffusion Autoencoders, CVPR 2022 (arXiv 2111.15640).
 
 --preset is the size (demo or paper), --recipe the method. `--recipe paper` has the published objective,
 conditioning and sampling. `--recipe ours`, the default, differs in this:
-- predict v, t_power 0.33: at low noise x_t still shows the image; z_sem must decide at high noise, and the eps
-  loss hardly trains that;
+- predict v, t_power 0.33: at low noise x_t still shows the image. z_sem must decide at high noise, which the
+  eps loss hardly trains;
 - spatial: faces are aligned, hearts are not. Average pooling forgets where things are, and AdaGN scales whole
   channels. So the encoder flattens its last feature map, and a linear layer turns z_sem into an image that
   the UNet sees beside x_t. The VAE gets the same encoder;
@@ -458,7 +458,8 @@ def ddim_step(x, t_from, t_to, eps_hat, alpha_bar, clip=False):
 
 
 def ddim_decode(eps_fn, x_T, S, alpha_bar, stride="trailing", clip=False):
-    """x_T -> x_0 in S calls of eps_fn(x_t, t), down the levels (DDIM eq. 12); S = 4: 999, 749, 499, 249, -1"""
+    """x_T -> x_0 in S calls of eps_fn(x_t, t), down the levels (DDIM eq. 12); S = 4: 999, 749, 499, 249, -1.
+    -> like x_T"""
     x, down = x_T, times(S, len(alpha_bar), stride)[::-1] + [-1]
     for t, t_prev in zip(down, down[1:]):
         x = ddim_step(x, t, t_prev, eps_fn(x, t), alpha_bar, clip)
