@@ -428,7 +428,8 @@ def ddim_step(x, t_from, t_to, eps_hat, alpha_bar, clip=False):
 
 
 def ddim_decode(eps_fn, x_T, S, alpha_bar, stride="trailing", clip=False):
-    """x_T -> x_0 in S calls of eps_fn(x_t, t), down the levels (DDIM eq. 12). S = 4: 999, 749, 499, 249, -1."""
+    """x_T -> x_0 in S calls of eps_fn(x_t, t), down the levels (DDIM eq. 12); S = 4: 999, 749, 499, 249, -1.
+    -> like x_T"""
     x, down = x_T, times(S, len(alpha_bar), stride)[::-1] + [-1]
     for t, t_prev in zip(down, down[1:]):
         x = ddim_step(x, t, t_prev, eps_fn(x, t), alpha_bar, clip)
@@ -436,7 +437,7 @@ def ddim_decode(eps_fn, x_T, S, alpha_bar, stride="trailing", clip=False):
 
 
 def ddim_encode(eps_fn, x0, S, alpha_bar, stride="trailing", clip=False):
-    """x_0 -> x_T, up the levels (DiffAE eq. 8). S = 4: -1, 249, 499, 749, 999. Level -1 is not trained, so the
+    """x_0 -> x_T, up the levels (DiffAE eq. 8); S = 4: -1, 249, 499, 749, 999. Level -1 is not trained: the
     first step takes eps at t = 0. stride "leading" is the original code's: 0, 250, 500, 750, T."""
     x, up = x0, times(S, len(alpha_bar), stride)
     up = [-1] + up if stride == "trailing" else up + [len(alpha_bar)]
@@ -464,8 +465,8 @@ def amp(device):
 def fit(model, loader, cfg, name, steps, facts, watch=None):
     """Train `model` to step `steps` -> (its EMA, the step reached). model(batch, g) is the loss of a batch.
 
-    Goes on from OUT/name.pt, or exits if that file has another cfg or other facts (hashes of the data). watch(ema)
-    is called at the start and at each save. SIGTERM and Ctrl-C: finish the step, save, exit."""
+    Goes on from OUT/name.pt, or exits if that file has another cfg or other facts (hashes of the data).
+    watch(ema) is called at the start and at each save. SIGTERM and Ctrl-C: finish the step, save, exit."""
     (rank, world), device = ranks(), loader.device
     path, log = Path(cfg.out, f"{name}.pt"), Path(cfg.out, f"{name.replace('ckpt', 'log')}.jsonl")
     params = [p for p in model.to(device).train().parameters() if p.requires_grad]
@@ -506,7 +507,7 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(params, 1.0)
         opt.step()
-        with torch.no_grad():               # the EMA's decay grows from 0.1, so that it forgets the first weights
+        with torch.no_grad():               # the decay grows from 0.1: the EMA must forget the first weights
             torch._foreach_lerp_(averaged, params, 1 - min(cfg.ema, (1 + step) / (10 + step)))
         seen.append(torch.stack([loss.detach(), grad_norm]))
         step += 1
