@@ -1,8 +1,7 @@
 """ldae.py: PDAE's coefficients against closed forms, samplers against an oracle, the gradient of each network, a frozen
-network that stays frozen, which rows each part of a run sees, and what a run refuses."""
+network that stays frozen, which rows each stage of a run sees, and what a run refuses."""
 import functools
 import json
-import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +17,8 @@ from conftest import runs_of
 main, error_of = runs_of(m)
 AB = m.linear_alpha_bar(1000)
 SIZE = (24, 26, 25)           # no multiple of the autoencoder's 4 voxels: latents are 6x7x7
-TINY = m.Config(size=SIZE, patch=2, ae_base=8, ae_mult=(1, 2), z_ch=2, disc_base=4, base=16, mult=(1, 2), blocks=1, groups=0, enc_base=16,
-                enc_mult=(1, 2), z_dim=8, ae_steps=4, ldm_steps=4, steps=4, ae_batch=2, batch=4, save_every=4, device="cpu",
+TINY = m.Config(size=SIZE, patch=2, ae_base=8, ae_mult=(1, 2), z_ch=2, disc_base=4, base=16, mult=(1, 2), blocks=1, groups=0,
+                enc_base=16, enc_mult=(1, 2), z_dim=8, ae_steps=4, ldm_steps=4, steps=4, ae_batch=2, batch=4, save_every=4, device="cpu",
                 S=2, T=20, eval_images=2)
 FLAGS = [f"--{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in vars(TINY).items()
          if v != getattr(m.Config, k) and k != "size"]
@@ -56,40 +55,31 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(tiny, tmp_path_factory):
-    """A whole tiny run -> its folder, and of each call of fit the name, the number of rows, one value per row."""
-    out, seen, fit = tmp_path_factory.mktemp("run") / "out", [], m.fit
+    """A whole tiny run -> its folder; of each call of fit by name: its batch of all rows, its model, stage B's hash before."""
+    out, calls, fit = tmp_path_factory.mktemp("run") / "out", {}, m.fit
 
     def spy(model, loader, cfg, name, *rest):
-        seen.append((name, {k: v.float().numpy() for k, v in loader.batch(np.arange(len(loader))).items()}))
+        rows = {k: v.float().numpy() for k, v in loader.batch(np.arange(len(loader))).items()}
+        calls[name] = rows, model, m.hash_of(model.ldm.net) if name == "ckpt_C" else ""
         return fit(model, loader, cfg, name, *rest)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(m, "fit", spy)
         main("--data", tiny, "--out", out, *FLAGS)
-    return out, dict(seen)
+    return out, calls
 
 
-def frozen_b(cfg=TINY):
+def model_of(cfg=TINY):
+    """An untrained stage C on an untrained stage B whose outputs, however, are not zero."""
     torch.manual_seed(0)
     z = torch.randn(8, 2, 6, 7, 7)
     b = m.Unconditional(cfg, z, torch.zeros_like(z))
     torch.nn.init.normal_(b.up.conv_out.weight, std=0.05)
-    return b
+    return m.Model(cfg, b, m.Autoencoder(cfg)).eval()
 
 
 def batch(n=4):
-    g = torch.Generator().manual_seed(0)
-    z = n, 2, 6, 7, 7
-    return {"image": torch.rand(n, 1, *SIZE, generator=g) * 2 - 1, "mean": torch.randn(z, generator=g),
-            "std": torch.full(z, 0.1)}
-
-
-# --------------------------------------------------------------------------------- PDAE's coefficients
-
-def test_snr_weight_closed_form():
-    w, snr = m.snr_weight(AB), AB / (1 - AB)
-    assert (w - snr ** 0.1 / (1 + snr)).abs().max() < 1e-12
-    for t, value in ((0, .0003), (100, .13), (475, .72), (999, .36)):
-        assert w[t].item() == pytest.approx(value, abs=0.005 if t else 5e-5)
+    g, z = torch.Generator().manual_seed(0), (n, 2, 6, 7, 7)
+    return {"image": torch.rand(n, 1, *SIZE, generator=g) * 2 - 1, "mean": torch.randn(z, generator=g)}
 
 
 def test_training_and_sampling_shift():
@@ -99,9 +89,7 @@ def test_training_and_sampling_shift():
     posterior_variance = beta * (1 - before) / (1 - AB)           # the mean shifts by it times G
     eps_of_mean = -(1 - beta).sqrt() * (1 - AB).sqrt() / beta     # d eps / d mean of q(x_{t-1}|x_t)
     assert (s - posterior_variance * eps_of_mean).abs().max() < 1e-9
-    ratio = s / -(1 - AB).sqrt()
-    for t, value in ((0, 0), (1, .45), (10, .86), (100, .98)):
-        assert ratio[t].item() == pytest.approx(value, abs=.011)
+    assert (s / -(1 - AB).sqrt())[[0, 1, 10, 100]].tolist() == pytest.approx([0, .45, .86, .98], abs=.011)
 
 
 @pytest.mark.parametrize("predict, spatial", [("eps", False), ("v", True)])
@@ -111,7 +99,7 @@ def test_losses_and_sampling_follow_the_formulas(predict, spatial):
     eps, ab = torch.randn(z0.shape, generator=g), m.linear_alpha_bar(20)
     col = lambda v: v[t].float().view(-1, 1, 1, 1, 1)
     z_t = col(ab.sqrt()) * z0 + col((1 - ab).sqrt()) * eps
-    model = m.Model(cfg, frozen_b(cfg), m.Autoencoder(cfg)).eval()
+    model = model_of(cfg)
     torch.nn.init.normal_(model.gradient.conv_out.weight, std=0.05)
     if spatial:
         torch.nn.init.normal_(model.z_latent.weight, std=0.05)
@@ -123,25 +111,14 @@ def test_losses_and_sampling_follow_the_formulas(predict, spatial):
         steered = steered - col((1 - ab).sqrt()) * model.z_latent(z).view(z0.shape)
     assert (G - steered).abs().max() < 1e-5 and G.abs().mean() > 1e-4
     if predict == "eps":
-        loss = m.snr_weight(ab)[t] * (out + col(m.shift_training(ab)) * G - eps).square().mean((1, 2, 3, 4))
+        snr = (ab / (1 - ab))[t]
+        loss = snr ** 0.1 / (1 + snr) * (out + col(m.shift_training(ab)) * G - eps).square().mean((1, 2, 3, 4))
         sample = out - col((1 - ab).sqrt()) * G
     else:      # the loss of v is that of eps over alpha_bar: no noise level is left out
         sample = col(ab.sqrt()) * (out + G) + col((1 - ab).sqrt()) * z_t
         loss = (sample - eps).square().mean((1, 2, 3, 4)) / ab[t]
     assert (model.loss(z0, z, t, eps) / loss - 1).abs().max() < 1e-3
     assert (model.eps(z_t, t, z) - sample).abs().max() < 1e-5
-
-
-# --------------------------------------------------------------------------------- sampling latents
-
-def test_clamping_unit_gaussian_latents_costs_their_tails():
-    """An oracle that knows x0 exactly: with the clamp to +-1 the MSE is 2 (2 Q(1) - phi(1)) = .151."""
-    g = torch.Generator().manual_seed(0)
-    x0, noise = (torch.randn(1000, 3, 4, 5, 4, generator=g, dtype=torch.float64) for _ in range(2))
-    oracle = lambda x, t: (x - AB[t].sqrt() * x0) / (1 - AB[t]).sqrt()
-    error = {clip: (m.ddim_decode(oracle, noise, 10, AB, clip=clip) - x0).square().mean().item() for clip in (False, True)}
-    tails = 2 * (math.erfc(1 / math.sqrt(2)) - math.exp(-.5) / math.sqrt(2 * math.pi))      # 2 Q(1) = erfc(1 / sqrt 2)
-    assert error[True] == pytest.approx(tails, rel=.02) and error[False] < 1e-12
 
 
 def test_travel_does_not_clip_and_a_round_trip_proves_nothing():
@@ -153,8 +130,6 @@ def test_travel_does_not_clip_and_a_round_trip_proves_nothing():
     back = m.travel(m.ddim_decode, model, z_T, torch.zeros(4, 8))
     assert (back - z0).abs().max() < 1e-3 * z0.abs().max() and z_T.std() < 0.1
 
-
-# --------------------------------------------------------------------------------- networks
 
 def test_paper_networks_have_the_published_number_of_parameters():
     count = lambda net: sum(p.numel() for p in net.parameters())
@@ -177,13 +152,6 @@ def test_resample_and_pad():
     assert (padded[:, :, 3:] == -1).all() and (padded[:, :, :, 5:] == -1).all()
 
 
-def test_autoencoder_keeps_the_size_and_one_volume_does_not_see_another():
-    ae, x = m.Autoencoder(TINY).eval(), batch()["image"]
-    mean, _ = ae.posterior(x)
-    assert mean.shape == (4, 2, 6, 7, 7) and ae.decode(mean).shape == x.shape
-    assert (ae.posterior(x[:1])[0] - mean[:1]).abs().max() < 1e-5
-
-
 @pytest.mark.parametrize("spatial", [True, False])
 def test_semantic_encoder_tells_where_a_slice_lies(spatial):
     torch.manual_seed(0)
@@ -191,8 +159,6 @@ def test_semantic_encoder_tells_where_a_slice_lies(spatial):
     z = enc(x)
     assert (enc(x.flip(2)) - z).abs().max() > 1e-4 and torch.allclose(enc(x[:1]), z[:1], atol=1e-5)
 
-
-# --------------------------------------------------------------------------------- training
 
 def test_each_network_gets_its_own_adversarial_gradient():
     """One backward of the sum equals two separate passes in which the other network is constant."""
@@ -232,39 +198,31 @@ def test_bfloat16_gradients_of_the_discriminator_are_finite():
     assert all(p.grad.isfinite().all() for p in ae.discriminator.parameters())
 
 
-def test_frozen_stays_bitwise_frozen(tmp_path):
-    b, ae = frozen_b(), m.Autoencoder(TINY)
-    before, model = m.hash_of(b), m.Model(TINY, b, ae)
-    start = {k: v.clone() for k, v in model.state_dict().items()}
-    arrays = {k: v.numpy() for k, v in batch(8).items() if k != "image"} | {"image": heads(8)[0]}
-    ema, _ = m.fit(model, D.Loader(arrays, "cpu"), replace(TINY, out=str(tmp_path)), "ckpt_C", 4, {})
-    assert m.hash_of(b) == before and all(p.grad is None and not p.requires_grad for p in b.parameters())
-    assert not b.training and model.training and ema.ldm is model.ldm      # one copy, for both
-    saved = torch.load(tmp_path / "ckpt_C.pt", weights_only=True)["model"]
-    assert saved.keys() == start.keys() and not any(k.startswith(("ldm", "ae")) for k in saved)
-    assert all(any(not torch.equal(saved[k], v) for k, v in start.items() if k.startswith(part))
-               for part in ("encoder", "embed", "gradient", "z_latent"))
-
-
 # --------------------------------------------------------------------------------- a whole run
 
-def test_every_stage_trains_on_the_training_scans_alone(finished, tiny):
-    out, seen = finished
-    data, part = D.load_study(tiny, "", None, 0)
+def test_every_stage_is_of_the_training_scans_alone(finished, tiny):
+    """Latents are standardised over them: at every place mean 0; each channel, draws of the posterior included, variance 1."""
+    out, calls = finished
+    seen, (data, part) = {name: call[0] for name, call in calls.items()}, D.load_study(tiny, "", None, 0)
     train = part == "train"
     for name in ("ckpt_A", "ckpt_C"):
         assert np.array_equal(seen[name]["image"][:, 0], data.image[train].astype(np.float32) / 127.5 - 1)
-    assert np.array_equal(seen["ckpt_B"]["mean"], seen["ckpt_C"]["mean"]) and len(seen["ckpt_B"]["mean"]) == train.sum()
-    assert len(seen["ckpt_prior_4"]["z"]) == train.sum()
-
-
-def test_latents_are_standardised_over_the_training_scans(finished):
-    """At every place of mean 0; each channel, draws from the posterior included, of variance 1."""
-    out, seen = finished
+    assert np.array_equal(seen["ckpt_B"]["mean"], seen["ckpt_C"]["mean"]) and len(seen["ckpt_prior_4"]["z"]) == train.sum()
     saved = torch.load(out / "ckpt_B.pt", weights_only=True)["ema"]
-    z, std = (seen["ckpt_B"][k] / saved["scale"].numpy() for k in ("mean", "std"))
-    z = z - (saved["shift"] / saved["scale"]).numpy()
+    shift, scale = saved["shift"].numpy(), saved["scale"].numpy()
+    z, std = (seen["ckpt_B"]["mean"] - shift) / scale, seen["ckpt_B"]["std"] / scale
     assert abs(z.mean(0)).max() < 1e-3 and np.allclose((z ** 2 + std ** 2).mean((0, 2, 3, 4)), 1, atol=1e-3)
+
+
+def test_stage_c_trains_itself_and_leaves_stage_b_bitwise_alone(finished):
+    out, calls = finished
+    _, model, before = calls["ckpt_C"]
+    frozen, saved = model.ldm.net, torch.load(out / "ckpt_C.pt", weights_only=True)["model"]
+    assert m.hash_of(frozen) == before and not frozen.training and model.training
+    assert all(p.grad is None and not p.requires_grad for p in frozen.parameters())
+    assert saved.keys() == model.state_dict().keys() and not any(k.startswith(("ldm", "ae")) for k in saved)
+    for part in ("encoder", "embed", "gradient", "z_latent"):
+        assert any(p.grad.abs().max() > 0 for p in getattr(model, part).parameters()), part
 
 
 def test_results_have_all_rows_and_the_same_command_changes_nothing(finished, tiny):
@@ -309,8 +267,6 @@ def test_paper_recipe_reads_disease_against_health(tmp_path):
     assert "probe_r2" not in metrics and metrics["probe_auroc"]["n"] == metrics["probe_auroc.pca"]["n"] < 3
 
 
-# --------------------------------------------------------------------------------- pieces of the report
-
 def study(n=12):
     """-> Dataset of n subjects with three scans, whose images are an even grey: 40, 60, 100 at months 0, 6, 18"""
     grey = np.tile(np.uint8([40, 60, 100]), n)
@@ -321,7 +277,7 @@ def study(n=12):
 
 def test_missing_scans_are_compared_with_the_real_one(tmp_path):
     """The scan in the middle is the mean of the two voxel by voxel; the nearer one is 20 grey levels off."""
-    model, data = m.Model(TINY, frozen_b(), m.Autoencoder(TINY)).eval(), study()
+    model, data = model_of(), study()
     made = m.missing_scans(replace(TINY, out=str(tmp_path)), data, np.arange(6), model, torch.zeros(36, 8), batch(36)["mean"])
     assert made["interp_6m_mse.voxel_mean"]["value"] < 1e-12
     assert made["interp_6m_mse.copy"]["value"] == pytest.approx((20 / 255) ** 2) and made["interp_6m_mse"]["n"] == 2
@@ -332,7 +288,7 @@ def test_manipulation_moves_codes_along_their_covariance_with_the_label_in_train
     data, rng, moved = study(), np.random.default_rng(0), []
     z, train = torch.as_tensor(rng.normal(size=(36, 8)), dtype=torch.float32), np.arange(20)
     monkeypatch.setattr(m, "render", lambda model, z_T, z_sem: moved.append(z_sem) or np.zeros((len(z_sem), *SIZE)))
-    model = m.Model(TINY, frozen_b(), m.Autoencoder(TINY)).eval()
+    model = model_of()
     m.manipulation(replace(TINY, out=str(tmp_path)), data, train, np.arange(30, 33), model, z, batch(36)["mean"])
     axis = np.array([np.cov(z[train, k], data.columns["label"][train])[0, 1] for k in range(8)])
     axis = axis / np.linalg.norm(axis)
@@ -349,11 +305,10 @@ def test_volume_reader_measures_what_it_has_not_seen():
 
 
 def test_throughput_times_the_same_number_of_steps_in_both_spaces(monkeypatch):
-    model, calls = m.Model(TINY, frozen_b(), m.Autoencoder(TINY)).eval(), []
-    for net in (m.Model, m.VoxelModel):
-        monkeypatch.setattr(net, "eps", lambda self, x, t, z: calls.append((type(self), len(x))) or torch.zeros_like(x))
-    out = m.throughput(TINY, batch(2), model)
-    assert [calls.count((net, 2)) for net in (m.Model, m.VoxelModel)] == [2 * 2 * TINY.S] * 2 and len(calls) == 8 * TINY.S
+    model, calls, forward = model_of(), [], m.Down3d.forward
+    monkeypatch.setattr(m.Down3d, "forward", lambda self, x, t, z=None: calls.append(x.shape[1]) or forward(self, x, t, z))
+    out = m.throughput(TINY, batch(1), model)
+    assert calls.count(2) == calls.count(1) == 2 * 2 * TINY.S       # latents of 2 channels, voxels; called twice, up and down
     assert out["throughput_ratio"]["value"] == pytest.approx(out["recon_s.voxel"]["value"] / out["recon_s"]["value"])
 
 
@@ -370,13 +325,10 @@ def test_bad_flags(flags, word, tiny, tmp_path, capsys):
     assert word in error_of(capsys, *data, "--out", out, *FLAGS, *flags) and not list(out.glob("c*"))
 
 
-def test_slices_and_small_volumes_are_one_line(tmp_path, capsys):
+def test_volumes_that_cannot_be_are_one_line(tmp_path, capsys):
     image, subject = heads(8)[0], np.array(list("abcdefgh"))
     for name, x, word in (("flat", image[:, 8], "needs volumes"), ("small", image[:, :20, :20, :20], "at least 24")):
         D.write(str(tmp_path / name), [dict(image=x, subject=subject)], {})
         assert word in error_of(capsys, "--data", tmp_path / name, "--out", tmp_path / "out", *FLAGS)
-
-
-def test_phantoms_of_another_size_are_not_used_in_silence(tmp_path, capsys):
     D.phantom_brains(str(tmp_path / "brains.h5"), subjects=2, size=16)
     assert "phantoms of (16, 16, 16), not of --size" in error_of(capsys, "--out", tmp_path, *FLAGS, "--size=24,24,24")
