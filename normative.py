@@ -94,7 +94,7 @@ PRESETS = {
     "paper": {},
     "demo": dict(size=48, patch=2, base=32, mult=(1, 2, 4), enc_mult=(1, 2, 4, 4), blocks=1, attention=6,
                  groups=0, dropout=0.0, z_dim=128, steps=600, batch=32, lr=1e-3, save_every=100,
-                 eval_images=60),
+                 eval_images=40),
 }
 RECIPES = {
     "ours": {},
