@@ -2,15 +2,12 @@
 
     python data.py check   FILE_OR_FOLDER                  verify, naming file, dataset and row
     python data.py show    FILE_OR_FOLDER [--out X.png]    contact sheet with mask contours
-    python data.py phantom hearts OUT.h5 [--subjects 100 --seed 0 --size 128]
-    python data.py phantom views  OUT.h5 [--subjects 60 --seed 0 --size 128]
-    python data.py phantom cohort OUT.h5 [--subjects 1000 --patients 220 --seed 0 --size 128]
-    python data.py phantom brains OUT.h5 [--subjects 160 --seed 0 --size 48]
-    python data.py emidec  ROOT OUT.h5 [--spacing MM]      EMIDEC's NIfTI folders -> HDF5
+    python data.py phantom hearts|views|cohort|brains OUT.h5 [--subjects N --seed 0 --size 128]
+    python data.py emidec  ROOT OUT.h5                     EMIDEC's NIfTI folders -> HDF5
     python data.py acdc    ROOT OUTDIR                     ACDC's -> one HDF5 per subject, 256 x 256
-    python data.py mms     ROOT OUTDIR                     M&Ms-2's -> the same; run again to go on
-    python data.py volumes TABLE.csv OUT.h5 [--spacing 1.5] [--shape 128,160,128 | --size N]
-                           [--slice axial:mid]             head scans that a CSV lists -> HDF5
+    python data.py mms     ROOT OUTDIR                     M&Ms-2's -> the same
+    python data.py volumes TABLE.csv OUT.h5 [--spacing 1.5] [--shape 128,160,128] [--slice axial:mid]
+                                                           head scans that a CSV lists -> HDF5
 
     image    (N,H,W) or (N,D,H,W)  uint8, or float in [0,1]                             required
     subject  (N,) utf-8            the unit of every split, test and interval           required
@@ -21,7 +18,7 @@
     view phase slice  (N,) ints    cine: 0 SA, 1 LA;  0 ED, 1 ES;  from base or apex, as scanned
     anything else (N,) numeric is a probe target; factor_* are the known causes of a phantom
 """
-import argparse, difflib, glob, hashlib, inspect, io, os, re, shutil, sys, typing, unicodedata, zipfile
+import argparse, difflib, glob, hashlib, inspect, io, os, re, shutil, sys, typing, zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -178,6 +175,15 @@ def describe(data, part):
     return count, {"images": data.fingerprint, "training_subjects": names}
 
 
+def choose_target(data, target, usual):
+    """The column that a probe predicts: `target` if given, else the first of `usual` that the data has, else
+    label. Exits if the data has no numbers of the given name."""
+    numeric = [k for k, x in data.columns.items() if x.dtype.kind in "biuf"]
+    if target and target not in numeric:
+        fail(f"--target {target}: no numbers of that name in {data.path}, which has {', '.join(numeric)}")
+    return target or next((k for k in usual if k in numeric), "label")
+
+
 def augment(x, strength, flip, g):
     """Random motion of images (B,1,H,W): at strength 1 uniformly up to 20 degrees, 12 % zoom, 8 % of the
     width of shift; what enters from outside repeats the border. flip: half are mirrored. -> like x"""
@@ -212,14 +218,12 @@ def read_checkpoint(path, config, defaults, may_change):
             if wrong := file.testzip():     # torch.load does not compare the checksums that torch.save wrote
                 raise ValueError(f"checksum of {wrong}")
         state = torch.load(path, map_location="cpu", weights_only=True)     # never unpickles code
+        moments = [v for parameter in state["optimizer"]["state"].values() for v in parameter.values()]
+        tensors = [*state["model"].values(), *state["ema"].values(), *moments]
+        if not all(isinstance(v, torch.Tensor) for v in tensors):
+            raise ValueError("holds other things than tensors")
         if type(state["step"]) is not int or state["step"] < 0:
             raise ValueError(f"step {state['step']!r:.40}")
-        for name in ("model", "ema"):
-            if not all(isinstance(v, torch.Tensor) for v in dict(state[name]).values()):
-                raise ValueError(f"{name} holds other things than tensors")
-        adam = [list(moments.values()) for moments in state["optimizer"]["state"].values()]
-        if not all(isinstance(v, torch.Tensor) for moments in adam for v in moments):
-            raise ValueError("optimizer holds other things than tensors")
         # Keys that only the checkpoint has are of fields that Config had once. Nobody can set these today,
         # and if they changed the network, then load_into finds other shapes.
         was = {**defaults, **state["config"]}
@@ -237,27 +241,30 @@ def read_checkpoint(path, config, defaults, may_change):
 
 
 def load_into(state, path, model, ema, optimizer):
-    """Load what read_checkpoint returned into both networks and their Adam. Other shapes or keys exit 2."""
+    """Load what read_checkpoint returned into both networks and their Adam -> the step; 0 if state is None.
+
+    Other shapes or keys exit 2."""
     def compare(part, theirs, ours):
         for k in {**ours, **theirs}:
             if ours.get(k) != theirs.get(k):
                 fail(f"{path}: {part}: {k} is {theirs.get(k, 'missing')} in the file and "
                      f"{ours.get(k, 'missing')} in this network (edited source?); choose another --out")
 
+    if state is None:
+        return 0
     for part, net in (("model", model), ("ema", ema)):
         compare(part, *({k: tuple(v.shape) for k, v in d.items()} for d in (state[part], net.state_dict())))
         net.load_state_dict(state[part])
-    if state["step"] == 0:      # Adam has no moments yet
-        return
     # optimizer.load_state_dict takes tensors of any shape, with which the fused kernel crashes the process.
     # That kernel walks raw memory: each tensor must also lie in memory as its parameter does.
     adam = state["optimizer"]["state"]
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, p in enumerate(params):
+    for i, p in enumerate(params if state["step"] > 0 else []):      # at step 0 Adam has no moments yet
         shapes = dict(step=(), exp_avg=tuple(p.shape), exp_avg_sq=tuple(p.shape))
         compare(f"optimizer: parameter {i}", {k: tuple(v.shape) for k, v in adam.get(i, {}).items()}, shapes)
         optimizer.state[p] = {k: torch.empty_like(p).copy_(adam[i][k]) for k in ("exp_avg", "exp_avg_sq")}
         optimizer.state[p]["step"] = adam[i]["step"].to(p.device, torch.float32)
+    return state["step"]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -312,19 +319,17 @@ def plain(file, path, name):
 def read_attrs(thing):
     """Attributes of a file or dataset -> dict of str, numbers and lists. *_names are lists of str, also where
     the text "a, b, c" is stored."""
-    def as_python(value):
-        value = value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
-        if isinstance(value, list):
-            return [as_python(v) for v in value]
-        if isinstance(value, bytes):
-            return value.decode("utf-8", "replace")
-        return value if isinstance(value, (int, float)) else str(value).encode("utf-8", "replace").decode()
+    def text(v):
+        v = v if isinstance(v, bytes) else str(v).encode("utf-8", "replace")
+        return v.decode("utf-8", "replace").strip()
 
-    attrs = {k: as_python(v) for k, v in thing.attrs.items()}
-    for k, v in attrs.items():
+    attrs = {}
+    for k, v in thing.attrs.items():
+        v = v.tolist() if isinstance(v, (np.ndarray, np.generic)) else v
+        v = text(v) if isinstance(v, (str, bytes)) else v
         if k.endswith("_names"):
-            v = v.split(",") if isinstance(v, str) else np.ravel(v).tolist()
-            attrs[k] = [str(n).strip() for n in v]
+            v = [text(n) for n in (v.split(",") if isinstance(v, str) else np.ravel(v).tolist())]
+        attrs[k] = v
     return attrs
 
 
@@ -444,8 +449,9 @@ class Dataset:
         return len(self.subject)
 
 
+PIXELS = ("image", "mask")
 TEXTS = ("subject", "sex", "split")
-KNOWN = ("image", "mask", "label", "age", "session", "time", "event", *TEXTS)
+KNOWN = (*PIXELS, *TEXTS, "label", "age", "session", "time", "event")
 
 
 def read_columns(path, warnings):
@@ -455,9 +461,7 @@ def read_columns(path, warnings):
         names, attrs = list(file), read_attrs(file)
         for need in ("image", "subject"):
             if need not in names:
-                near = [n for n in map(str, names) if n.lower().rstrip("s") == need]
-                fail(f"{path}: {need}: missing, the file has {', '.join(map(str, names)) or 'nothing'}"
-                     + (f"; rename {near[0]} to {need}" if near else ""))
+                fail(f"{path}: {need}: missing, the file has {', '.join(map(str, names)) or 'nothing'}")
         shape = getattr(plain(file, path, "image"), "shape", ())
         if len(shape) not in (3, 4) or len(shape) == 4 and shape[-1] in (1, 3, 4):
             fail(f"{path}: image: shape {shape}, expected (N,H,W) or (N,D,H,W); keep one colour")
@@ -474,41 +478,37 @@ def read_columns(path, warnings):
                 if x is None:
                     fail(f"{path}: {name}: a group, expected a dataset")
                 attrs.update({k: v for k, v in read_attrs(x).items() if k.endswith("_names")})
-                check_storage(path, name, x, shape)
-                if name in ("image", "mask"):
+                check_storage(path, name, x, shape if name in PIXELS else shape[:1])
+                if name in PIXELS:
                     columns[name] = x.shape
                 else:
                     values = x.asstr("utf-8")[:] if h5py.check_string_dtype(x.dtype) else x[:]
-                    columns[name] = check_column(path, name, values, warnings)
+                    columns[name] = check_column(path, name, values)
     return columns, attrs
 
 
-def check_storage(path, name, dataset, image_shape):
-    """Fails if shape, type or size of a dataset are not the schema's, before anything of it is read."""
-    shape, dtype = dataset.shape, dataset.dtype
-    pixels = name in ("image", "mask")
-    wanted = image_shape if pixels else image_shape[:1]
-    if shape != wanted:
-        fail(f"{path}: {name}: shape {shape}, expected {wanted}: image has {image_shape[0]} rows")
-    if name == "image" and dtype != np.uint8 and dtype.kind != "f" or name == "mask" and dtype != np.uint8:
-        fail(f"{path}: {name}: type {dtype}, expected uint8{' or float in [0,1]' * (name == 'image')}")
-    if not pixels and name not in TEXTS and dtype.kind not in "biuf":
-        fail(f"{path}: {name}: type {dtype}, expected numbers")
-    if name in TEXTS and not h5py.check_string_dtype(dtype) and dtype.kind not in "iu":     # 1.0 is not "1"
-        fail(f"{path}: {name}: type {dtype}, expected text or whole numbers")
-    stored = dataset.id.get_storage_size()
+def check_storage(path, name, x, shape):
+    """Fails if shape, type or size of dataset x are not the schema's, before anything of it is read."""
+    if x.shape != shape:
+        fail(f"{path}: {name}: shape {x.shape}, expected {shape}: image has {shape[0]} rows")
+    number = x.dtype.kind in "biuf"
+    good, expected = {
+        "image": (x.dtype == np.uint8 or x.dtype.kind == "f", "uint8 or float in [0,1]"),
+        "mask": (x.dtype == np.uint8, "uint8"),
+        **dict.fromkeys(TEXTS, (h5py.check_string_dtype(x.dtype) or x.dtype.kind in "iu",    # 1.0 is not "1"
+                                "text or whole numbers"))}.get(name, (number, "numbers"))
+    if not good:
+        fail(f"{path}: {name}: type {x.dtype}, expected {expected}")
+    # A few kB can declare terabytes.
+    stored, each = x.id.get_storage_size(), x.dtype.itemsize * np.prod(shape[1:], dtype=float)
     if stored == 0:
         fail(f"{path}: {name}: declared but never written; write the file again")
-    # A few kB can declare terabytes.
-    each = dtype.itemsize * np.prod(shape[1:], dtype=float)
-    if each > (4e9 if pixels else 1000):
-        fail(f"{path}: {name}: every row declares {each:.3g} bytes; refused as damaged or hostile")
-    if dataset.nbytes > 50e9 and dataset.nbytes > 2000 * stored:
-        fail(f"{path}: {name}: declares {dataset.nbytes / 1e9:.0f} GB but stores {stored / 1e6:.3g} MB; "
-             "refused as damaged or hostile")
+    if each > (4e9 if name in PIXELS else 1000) or x.nbytes > max(50e9, 2000 * stored):
+        fail(f"{path}: {name}: declares {each:.3g} bytes a row, {x.nbytes / 1e9:.0f} GB in all, but stores "
+             f"{stored / 1e6:.3g} MB; refused as damaged or hostile")
 
 
-def check_column(path, name, x, warnings, lines=None):
+def check_column(path, name, x, lines=None):
     """Check the values of one (N,) column -> the column in its schema type. NaN and "" are missing.
 
     An error names the row, or its line in a table when those are given."""
@@ -536,13 +536,9 @@ def check_column(path, name, x, warnings, lines=None):
         return x.astype(np.uint8)
     if name in ("view", "phase"):
         refuse(~(np.isin(x, [-1, 0, 1]) | np.isnan(x)), "is neither 0 nor 1; NaN or -1 is missing")
-        x = np.where(x == -1, np.nan, x) if (x == -1).any() else x
+        return np.where(x == -1, np.nan, x) if (x == -1).any() else x
     if name == "time":
         refuse(x <= 0, "is not a time > 0 in days")
-    if missing := int(np.isnan(x).sum()):
-        warnings.append(f"{path}: {name}: {missing} of {len(x)} rows are NaN, taken as missing")
-    if name == "age" and (odd := np.count_nonzero((x < 0) | (x > 120))):
-        warnings.append(f"{path}: age: {odd} of {len(x)} rows are not between 0 and 120, in years")
     return x.astype(np.float32) if name in ("age", "session", "time") else x
 
 
@@ -582,19 +578,17 @@ def load(path, size=None, max_gb=4.0):
     if size and shape[0] != shape[1]:
         print(f"{path}: images of {shape[0]}x{shape[1]} are padded to squares and resized to {size}x{size}")
     size = None if shape == (size, size) else size
-    columns = {k: np.concatenate([c[k] for c, _ in parts]) for k in first if k not in ("image", "mask")}
+    columns = {k: np.concatenate([c[k] for c, _ in parts]) for k in first if k not in PIXELS}
     subject, split = columns.pop("subject"), columns.pop("split", None)
     if split is not None:
         check_split(path, subject, split)
-    if alike := lookalikes(subject):
-        warnings.append(f"{path}: subject: {alike[0]}: taken as two people; are they one? ({len(alike)})")
     counts = [c["image"][0] for c, _ in parts]
-    image = Rows("image", paths, counts, shape, size)
-    mask = Rows("mask", paths, counts, shape, size) if "mask" in first else None
+    image, mask = (Rows(k, paths, counts, shape, size) if k in first else None for k in PIXELS)
     digest = hashlib.sha256(repr((image.shape, subject.tolist())).encode())
     if image.nbytes * (2 if mask else 1) <= max_gb * 1e9:
         image, mask = in_memory(image), in_memory(mask) if mask else None
-        check_constant(path, image, warnings)
+        if all(x.min() == x.max() for x in image):
+            fail(f"{path}: image: every image is constant; was the file written completely?")
         digest.update(image)
     else:
         for row in np.unique(np.linspace(0, len(image) - 1, 64).astype(int)):
@@ -605,34 +599,12 @@ def load(path, size=None, max_gb=4.0):
                    digest.hexdigest()[:16], warnings)
 
 
-def lookalikes(subject):
-    """-> ids that differ only in case or in Unicode's spelling, as ["P1, p1"]: one patient, perhaps."""
-    groups = {}
-    for s in np.unique(subject):
-        groups.setdefault(unicodedata.normalize("NFKC", s).casefold(), []).append(s)
-    return [", ".join(g) for g in groups.values() if len(g) > 1]
-
-
-def check_constant(path, image, warnings):
-    """Warn of images that are one flat grey (nothing can be learnt from them); fail if all are."""
-    flat = []
-    for rows in blocks(image):
-        x = image[rows].reshape(len(rows), -1)
-        flat += rows[x.min(1) == x.max(1)].tolist()
-    if len(flat) == len(image):
-        fail(f"{path}: image: every image is constant; was the file written completely?")
-    if flat:
-        warnings.append(f"{path}: image: {len(flat)} constant images, rows {str(flat[:20])[1:-1]}"
-                        + (" ..." if len(flat) > 20 else ""))
-
-
 def check(path):
     """Verify a file or folder to the last pixel -> Dataset; the first problem exits 2."""
     data = load(path)
-    if isinstance(data.image, Rows):        # load() left the pixels on disk
-        check_constant(path, data.image, data.warnings)
-        for rows in blocks(data.mask) if data.mask is not None else []:
-            data.mask[rows]
+    for pixels in filter(lambda x: isinstance(x, Rows), (data.image, data.mask)):   # load() left them on disk
+        for rows in blocks(pixels):
+            pixels[rows]
     return data
 
 
@@ -668,16 +640,14 @@ def load_study(path, test="", size=None, seed=0, fractions=(0.7, 0.1, 0.2)):
     """-> (Dataset, (N,) "train"/"val"/"test"): path by its split; or path to train and all of `test` to test.
 
     size: slices are resized to it."""
-    data, *more = [load(p, size) for p in (path, test) if p]
-    if not more:
+    data = load(path, size)
+    if not test:
         return data, split(data, seed, fractions)
-    other = more[0]
-    within = lookalikes(data.subject) + lookalikes(other.subject)
-    both = sorted(set(data.subject) & set(other.subject))
-    both += sorted(set(lookalikes([*data.subject, *other.subject])) - set(within))
-    if both:
-        fail(f"{test}: subject: {len(both)} are also in {path}: "
-             f"{'; '.join(both[:5])}; a subject belongs to one part")
+    other = load(test, size)
+    here, there = ({s.casefold() for s in d.subject} for d in (data, other))     # P01 and p01 are one person
+    if both := sorted(here & there):
+        fail(f"{test}: subject: {len(both)} are also in {path}: {', '.join(both[:5])}; a subject belongs to "
+             "one part")
     if other.image.shape[1:] != data.image.shape[1:]:
         fail(f"{test}: image: {other.image.shape[1:]} but {path} has {data.image.shape[1:]}; give --size")
     if isinstance(data.image, Rows) or isinstance(other.image, Rows):
@@ -691,9 +661,9 @@ def load_study(path, test="", size=None, seed=0, fractions=(0.7, 0.1, 0.2)):
     def join(a, b):
         return None if a is None or b is None else np.concatenate([a, b])
     # A healthy --data has no survival: it is unknown there, and must not hide that of the patients tested.
-    unknown = {"time": np.full(len(data), np.nan, np.float32), "event": np.zeros(len(data), np.uint8)}
-    columns = {k: join((unknown | data.columns)[k], v) for k, v in other.columns.items()
-               if k in unknown | data.columns}
+    known = {"time": np.full(len(data), np.nan, np.float32), "event": np.zeros(len(data), np.uint8)}
+    known |= data.columns
+    columns = {k: join(known[k], v) for k, v in other.columns.items() if k in known}
     joined = Dataset(f"{path} + {test}", join(data.image, other.image), join(data.mask, other.mask),
                      join(data.subject, other.subject), columns, None, data.attrs, data.label_names,
                      data.fingerprint, data.warnings + other.warnings)
@@ -711,8 +681,7 @@ def cohort(data, part, target, has_test_file):
             fail(f"{data.path}: {need}: no such numbers; it has {', '.join(data.columns) or 'no columns'}")
         missing = np.flatnonzero(np.isnan(values))     # whose label is unknown must not pass for healthy
         if len(missing):
-            fail(f"{data.path}: {need}: missing in {len(missing)} rows: {', '.join(map(str, missing[:10]))}"
-                 f"{' ...' if len(missing) > 10 else ''}; everybody's is needed: fill in or drop the rows")
+            fail(f"{data.path}: {need}: missing in {len(missing)} rows, as in {missing[0]}; fill in or drop")
     age, ill = data.columns["age"], data.columns[target] > 0
     part = np.where(ill & (part != "test"), "" if has_test_file else "test", part)
     before = np.isin(data.subject, data.subject[ill]) & ~ill
@@ -726,30 +695,21 @@ def cohort(data, part, target, has_test_file):
         if n < least:
             fail(f"{data.path}: {target}: {n} {name}, at least {least} needed (0: healthy, above: ill)")
     patients, healthy = np.flatnonzero(ill & (part == "test")), age[part == "train"]
-    outside = (age[patients] < healthy.min()) | (age[patients] > healthy.max())
-    if outside.any():
-        warn(f"{outside.sum()} of {len(patients)} patient images are of ages outside the healthy range, "
-             f"{healthy.min():.0f} to {healthy.max():.0f}: they are compared with its end")
+    if (age[patients] < healthy.min()).any() or (age[patients] > healthy.max()).any():
+        warn(f"patients outside the ages of the healthy, {healthy.min():.0f} to {healthy.max():.0f}, are "
+             "compared with the nearest of these ages")
     if {"time", "event"} <= set(data.columns):
-        check_survival(data, patients)
+        people = pd.DataFrame({k: data.columns[k][patients] for k in ("time", "event")})
+        people = people.groupby(data.subject[patients])
+        several = people.nunique(dropna=False).max(axis=1) > 1
+        if several.any():
+            fail(f"{data.path}: time, event: subject {several.idxmax()} has several; each needs one")
+        events = int(people.first().dropna()["event"].sum())
+        if not events:
+            fail(f"{data.path}: event: all patients are censored, no survival to regress; drop time")
+        if events < 10:
+            warn(f"{events} events: too few for Cox regression, its numbers mean nothing")
     return part
-
-
-def check_survival(data, patients):
-    """Exit if time and event of the rows `patients` allow no survival analysis; warn if they allow little."""
-    subject, time, event = (x[patients] for x in (data.subject, data.columns["time"], data.columns["event"]))
-    known = ~np.isnan(time)
-    if not known.all():
-        warn(f"{(~known).sum()} of {len(time)} patient images have no time: not in the survival analysis")
-    for s in np.unique(subject):
-        mine = subject == s
-        if len(np.unique(time[mine])) > 1 or len(np.unique(event[mine])) > 1:
-            fail(f"{data.path}: time, event: subject {s} has several; one per subject is needed")
-    events = len(np.unique(subject[(event == 1) & known]))
-    if not events:
-        fail(f"{data.path}: event: all patients are censored, no survival to regress; drop the column time")
-    if events < 10:
-        warn(f"{events} events: too few for Cox regression, its numbers mean nothing")
 
 
 class Loader:
@@ -762,9 +722,8 @@ class Loader:
         lengths = {k: len(a) for k, a in arrays.items()}
         if len(set(lengths.values())) != 1:
             raise ValueError(f"arrays of different length: {lengths}")
-        self.device, limit = torch.device(device), limit_gb * 1e9
+        self.arrays, self.device, limit = arrays, torch.device(device), limit_gb * 1e9
         self.rows = np.arange(*set(lengths.values())) if rows is None else np.asarray(rows)
-        self.arrays = arrays
         if self.device.type == "cuda":  # half of what is free: the network needs the rest
             limit = min(limit, torch.cuda.mem_get_info(self.device)[0] / 2)
         share = len(self.rows) / len(next(iter(arrays.values())))
@@ -776,13 +735,17 @@ class Loader:
         return len(self.rows)
 
     def tensor(self, x):
-        if x.dtype != np.uint8:
+        if x.dtype != np.uint8:         # MPS has no float64
             x = x.astype(np.float32 if x.dtype.kind == "f" else np.int64, copy=False)
         return torch.from_numpy(np.ascontiguousarray(x))
 
     def read(self, rows):
-        """The slow half of a batch, gathered from disk or host memory: what the thread does."""
-        raw = {k: self.tensor(a[self.rows[rows]]) for k, a in self.arrays.items()}
+        """The slow half of a batch, gathered where the arrays lie: what the thread does."""
+        rows = torch.as_tensor(rows)
+        if self.resident:
+            rows = rows.to(self.device, non_blocking=True)
+            return {k: a[rows] for k, a in self.arrays.items()}
+        raw = {k: self.tensor(a[self.rows[rows.cpu().numpy()]]) for k, a in self.arrays.items()}
         return {k: v.pin_memory() for k, v in raw.items()} if self.device.type == "cuda" else raw
 
     def finish(self, raw):
@@ -795,12 +758,9 @@ class Loader:
         return batch
 
     def batch(self, rows):
-        """Row numbers (B,) -> dict of tensors: image (B,1,*S) float32 in [-1,1]; mask (B,*S) and
-        other integers int64; floats float32."""
-        if not self.resident:
-            return self.finish(self.read(rows))
-        index = torch.as_tensor(np.asarray(rows)).to(self.device, non_blocking=True)
-        return self.finish({k: a[index] for k, a in self.arrays.items()})
+        """Row numbers (B,), numpy or torch on any device -> dict of tensors: image (B,1,*S) float32 in
+        [-1,1]; mask (B,*S) and other integers int64; floats float32."""
+        return self.finish(self.read(rows))
 
     def stream(self, batches):
         """Iterable of row arrays -> iterator of batch(rows). When not resident, one is read ahead in a
@@ -947,12 +907,10 @@ def cine_ids(data):
     need = f"needs {', '.join(CINE)} once each in the attribute mask_names, in the order of its ids"
     if data.mask is None or sorted(table[table < 255]) != [0, 1, 2, 3]:
         fail(f"{data.path}: mask: {'missing' if data.mask is None else f'names {names or None}'}; {need}")
-    for rows in blocks(data.mask):
-        mask = data.mask[rows]
-        odd = (table[mask] > 3).any((1, 2))
-        if odd.any():
-            k = int(np.argmax(odd))
-            fail(f"{data.path}: mask[{rows[k]}]: holds {np.unique(mask[k])}, named are only {names}; {need}")
+    for k in range(len(data.mask)):
+        mask = data.mask[[k]]
+        if (table[mask] > 3).any():
+            fail(f"{data.path}: mask[{k}]: holds {np.unique(mask)}, named are only {names}; {need}")
     return table
 
 
@@ -967,23 +925,20 @@ def load_drawings(path, size, edges, with_mask):
 
     edges: what the model was trained on, one of EDGES; with_mask: whether the model reads masks. What the
     model does not read may be missing. -> {edges, mask: (N,size,size), kind: view_phase} for Loader."""
-    names = ["edges", "view", "phase"] + ["mask"] * with_mask
+    need = ["edges"] * (edges in ("full", "sparse")) + ["mask"] * with_mask
     with open_h5(path) as file:
-        found = [k for k in names if k in list(file)]       # `k in file` would open what a link points to
+        found = {*need, "edges", "view", "phase"} & {*file}     # `k in file` would open what a link points to
         stored = {k: x for k in found if (x := plain(file, path, k)) is not None}
         attrs = read_attrs(file) | read_attrs(stored.get("mask", file))
         read = {k: x[...] for k, x in stored.items()}
-    reads = dict(edges=edges in ("full", "sparse"), mask=with_mask)
-    need = [k for k in reads if reads[k] and k not in read]
-    if need:
-        fail(f"{path}: {' and '.join(need)} missing; this model draws from "
-             f"{'a mask and ' if with_mask else ''}edges ({edges})")
+    missing = [k for k in need if k not in read]
+    if missing:
+        fail(f"{path}: {' and '.join(missing)} missing; this model draws from {' and '.join(need)} ({edges})")
     n = max(1, len(np.atleast_1d(read["mask" if with_mask else "edges"])))
     for k, x in read.items():
         shape = (n, size, size) if k in ("edges", "mask") else (n,)
         if x.shape != shape or x.dtype.kind not in "biuf" or k == "mask" and x.dtype != np.uint8:
-            kind = "uint8" if k == "mask" else "numbers"
-            fail(f"{path}: {k}: {x.dtype} {x.shape}, expected {kind} {shape}")
+            fail(f"{path}: {k}: {x.dtype} {x.shape}, expected numbers (uint8 of a mask) {shape}")
     arrays, lines = {"kind": view_phase(read, n)}, read.get("edges", np.zeros((n, size, size))) != 0
     if with_mask:
         arrays["mask"] = cine_ids(SimpleNamespace(path=path, mask=read["mask"], attrs=attrs))[read["mask"]]
@@ -1004,11 +959,22 @@ class Picture:
         """Signed distance, negative inside -> share of a pixel that lies inside: smooth partial volume."""
         return 0.5 - 0.5 * np.tanh(distance * self.sharp)
 
+    def rimmed(self, rim, width, colour, distance):
+        """Paint what lies inside, with a rim of another colour around it."""
+        self.over(rim, self.inside(distance - width))
+        self.over(colour, self.inside(distance))
+
     def over(self, colour, share, label=None):
         """Paint over what is there; label: id in self.mask where this layer has most of a pixel."""
         self.grey = self.grey + (colour - self.grey) * share
         if label is not None:
             self.mask[share > 0.5] = label
+
+
+def turned(x, y, degrees):
+    """x, y in axes that are turned by so many degrees."""
+    c, s = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
+    return c * x + s * y, c * y - s * x
 
 
 def ellipse(x, y, a, b, corners=1):
@@ -1050,13 +1016,13 @@ def scanner(rng, image, fine, coarse, slope, noise=1.0):
     return np.rint(255 * np.clip(image, 0, 1)).astype(np.uint8), gamma
 
 
-def phantom_file(path, command, names, draw, **attrs):
+def phantom_file(path, command, names, draw, attrs):
     """Write what draw(i) -> columns makes of each subject of `names`; command: of `data.py phantom`."""
     table = []
-    for i, name in enumerate(tqdm(names, command.split()[0], leave=False, disable=None)):
+    for i, name in enumerate(tqdm(names, "drawing", leave=False, disable=None)):
         columns = draw(i)
         table.append(columns | dict(subject=np.repeat(name, len(columns["image"]))))
-    write(path, table, dict(attrs, source=f"python data.py phantom {command}", licence="CC0"))
+    write(path, table, attrs | dict(source=f"python data.py phantom {command}", licence="CC0"))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1076,11 +1042,10 @@ def heart(rng, size, infarcted):
     shift, tilt, breath = rng.normal(0, 4, 2), rng.normal(0, 2.5, 2), rng.normal(0, 0.8, (2, n, 1, 1))
     rotation, scale, stretch = np.array([14, 0.06, 0.03]) * rng.normal(0, 1, 3)
     dx, dy = (np.clip(s, -14, 14) + t * (z - 0.5) + b for s, t, b in zip(shift, tilt, breath))
-    scale, stretch, turn = np.exp(np.clip(scale, -.15, .15)), np.exp(stretch), np.deg2rad(rotation)
+    scale, stretch = np.exp(np.clip(scale, -.15, .15)), np.exp(stretch)
     pixel = ((np.arange(size) + 0.5) / size - 0.5) * 125 / UNIT
-    gx, gy = pixel[None, None, :] - dx, -pixel[None, :, None] - dy
-    x = (np.cos(turn) * gx + np.sin(turn) * gy) / (scale * stretch)
-    y = (np.cos(turn) * gy - np.sin(turn) * gx) / (scale / stretch)
+    x, y = turned(pixel[None, None, :] - dx, -pixel[None, :, None] - dy, rotation)
+    x, y = x / (scale * stretch), y / (scale / stretch)
     rho, angle = np.sqrt(x * x + y * y) + 1e-3, np.arctan2(y, x)      # 0 lateral, 90 anterior, 180 septum
 
     def ripple(k, amount):
@@ -1106,19 +1071,18 @@ def heart(rng, size, infarcted):
 
     # Thorax: lung with vessels, liver below, stomach, aorta, chest wall to the upper left.
     picture = Picture(0.8 / max(0.75, 125 / UNIT / size))
-    picture.grey, over, inside = lung(rng, pixel, fine, coarse), picture.over, picture.inside
+    picture.grey = lung(rng, pixel, fine, coarse)
+    over, inside, rimmed = picture.over, picture.inside, picture.rimmed
     lean = rng.normal(0, 0.1)
     d_liver = rng.normal(37, 3) - 6 * z + y * np.cos(lean) + x * np.sin(lean) + 0.004 * (x + 20) ** 2
-    over(fat * 0.85, inside(d_liver - 3))
-    over(rng.uniform(0.26, 0.4) + 0.03 * fine + 0.02 * coarse, inside(d_liver))
+    rimmed(fat * 0.85, 3, rng.uniform(0.26, 0.4) + 0.03 * fine + 0.02 * coarse, d_liver)
     sx, sy = rng.normal(48, 6), rng.normal(-50, 4)
     d_stomach = np.sqrt((x - sx) ** 2 + 1.3 * (y - sy) ** 2) - rng.uniform(12, 22)
     over(rng.uniform(0.3, 0.5), inside(d_stomach))
     over(0.08 + 0.06 * abs(coarse), inside(d_stomach + 3))
     ax, ay = rng.normal(47, 3), rng.normal(-30, 3)
     d_aorta = np.sqrt((x - ax) ** 2 + (y - ay) ** 2) - rng.uniform(6, 8)
-    over(0.25, inside(d_aorta - 1.5))
-    over(blood * 1.05, inside(d_aorta))
+    rimmed(0.25, 1.5, blood * 1.05, d_aorta)
     d_chest = rng.normal(46, 3) + 0.62 * x - 0.78 * y + 0.003 * (0.78 * x + 0.62 * y) ** 2
     over(0.3 + 0.08 * coarse, inside(d_chest))
     along = np.cos((0.78 * x + 0.62 * y) / rng.uniform(4.5, 6) + rng.uniform(0, 6))
@@ -1129,8 +1093,7 @@ def heart(rng, size, infarcted):
     rim = 2.2 + ripple(1, 2.5) + ripple(2, 2.0) + 0.8 * coarse
     over(fat * 0.9, inside(np.maximum(d_chest, 0) + d_heart - rng.uniform(4, 18) - 2 * coarse))
     over(fat, inside(d_heart - np.maximum(rim, 0)) * np.clip(rim, 0, 1))
-    over(muscle * 0.6, inside(d_heart - 0.8))
-    over(muscle, inside(d_heart))
+    rimmed(muscle * 0.6, 0.8, muscle, d_heart)
     over(blood * rng.normal(1, 0.04) + 0.03 * coarse, inside(np.maximum(d_rv, 0.8 - d_epi)))
     over(blood + 0.02 * coarse, inside(d_endo))
     belly = np.sqrt(np.clip(1 - ((z - 0.5) / 0.38) ** 2, 0, 1))
@@ -1183,8 +1146,8 @@ def phantom_hearts(path, subjects=100, seed=0, size=128):
     phantom_file(path, f"hearts --subjects {subjects} --seed {seed} --size {size}",
                  [f"heart{seed}-{i:03d}" for i in range(subjects)],
                  lambda i: heart(np.random.default_rng([seed, i]), size, infarcted=i % 3 > 0),
-                 spacing_mm=[9.0, 125 / size, 125 / size], label_names=["normal", "pathological"],
-                 mask_names=HEART)
+                 dict(spacing_mm=[9.0, 125 / size, 125 / size], label_names=["normal", "pathological"],
+                      mask_names=HEART))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1214,14 +1177,13 @@ def cine_view(rng, size, n, long_axis, radius, wall, ef, blood, muscle, fat, ski
     shift = np.clip(rng.normal(0, 6, (2, 1, 1, 1)), -14, 14)
     dx, dy = np.tile(shift + rng.normal(0, 1, (2, n, 1, 1)), (1, 2, 1, 1))             # breath-holds differ
     rotation, pixel = rng.normal(0, 7), ((np.arange(size) + 0.5) / size - 0.5) * FRAME
-    turn, across = np.deg2rad(rotation), 18 if long_axis else -10
+    across = 18 if long_axis else -10
     gx, gy = pixel[None, None, :] - dx - across, -pixel[None, :, None] - dy - 5        # y points up
-    x = (np.cos(turn) * gx + np.sin(turn) * gy) / scale
-    y = (np.cos(turn) * gy - np.sin(turn) * gx) / scale
+    x, y = (c / scale for c in turned(gx, gy, rotation))
     coarse, fine = (np.tile(smooth_noise(rng, n, size, *a), (2, 1, 1)) for a in ((14,), (4, 0.3)))
     picture = Picture(0.8 / max(0.8, FRAME / size))
     picture.grey = 0.5 * np.tile(lung(rng, pixel * 96 / FRAME, fine[:n], coarse[:n]), (2, 1, 1))
-    over, inside = picture.over, picture.inside
+    over, inside, rimmed = picture.over, picture.inside, picture.rimmed
 
     def wave(k, amount):
         return amount * np.cos(k * angle - rng.uniform(0, 2 * np.pi))
@@ -1279,8 +1241,7 @@ def cine_view(rng, size, n, long_axis, radius, wall, ef, blood, muscle, fat, ski
     over(fat + 0.03 * coarse, inside(d_skin) * (1 - inside(d_chest)))
     over(muscle * 1.1, inside(abs(d_flesh + 5) - 4.5 - wave(6, 1.5)))
     d_rib = np.hypot(d_chest - 4.5, 4.5 * ((14 * angle / np.pi + rng.uniform(0, 2)) % 2 - 1)) - 3
-    over(0.06, inside(d_rib - 1.2))
-    over(0.55 * fat, inside(d_rib))
+    rimmed(0.06, 1.2, 0.55 * fat, d_rib)
 
     # Behind and below the heart: back muscles, fat, spine, liver with its veins, descending aorta.
     if long_axis:
@@ -1297,22 +1258,19 @@ def cine_view(rng, size, n, long_axis, radius, wall, ef, blood, muscle, fat, ski
         d_spine = np.maximum(np.maximum(abs(sx) - 16, d_disc), y + 38)
         ax, ay = x - rng.normal(30, 3), (y + 68) / 1.5                  # the aorta is cut aslant
         d_liver = np.maximum(d_belly + 3, x - 12 - 0.3 * (y + 60) - 3 * coarse)
-    over(0.08, inside(d_spine - 1.5))
-    over(rng.uniform(0.3, 0.42) + 0.03 * fine, inside(d_spine))
+    rimmed(0.08, 1.5, rng.uniform(0.3, 0.42) + 0.03 * fine, d_spine)
     over(0.06, inside(np.maximum(d_liver - 1.5, d_chest)))
     over(rng.uniform(0.24, 0.34) + 0.015 * fine, inside(np.maximum(d_liver, d_chest)))
     vx, vy, thick = rng.uniform([30, 60, 1.5], [60, 105, 4], (6, 3)).T[:, :, None, None, None]
     d_vein = (np.hypot(x + vx, y + vy) - thick).min(0)
     over(blood * 0.8, inside(np.maximum(d_vein, d_liver + 3)))
     d_aorta = np.hypot(ax, ay) - rng.uniform(9, 12)
-    over(0.1, inside(d_aorta - 1.5))
-    over(blood * 1.05 + 0.02 * coarse, inside(d_aorta))
+    rimmed(0.1, 1.5, blood * 1.05 + 0.02 * coarse, d_aorta)
 
     # Fat on the heart, muscle, blood, trabeculae at the endocardium, papillary muscles.
     angle = np.arctan2(y, x)
     over(fat * 0.85, inside(np.maximum(d_heart - 2.5 - wave(1, 2.5) - wave(3, 1.5) - coarse, d_chest)))
-    over(0.06, inside(d_heart - 0.8))
-    over(muscle, inside(d_heart))
+    rimmed(0.06, 0.8, muscle, d_heart)
     over(blood * 0.95 + 0.04 * coarse - 0.07 * np.clip(fine, 0, 2), inside(np.minimum(d_rv, d_atria)))
     over(blood + 0.03 * coarse + 0.02 * fine, inside(d_endo))
     over(muscle, 0.5 * inside(abs(d_endo + 1.5) - 2.5) * inside(2 - 4 * fine) * inside(d_endo))
@@ -1337,8 +1295,8 @@ def phantom_views(path, subjects=60, seed=0, size=128):
     phantom_file(path, f"views --subjects {subjects} --seed {seed} --size {size}",
                  [f"view{seed}-{i:03d}" for i in range(subjects)],
                  lambda i: cine(np.random.default_rng([seed, i]), size, i % 3),
-                 spacing_mm=[10.0, FRAME / size, FRAME / size],
-                 label_names=["healthy", "dilated", "hypertrophic"], **CINE_NAMES)
+                 dict(CINE_NAMES, spacing_mm=[10.0, FRAME / size, FRAME / size],
+                      label_names=["healthy", "dilated", "hypertrophic"]))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1608,8 +1566,8 @@ def phantom_cohort(path, subjects=1000, patients=220, seed=0, size=128):
     phantom_file(path, f"cohort --subjects {subjects} --patients {patients} --seed {seed} --size {size}",
                  [f"control{seed}-{i:03d}" for i in range(subjects)]
                  + [f"patient{seed}-{i:03d}" for i in range(patients)], draw,
-                 spacing_mm=[voxel, voxel], hr_per_sd=1 / 0.73, label_names=["healthy", "patient"],
-                 mask_names=[*BRAIN[:4], "lesion"])
+                 dict(spacing_mm=[voxel, voxel], hr_per_sd=1 / 0.73, label_names=["healthy", "patient"],
+                      mask_names=[*BRAIN[:4], "lesion"]))
 
 
 def phantom_brains(path, subjects=160, seed=0, size=48):
@@ -1646,15 +1604,17 @@ def phantom_brains(path, subjects=160, seed=0, size=48):
                     label=np.full(n, ill), sex=np.full(n, sex), factor_rate=np.full(n, rate))
 
     phantom_file(path, f"brains --subjects {subjects} --seed {seed} --size {size}",
-                 [f"brain{seed}-{i:03d}" for i in range(subjects)], draw, spacing_mm=[voxel] * 3,
-                 label_names=["CN", "AD"], mask_names=BRAIN)
+                 [f"brain{seed}-{i:03d}" for i in range(subjects)], draw,
+                 dict(spacing_mm=[voxel] * 3, label_names=["CN", "AD"], mask_names=BRAIN))
 
 
 # ---------------------------------------------------------------------------------------------------
 # NIfTI
 
-def attempt(cases, read, skipped):
-    """Yield (case, read(case)) with a progress bar; what cannot be read is printed and added to skipped."""
+def attempt(path, cases, read, skipped):
+    """Yield (case, read(case)) with a progress bar; what cannot be read is printed and added to skipped.
+
+    Exits if that is so of all cases of `path`."""
     for case in tqdm(cases, "reading", disable=None):
         try:
             result = read(case)
@@ -1665,33 +1625,29 @@ def attempt(cases, read, skipped):
             tqdm.write(f"skipped {skipped[-1]}")
         else:
             yield case, result
+    if len(skipped) == len(cases):
+        fail(f"{path}: none of {len(cases)} could be converted; the first: {skipped[0]}")
 
 
-def read_voxels(path, zooms=1.0):
-    """.nii, .nii.gz or .npy -> (X,Y,Z) float32 as stored, (3,) mm per voxel, affine (npy: zooms, None).
+def read_voxels(path):
+    """.nii or .nii.gz -> (X,Y,Z) float32 as stored, (3,) mm per voxel, affine.
 
-    Axes of length 1 beyond the third are dropped. ValueError says why not; nibabel raises others."""
-    if path.lower().endswith(".npy"):
-        volume, affine = np.load(path, mmap_mode="r", allow_pickle=False), None
-        volume = volume.squeeze() if volume.ndim > 3 else volume  # OpenBHB: (1,1,X,Y,Z)
-    else:
-        import nibabel
-        volume = nibabel.load(path)
-        affine = volume.affine
-        with nibabel.openers.ImageOpener(path) as file:  # nibabel would mend a spacing of 0 to 1 mm
-            header = type(volume.header).from_fileobj(file, check=False)
-        zooms = abs(header["pixdim"][1:4])  # not the affine: EMIDEC's says 1 mm, wrongly
-    shape, zooms = volume.shape[:3], np.array(np.broadcast_to(zooms, 3), float)
-    if len(shape) < 3 or min(shape[:2]) < 2 or max(volume.shape[3:], default=1) > 1:
-        raise ValueError(f"{path}: shape {volume.shape}, expected one volume")
-    if np.prod(shape, dtype=object) > 1e9:
-        raise ValueError(f"{path}: shape {volume.shape}, more than 1e9 voxels")
+    ValueError says why not; nibabel raises others."""
+    import nibabel
+    volume = nibabel.load(path)
+    shape = volume.shape
+    with nibabel.openers.ImageOpener(path) as file:  # nibabel would mend a spacing of 0 to 1 mm
+        header = type(volume.header).from_fileobj(file, check=False)
+    zooms = abs(header["pixdim"][1:4]).astype(float)  # not the affine: EMIDEC's says 1 mm, wrongly
+    one = len(shape) >= 3 and min(shape[:2]) > 1 and max(shape[3:], default=1) == 1
+    if not one or np.prod(shape, dtype=object) > 1e9:
+        raise ValueError(f"{path}: shape {shape}, expected one volume of up to 1e9 voxels")
     if not (np.isfinite(zooms).all() and (zooms > 0).all()):
         raise ValueError(f"{path}: spacing {zooms} mm")
-    voxels = volume.astype(np.float32) if affine is None else volume.get_fdata(dtype=np.float32)
+    voxels = volume.get_fdata(dtype=np.float32).reshape(shape[:3])
     if not np.isfinite(voxels).all():
         raise ValueError(f"{path}: NaN or Inf")
-    return voxels.reshape(shape), zooms, affine
+    return voxels, zooms, volume.affine
 
 
 def read_pair(image, labels, allowed):
@@ -1715,18 +1671,40 @@ def read_pair(image, labels, allowed):
     return x, label.astype(np.uint8), zooms
 
 
+def window(x):
+    """Grey window of one volume: its percentiles 0 to 99.5 -> float in [0,255], the same for all slices."""
+    low, high = np.percentile(x, [0, 99.5])
+    if high <= low:
+        raise ValueError(f"an image of one grey value, {low:g}")
+    return 255 * np.clip((x - low) / (high - low), 0, 1)
+
+
+def to_uint8(x):
+    return np.rint(x).astype(np.uint8)
+
+
+def subfolders(root, inside, pattern, example):
+    """-> {name: path} of the folders whose name matches, in root and in ROOT/x for the glob patterns x."""
+    found = [p for x in ("", *inside) for p in sorted(glob.glob(os.path.join(glob.escape(root), x, "*")))]
+    named = {os.path.basename(p): p for p in found if os.path.isdir(p)}
+    named = {name: p for name, p in named.items() if re.fullmatch(pattern, name)}
+    if not named:
+        fail(f"{root}: no folders {example}...; pass the folder that holds them")
+    return named
+
+
+def read_entries(path):
+    """A text of lines "key: value" -> dict, keys in lower case."""
+    with open(path, encoding="latin-1") as file:  # "Age\xa0: 61": strip() drops no-break spaces
+        return {k.strip().lower(): v.strip() for k, _, v in (line.partition(":") for line in file)}
+
+
 def read_table(path, needed):
     """CSV -> DataFrame of stripped texts, NaN where missing; columns in lower case, line numbers as index."""
     try:
-        with open(path, "rb") as file:
-            raw = file.read()
-        encoding = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-        try:
-            text = raw.decode(encoding)
-        except UnicodeDecodeError:  # an older Excel
-            text = raw.decode("latin-1")
-        first = text.strip().partition("\n")[0]
-        comma = max(",;\t", key=first.count)
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
+            text = file.read()
+        comma = max(",;\t", key=text.strip().partition("\n")[0].count)
         table = pd.read_csv(io.StringIO(text), sep=comma, header=None, dtype=str, skip_blank_lines=False,
                             skipinitialspace=True, na_values=["?", "na", "none"])
     except (OSError, ValueError) as error:      # pandas' are ValueErrors
@@ -1738,71 +1716,46 @@ def read_table(path, needed):
     table, header = table.iloc[1:], table.iloc[0].fillna("").str.lower()
     if comma == ";":  # decimal commas come with it
         table = table.apply(lambda column: column.str.replace(r"^(-?\d+),(\d+)$", r"\1.\2", regex=True))
-    for name in needed:
-        if name not in set(header):
-            near = difflib.get_close_matches(name, header, 1)
-            fail(f"{path}: no column {name}, the header has {', '.join(header):.200}"
-                 + (f"; rename {near[0]} to {name}" if near else ""))
     table.columns = header.str.replace(r"\W+", "_", regex=True)       # "a/b" would be a group
+    for name in needed:
+        if name not in table:
+            fail(f"{path}: no column {name}, the header has {', '.join(header):.200}")
     for name in table.columns[table.columns.duplicated()]:
-        fail(f"{path}: {(table.columns == name).sum()} columns have the name {name}; rename all but one")
+        fail(f"{path}: several columns have the name {name}; rename all but one")
     return table.loc[:, table.notna().any() | table.columns.isin(needed)]
 
 
 # EMIDEC (Lalande et al. 2020): Case_N006/Images/Case_N006.nii.gz, Case_N006/Contours/..., "Case N006.txt"
 
-def emidec(root, out, spacing=None):
-    """Convert EMIDEC: 128x128 around each heart, the same mm per pixel for all; rows = first NIfTI axis.
+def emidec(root, out):
+    """Convert EMIDEC: 128x128 pixels of 1 mm around each heart; rows = first NIfTI axis.
 
-    spacing None: the smallest at which every heart (myocardium + 25 % margin on each side) fits; pass
-    that of the training file to convert others alike. Grey window: percentiles 0-99.5 of each cropped
-    volume. Slices without myocardium are dropped; skipped cases are listed with the reason."""
-    if spacing is not None and not 0.01 <= spacing <= 100:
-        fail(f"--spacing {spacing}: expected mm per pixel")
-    cases = sorted(subfolders(root, (), r"Case_[NP]\d+"))
-    if not cases:
-        fail(f"{root}: no folders Case_N... or Case_P...; pass the folder that holds them")
+    Grey window of each cropped volume. Slices without myocardium are dropped; skipped cases are listed with
+    the reason."""
+    cases, skipped = subfolders(root, (), r"Case_[NP]\d+", "Case_N006"), []
 
     def read(case):
-        files = (os.path.join(root, case, folder, case) for folder in ("Images", "Contours"))
+        files = (os.path.join(cases[case], folder, case) for folder in ("Images", "Contours"))
         image, mask, zooms = read_pair(*files, range(5))
-        where = np.argwhere(mask >= 2)[:, :2]
+        where, keep = np.argwhere(mask >= 2)[:, :2], np.flatnonzero((mask >= 2).any((0, 1)))
         if not len(where):
             raise ValueError("contours without myocardium")
-        entry, text = {}, os.path.join(root, case.replace("_", " ") + ".txt")
-        if os.path.isfile(text):
-            with open(text, encoding="latin-1") as file:  # "Age\xa0: 61": strip() drops no-break spaces
-                entry = {k.strip().lower(): v.strip() for k, _, v in (line.partition(":") for line in file)}
+        text = os.path.join(root, case.replace("_", " ") + ".txt")
+        entry, n, step = read_entries(text) if os.path.isfile(text) else {}, len(keep), 1 / zooms[:2]
         age = re.match(r"\d+(\.\d+)?", entry.get("age", ""))
-        person = float(age[0]) if age else np.nan, entry.get("sex", "")[:1].upper()
-        corners = where.min(0), where.max(0) + 1
-        return image.transpose(2, 0, 1), mask.transpose(2, 0, 1), zooms, corners, person
+        start = (where.min(0) + where.max(0) + 1) / 2 - 64 * step
+        image, mask = (resample(v.transpose(2, 0, 1)[keep], start, step, 128, nearest)
+                       for v, nearest in ((image, False), (mask, True)))
+        return dict(image=to_uint8(window(image)), mask=mask, slice=keep, subject=np.full(n, case),
+                    label=np.full(n, int(case[5] == "P")), age=np.full(n, float(age[0]) if age else np.nan),
+                    sex=np.full(n, entry.get("sex", "")[:1].upper()), infarct_fraction=infarct_fraction(mask),
+                    has_infarct=(mask >= 3).any((1, 2)).astype(np.uint8))
 
-    skipped, parts = [], []
-    hearts = dict(attempt(cases, read, skipped))
-    if not hearts:
-        fail(f"{root}: none of {len(cases)} cases could be read; the first: {skipped[0]}")
-    widest = max(((b - a) * zooms[:2]).max() for _, _, zooms, (a, b), _ in hearts.values())
-    spacing = spacing or 1.5 * widest / 128
-    for case, (image, mask, zooms, corners, (age, sex)) in hearts.items():
-        step = spacing / zooms[:2]
-        start = sum(corners) / 2 - 64 * step
-        keep = np.flatnonzero((mask >= 2).any((1, 2)))
-        image, n = resample(image[keep], start, step, 128), len(keep)
-        mask = resample(mask[keep], start, step, 128, nearest=True)
-        low, high = np.percentile(image, [0, 99.5])
-        image = np.rint(255 * np.clip((image - low) / max(high - low, 1e-6), 0, 1)).astype(np.uint8)
-        parts.append(dict(
-            image=image, mask=mask, slice=keep,
-            subject=np.full(n, case), label=np.full(n, int(case[5] == "P")), age=np.full(n, age),
-            sex=np.full(n, sex), has_infarct=(mask >= 3).any((1, 2)).astype(np.uint8),
-            infarct_fraction=infarct_fraction(mask)))
+    parts = [columns for _, columns in attempt(root, sorted(cases), read, skipped)]
     write(out, parts, dict(
         source="EMIDEC (emidec.com, Lalande et al. 2020), python data.py emidec", licence="CC BY-NC-SA 4.0",
-        spacing_mm=[float(np.median([zooms[2] for _, _, zooms, _, _ in hearts.values()])), spacing, spacing],
-        label_names=["normal", "pathological"], mask_names=HEART))
-    print(f"{out}: {len(hearts)} subjects, {sum(len(p['slice']) for p in parts)} slices, {spacing:.4f} mm "
-          f"per pixel, {len(skipped)} skipped")
+        spacing_mm=[1.0, 1.0], label_names=["normal", "pathological"], mask_names=HEART))
+    print(f"{out}: {len(parts)} subjects, {len(skipped)} skipped")
 
 
 # Cine MR: ACDC (Bernard et al. 2018) and M&Ms-2 (Martin-Isla et al. 2023), one file per subject
@@ -1811,31 +1764,24 @@ def read_cine(folder, name, ids, size=256):
     """NAME.nii.gz and NAME_gt.nii.gz -> columns image, mask, slice, spacing (mm per pixel); slice gap in mm.
 
     Only slices that show a structure: the others have no map to be generated from. Padded to a square in mm,
-    resized; grey window: percentiles 0-99.5 of the volume; rows = second NIfTI axis, so that the chest is
-    upright. ids[k] is label k's place in CINE. ValueError says why not."""
+    resized; rows = second NIfTI axis, so that the chest is upright. ids[k] is label k's place in CINE."""
     image, label, zooms = read_pair(*(os.path.join(folder, name + end) for end in ("", "_gt")), range(4))
-    low, high = np.percentile(image, [0, 99.5])
-    if high <= low:
-        raise ValueError(f"{name}: an image of one grey value, {low:g}")
-    image = 255 * np.clip((image - low) / (high - low), 0, 1)
     mask, keep = np.array(ids, np.uint8)[label], np.flatnonzero(label.any((0, 1)))
     sides, mm = np.array(image.shape[1::-1]), zooms[1::-1]               # (rows, columns)
     spacing = (sides * mm).max() / size
     start = (sides - size * spacing / mm) / 2
     image, mask = (resample(v.transpose(2, 1, 0)[keep], start, spacing / mm, size, nearest)
-                   for v, nearest in ((image, False), (mask, True)))
-    columns = dict(image=np.rint(image).astype(np.uint8), mask=mask, slice=keep)
-    return columns | dict(spacing=np.full(len(keep), spacing)), zooms[2]
+                   for v, nearest in ((window(image), False), (mask, True)))
+    return dict(image=to_uint8(image), mask=mask, slice=keep, spacing=np.full(len(keep), spacing)), zooms[2]
 
 
 def cine_files(out, folders, describe, ids, diseases, source, licence):
-    """Write OUT/SUBJECT.h5 for folders {subject: path}; files that are there are finished, and kept.
+    """Write OUT/SUBJECT.h5 for folders {subject: path}.
 
     describe(subject) -> [(view, phase, NIfTI name)], disease; one that is not in diseases is "unknown"."""
     with writing(out):
         os.makedirs(out, exist_ok=True)
-    diseases, skipped, rows = [*diseases, "unknown"], [], 0
-    target = {subject: os.path.join(out, subject + ".h5") for subject in folders}
+    diseases, skipped = [*diseases, "unknown"], []
 
     def read(subject):
         series, disease = describe(subject)
@@ -1847,40 +1793,24 @@ def cine_files(out, folders, describe, ids, diseases, source, licence):
                                         label=np.full(n, label), subject=np.full(n, subject)))
         return parts, [float(mm) for mm in (gap, *2 * [parts[0]["spacing"][0]])]
 
-    new = [subject for subject in sorted(folders) if not os.path.exists(target[subject])]
-    for subject, (parts, spacing) in attempt(new, read, skipped):
-        write(target[subject], parts, dict(source=source, licence=licence, spacing_mm=spacing,
-                                           label_names=diseases, **CINE_NAMES))
-        rows += sum(len(p["slice"]) for p in parts)
-    if len(skipped) == len(folders):
-        fail(f"{out}: none of {len(folders)} subjects could be converted; the first: {skipped[0]}")
-    print(f"{out}: {len(folders) - len(skipped)} subjects, {len(new) - len(skipped)} of them new with {rows} "
-          f"slices, {len(skipped)} skipped")
-
-
-def subfolders(root, inside, pattern):
-    """-> {name: path} of the folders whose name matches, in root and in ROOT/x for the glob patterns x."""
-    found = [p for x in ("", *inside) for p in sorted(glob.glob(os.path.join(glob.escape(root), x, "*")))]
-    named = {os.path.basename(p): p for p in found if os.path.isdir(p)}
-    return {name: p for name, p in named.items() if re.fullmatch(pattern, name)}
+    for subject, (parts, spacing) in attempt(out, sorted(folders), read, skipped):
+        write(os.path.join(out, subject + ".h5"), parts, dict(
+            source=source, licence=licence, spacing_mm=spacing, label_names=diseases, **CINE_NAMES))
+    print(f"{out}: {len(folders) - len(skipped)} subjects, {len(skipped)} skipped")
 
 
 def acdc(root, out):
     """Convert ACDC, {training,testing}/patientNNN, into a folder of one file per subject, ED and ES.
 
     Its label ids, 1 RV, 2 myocardium, 3 LV, become those of CINE. label: its five groups."""
-    folders = subfolders(root, ("t*ing", "database/t*ing"), r"patient\d{3}")
-    if not folders:
-        fail(f"{root}: no folders patient001...; pass the folder that holds training and testing")
+    folders = subfolders(root, ("t*ing", "database/t*ing"), r"patient\d{3}", "patient001")
 
     def describe(subject):
-        path = os.path.join(folders[subject], "Info.cfg")
-        with open(path, encoding="latin-1") as file:
-            entry = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in file)}
-        if not all(entry.get(k, "").isdecimal() for k in ("ED", "ES")):
-            raise ValueError(f"{path}: no frame numbers ED and ES")
-        frames = [f"{subject}_frame{int(entry[k]):02d}" for k in ("ED", "ES")]  # both count from 1
-        return [(0, phase, name) for phase, name in enumerate(frames)], entry.get("Group")
+        entry = read_entries(os.path.join(folders[subject], "Info.cfg"))
+        if not all(entry.get(k, "").isdecimal() for k in ("ed", "es")):
+            raise ValueError("Info.cfg has no frame numbers ED and ES")
+        frames = [f"{subject}_frame{int(entry[k]):02d}" for k in ("ed", "es")]  # both count from 1
+        return [(0, phase, name) for phase, name in enumerate(frames)], entry.get("group")
 
     cine_files(out, folders, describe, [0, 3, 2, 1], ["DCM", "HCM", "MINF", "NOR", "RV"],
                "ACDC (Bernard et al. 2018), python data.py acdc; its ids 1 RV, 2 myocardium, 3 LV mapped to "
@@ -1891,127 +1821,82 @@ def mms(root, out):
     """Convert M&Ms-2, dataset/NNN and dataset_information.csv, into a folder of one file per subject.
 
     Short axis and four chambers (H,W,1), ED and ES; CINE has no labels and is left. Ids are those of CINE."""
-    folders = subfolders(root, ("dataset", "MnM2/dataset"), r"\d{3}")
-    tables = [p for p in (os.path.join(root, x, "dataset_information.csv") for x in ("", "MnM2", ".."))
-              if os.path.isfile(p)]
-    if not folders or not tables:
-        missing = "dataset_information.csv" if folders else "folders dataset/001..."
-        fail(f"{root}: no {missing}; pass the folder that holds both")
-    table = read_table(tables[0], ("subject_code", "disease")).dropna(subset=["subject_code", "disease"])
+    folders = subfolders(root, ("dataset", "MnM2/dataset"), r"\d{3}", "dataset/001")
+    places = [os.path.join(root, x, "dataset_information.csv") for x in ("", "MnM2", "..")]
+    path = next(filter(os.path.isfile, places), places[0])
+    table = read_table(path, ("subject_code", "disease")).dropna(subset=["subject_code", "disease"])
     disease = dict(zip(table["subject_code"].str.zfill(3), table["disease"]))
-    series = [(view, phase, f"_{v}_{p}") for view, v in enumerate(CINE_NAMES["view_names"])
-              for phase, p in enumerate(CINE_NAMES["phase_names"])]
 
     def describe(subject):
-        return [(view, phase, subject + end) for view, phase, end in series], disease.get(subject)
+        return [(view, phase, f"{subject}_{v}_{p}") for view, v in enumerate(CINE_NAMES["view_names"])
+                for phase, p in enumerate(CINE_NAMES["phase_names"])], disease.get(subject)
 
     cine_files(out, folders, describe, [0, 1, 2, 3], sorted({*disease.values()}),
                "M&Ms-2 (Martin-Isla et al. 2023), python data.py mms", "as the challenge's: ub.edu/mnms-2")
 
 
 # ---------------------------------------------------------------------------------------------------
-# Volumes: head scans that a CSV lists, e.g. ADNI, OASIS-3, IXI, OpenBHB or a private cohort. Stored as
+# Volumes: head scans that a CSV lists, e.g. ADNI, OASIS-3, IXI or a private cohort. Stored as
 # D inferior to superior, H anterior (row 0) to posterior, W patient's left (column 0) to right: an axial
 # slice stands upright with left on the left. Slices of the other two planes have superior in row 0.
 
-HEALTHY = {"cn", "nc", "nl", "hc", "control", "controls", "healthy", "normal"}
-
-
-def months(text):
-    """Session -> months: 6, M06, ses-M006, d0183 (days), bl or baseline; NaN if missing, else ValueError."""
-    found = re.fullmatch(r"(?:ses-)?(?:(bl|baseline)|m(\d+)|d(\d+))", str(text).lower())
-    if not found:
-        return float(text)  # not ses-1: the number of a visit is no month
-    return 0.0 if found[1] else float(found[2] or int(found[3]) / 30.4375)
-
-
-def classes(diagnoses):
-    """Texts -> {casefolded: label}, label names: 0 is healthy, the others are sorted and count from 1."""
-    spelt = {}
-    for text in diagnoses:
-        spelt.setdefault(text.casefold(), text)
-    sick = sorted(set(spelt) - HEALTHY)
-    names = [next((spelt[t] for t in spelt if t in HEALTHY), "healthy"), *(spelt[t] for t in sick)]
-    return dict.fromkeys(HEALTHY, 0) | {t: k for k, t in enumerate(sick, 1)}, names
+HEALTHY = {"CN", "NC", "NL", "HC", "CONTROL", "CONTROLS", "HEALTHY", "NORMAL"}
+PLANES = ("axial", "coronal", "sagittal")
 
 
 def table_columns(path, table):
     """DataFrame of texts -> {name: (n,) array of the schema}, label names, by the rules of check_column.
 
-    Fails, naming lines, on a value that its column cannot hold and on a repeated subject and session."""
+    The texts of diagnosis become label: 0 is healthy, the others are sorted and count from 1. Fails, naming
+    the line, on a value that its column cannot hold and on a repeated subject and session."""
     columns, names = {}, []
     if "diagnosis" in table and "label" not in table:
-        label, names = classes(table["diagnosis"])
-        if any(re.fullmatch(r"[\d.]+", n) for n in names):
-            fail(f"{path}: diagnosis holds numbers; name them, or make it label with 0 = healthy")
-        table = table.assign(label=table["diagnosis"].str.casefold().map(label).astype(str))
-    if {"time", "event"} <= set(table):      # the healthy rows of a cohort may have no follow-up
-        for line in table.index[table["event"].isna() & table["time"].notna()]:
-            fail(f"{path}: line {line}: a time without an event; 0 is censored, 1 happened")
-        table = table.assign(event=table["event"].fillna("0"))
-    for name in table.columns.drop(["path", "diagnosis", "spacing"], errors="ignore"):
+        text = table["diagnosis"].str.upper()
+        names = ["healthy", *sorted(set(text) - HEALTHY)]
+        table = table.assign(label=text.map({t: k for k, t in enumerate(names)}).fillna(0).astype(str))
+    if "event" in table and "time" in table:      # the healthy rows of a cohort may have no follow-up
+        table = table.assign(event=table["event"].mask(table["time"].isna(), "0"))
+    for name in table.columns.drop(["path", "diagnosis", *PIXELS], errors="ignore"):
+        x = table[name]
         if name in TEXTS:
-            x = table[name].fillna("").to_numpy(str)
+            x = x.fillna("").to_numpy(str)
             x = {"sex": np.char.upper(x.astype("<U1")), "split": np.char.lower(x)}.get(name, x)
         else:
-            x = to_numbers(path, name, table[name])
-        if x is not None:
-            columns[name] = check_column(path, name, x, [], table.index)
+            x = pd.to_numeric(x, errors="coerce").to_numpy(float)
+            wrong = table.index[np.isnan(x) & table[name].notna()]
+            if len(wrong):
+                why = f"{path}: line {wrong[0]}: {name}: {table[name][wrong[0]]!r:.40} is no number"
+                if name in KNOWN:
+                    fail(why + "; names of classes go into a column diagnosis" * (name == "label"))
+                warn(f"{why}: column ignored")
+                continue
+        columns[name] = check_column(path, name, x, table.index)
     visits = pd.DataFrame({k: columns.get(k, "") for k in ("subject", "session")}, table.index)
-    for who in visits["subject"][visits.duplicated()]:
-        lines = visits.index[visits.duplicated(keep=False) & (visits["subject"] == who)]
-        fail(f"{path}: lines {', '.join(map(str, lines))} are one session of subject {who}; keep one, or tell"
-             " them apart in a column session")
+    for line in table.index[visits.duplicated()]:
+        fail(f"{path}: line {line}: subject {visits['subject'][line]} has this session already; keep one, or "
+             "tell them apart in a column session, in months")
     if "split" in columns:
         check_split(path, columns["subject"], columns["split"])
     return columns, names
 
 
-def to_numbers(path, name, texts):
-    """Series of texts -> (n,) float64. No numbers: fails for a column of the schema, else warns -> None."""
-    x, why = np.full(len(texts), np.nan), ""
-    for i, (line, text) in enumerate(texts.items()):
-        try:
-            x[i] = months(text) if name == "session" else float(text)
-        except ValueError:
-            why = f"line {line}: {text!r:.40} is no number"
-            break
-    if why and name in KNOWN and name not in ("image", "mask"):
-        hints = dict(session=" of months; they are 6, M06, ses-M006, d0183 (days) or bl",
-                     label="; names of classes go into a column diagnosis")
-        fail(f"{path}: {name}: {why}{hints.get(name, '')}")
-    if why or name in ("image", "mask", ""):
-        warn(f"{path}: column {name or 'without a name'}: ignored, {why or 'not a column of this table'}")
-        return None
-    return x
+def read_brain(path, spacing, shape):
+    """-> (D,H,W) uint8 around the head at one isotropic spacing.
 
-
-def read_brain(path, spacing, shape, mm=""):
-    """-> (D,H,W) uint8 around the head at one isotropic spacing, and whether the frame cuts the head.
-
-    mm: text, voxel size of a .npy. Grey window: percentiles 0.5-99.5 of what stands out from the corners
-    (air) by a tenth of the 98th percentile. A head taller than the frame keeps its top. ValueError, or one
-    of nibabel's many errors, says why not."""
-    if not path.lower().endswith((".nii", ".nii.gz", ".npy")):
-        raise ValueError("none of .nii, .nii.gz, .npy")
+    Grey window: percentiles 0.5-99.5 of what stands out from the corners (air) by a tenth of the 98th
+    percentile. A head taller than the frame keeps its top. ValueError, or one of nibabel's many errors, says
+    why not."""
+    import nibabel
     if not os.path.isfile(path):
         raise ValueError("no such file")
-    x, zooms, affine = read_voxels(path, [float(v) for v in re.split(r"[\s,x]+", mm)] if mm else 1.0)
-    if min(x.shape) < 2:
-        raise ValueError(f"{path}: shape {x.shape} is a slice, expected a volume")
-    if affine is not None:  # a .npy has none: taken to point right, anterior, superior
-        import nibabel
-        turn = nibabel.io_orientation(affine)
-        if np.isnan(turn).any():
-            raise ValueError("the affine gives no orientation")
-        x, zooms = nibabel.apply_orientation(x, turn), zooms[np.argsort(turn[:, 0])]
+    x, zooms, affine = read_voxels(path)
+    turn = nibabel.io_orientation(affine)
+    x, zooms = nibabel.apply_orientation(x, turn), zooms[np.argsort(turn[:, 0])]
     x, zooms = x.transpose(2, 1, 0)[:, ::-1], zooms[::-1]
     corners = x[::x.shape[0] - 1, ::x.shape[1] - 1, ::x.shape[2] - 1]
     far = abs(x - np.median(corners))
-    if not far.any():
-        raise ValueError(f"empty: every voxel is {x[0, 0, 0]:g}")
-    head = far > 0.1 * np.percentile(far[far > 0], 98)
-    low, high = map(float, np.percentile(x[head], [0.5, 99.5]))
+    head = far > 0.1 * np.percentile(far[far > 0], 98) if far.any() else far > 0
+    low, high = np.percentile(x[head], [0.5, 99.5]).tolist() if head.any() else (0, 0)
     if head.sum() < 100 or high <= low:
         raise ValueError(f"no brain: {head.sum()} voxels of {low:g} to {high:g} stand out from the corners")
     x = np.clip((x - low) / (high - low), 0, 1)
@@ -2022,79 +1907,55 @@ def read_brain(path, spacing, shape, mm=""):
     start = (first + last - step * shape) / 2
     start[0] = max(start[0], last[0] - step[0] * shape[0])  # the neck goes, not the crown
     depth, rows, columns = (axis_weights(x.shape[a], start[a], step[a], shape[a]) for a in range(3))
-    image = rows @ np.tensordot(depth, x, 1) @ columns.T
-    return np.rint(255 * image).astype(np.uint8), bool((last - first > step * shape).any())
+    return to_uint8(255 * rows @ np.tensordot(depth, x, 1) @ columns.T)
 
 
-def read_plane(text, size, spacing):
-    """axial:mid, coronal:40 (row of the frame) or sagittal:-10 (mm from the middle to superior, anterior or
-    right) -> axis and index in a frame of size^3 voxels. Exits when it is none of them or lies outside."""
-    found = re.fullmatch(r"(axial|coronal|sagittal):(?:(mid)|(\d+)|([+-]\d+(?:\.\d+)?))", text)
-    if not found:
-        fail(f"--slice {text}: expected axial, coronal or sagittal, then :mid, :40 (row) or :+10 (mm)")
-    axis = ("axial", "coronal", "sagittal").index(found[1])
-    away = round(float(found[4] or 0) / spacing) * (-1 if axis == 1 else 1)  # H runs to posterior
-    index = int(found[3]) if found[3] else size // 2 + away
-    if not 0 <= index < size:
-        fail(f"--slice {text}: row {index} lies outside of 0 to {size - 1}")
-    return axis, index
+def volumes(table, out, spacing=1.5, shape=None, slice=None):
+    """Convert the head scans of a CSV into frames of shape (D,H,W) voxels of `spacing` mm; slice="axial:mid"
+    or "coronal:40" keeps one of each. shape None: 128,160,128, and 128,128,128 for a slice.
 
-
-def volumes(path, out, spacing=1.5, shape=None, size=None, where=None):
-    """Convert the head scans of a CSV into frames of shape (D,H,W) voxels of `spacing` mm, or of size^3;
-    where="axial:mid" keeps one slice (size,size) of each.
-
-    Columns: path, subject; age, sex, diagnosis or label, session, time, event, split; spacing (mm, for .npy);
-    other numeric ones become probe targets. One volume is in memory at a time. Skipped rows are listed with
-    line and reason; a table that is wrong in itself exits 2 before any volume is read."""
-    if shape and (size or where):
-        fail("--shape is for whole volumes; --size gives the side of a cube, or of a slice")
-    shape = (size or 128,) * 3 if size or where else tuple(shape or (128, 160, 128))
+    Columns: path, subject; age, sex, diagnosis or label, session, time, event, split; other numeric ones
+    become probe targets. One volume is in memory at a time. Rows that cannot be read are listed with line and
+    reason; a table that is wrong in itself exits 2 before any volume is read."""
+    shape = shape or ((128, 128, 128) if slice else (128, 160, 128))
     if len(shape) != 3 or not all(8 <= n <= 1024 for n in shape) or not 0.01 <= spacing <= 100:
-        fail(f"shape {shape}, spacing {spacing}: expected three lengths of 8 to 1024, and mm")
-    axis, index = read_plane(where, shape[0], spacing) if where else (None, None)
-    frame = shape[1:] if where else shape
-    table, skipped, kept, cut = read_table(path, ("path", "subject")), [], [], 0
-    for name in ["path", "subject"] + [k for k in ("label", "diagnosis") if k in table][:1]:
-        skipped += [f"line {line}: no {name}" for line in table.index[table[name].isna()]]
-        table = table.dropna(subset=[name])
-    if not len(table):
-        fail(f"{path}: no row could be converted; the first: {skipped[0]}")
+        fail(f"--shape {shape}, --spacing {spacing}: expected three lengths of 8 to 1024, and mm")
+    axis, frame = None, shape
+    if slice:
+        plane, _, row = slice.partition(":")
+        axis = PLANES.index(plane) if plane in PLANES else 0
+        index = shape[axis] // 2 if row == "mid" else int(row) if row.isdecimal() else -1
+        frame = tuple(np.delete(shape, axis).tolist())
+        if plane not in PLANES or not 0 <= index < shape[axis]:
+            fail(f"--slice {slice}: expected axial, coronal or sagittal, then :mid or 0 to {shape[axis] - 1}")
+    path, table, skipped, kept = table, read_table(table, ("path", "subject")), [], []
+    for name in ("path", "subject", "label" if "label" in table else "diagnosis"):
+        for line in table.index[table[name].isna()] if name in table else ():
+            fail(f"{path}: line {line}: no {name}; fill in or drop the row")
     columns, names = table_columns(path, table)
     rows = {f"line {line}: {scan}": i for i, (line, scan) in enumerate(table["path"].items())}
 
     def read(row):
-        scan = os.path.join(os.path.dirname(path), table["path"].iloc[rows[row]])
-        mm = table["spacing"].fillna("").iloc[rows[row]] if "spacing" in table else ""
-        image, larger = read_brain(scan, spacing, shape, mm)
-        if where:  # superior on top
+        image = read_brain(os.path.join(os.path.dirname(path), table["path"].iloc[rows[row]]), spacing, shape)
+        if slice:  # superior on top
             image = np.take(image, index, axis)[::-1 if axis else 1]
         if not image.any():
             raise ValueError("nothing of the brain in this slice")
-        return image, larger
+        return image
 
-    options = f"--size {shape[0]} --slice {where}" if where else "--shape " + ",".join(map(str, shape))
-    attrs = dict(source=f"python data.py volumes {os.path.basename(path)} --spacing {spacing:g} {options}",
-                 licence="as the source's", spacing_mm=[spacing] * 3,
-                 orientation="D inferior to superior, H anterior to posterior, W left to right"
-                             + "; rows superior to inferior" * bool(axis))
+    attrs = dict(source=f"python data.py volumes {os.path.basename(path)} --spacing {spacing:g} --shape "
+                        + ",".join(map(str, shape)) + f" --slice {slice}" * bool(slice),
+                 licence="as the source's", spacing_mm=[spacing] * len(frame))
     if names:
         attrs["label_names"] = names
     with replacing(out) as part, h5py.File(part, "w") as file:
         pixels = file.create_dataset("image", (len(table), *frame), np.uint8, maxshape=(None, *frame),
                                      chunks=(1, *frame), **PACKED)
-        for row, (image, larger) in attempt(rows, read, skipped):
+        for row, image in attempt(path, rows, read, skipped):
             pixels[len(kept)] = image
             kept.append(rows[row])
-            cut += larger
-        if not kept:
-            fail(f"{path}: no row could be converted; the first: {skipped[0]}")
         pixels.resize(len(kept), 0)
         fill(file, {k: x[kept] for k, x in columns.items()}, attrs)
-    for line in skipped:
-        print("skipped", line)
-    if cut:
-        warn(f"{cut} heads are larger than the frame of {spacing * np.array(shape)} mm and were cut")
     print(f"{out}: {len(np.unique(columns['subject'][kept]))} subjects, {len(kept)} images of "
           f"{' x '.join(map(str, frame))} at {spacing:g} mm, {len(skipped)} rows skipped")
 
@@ -2105,12 +1966,26 @@ def volumes(path, out, spacing=1.5, shape=None, size=None, where=None):
 PHANTOMS = dict(hearts=phantom_hearts, views=phantom_views, cohort=phantom_cohort, brains=phantom_brains)
 
 
+def phantom(kind, out, subjects=None, patients=None, seed=None, size=None):
+    """Draw one of PHANTOMS; what is None is as its function has it."""
+    given = dict(subjects=subjects, patients=patients, seed=seed, size=size)
+    given = {k: v for k, v in given.items() if v is not None}
+    if kind not in PHANTOMS or "patients" in given and kind != "cohort":
+        fail(f"phantom {kind}: choose {', '.join(PHANTOMS)}; --patients are of a cohort only")
+    for key, least in dict(subjects=1, patients=0, seed=0, size=16).items():
+        if given.get(key, least) < least:
+            fail(f"--{key} {given[key]}: must be at least {least}")
+    PHANTOMS[kind](out, **given)
+    print(out)
+
+
 def summary(path):
     """Check, then print what the file holds; ends with ok."""
     data = check(path)
-    patients = lambda rows: len(np.unique(data.subject[rows]))
-    shape = " x ".join(map(str, data.image.shape[1:]))
-    print(f"{path}: {patients(...)} subjects, {len(data)} images of {shape}")
+    part = split(data)
+    people = {p: len(np.unique(data.subject[part == p])) for p in ("train", "val", "test")}
+    print(f"{path}: {len(np.unique(data.subject))} subjects, {len(data)} images of "
+          f"{' x '.join(map(str, data.image.shape[1:]))}; with a mask: {data.mask is not None}")
     for name, x in data.columns.items():
         if x.dtype.kind == "U" or name == "label":
             names = dict(enumerate(data.label_names)) if name == "label" else {"": "missing"}
@@ -2118,87 +1993,55 @@ def summary(path):
             print(f"  {name}: " + ", ".join(f"{names.get(v, v)} {n}" for v, n in values))
         else:
             known = x[~np.isnan(x)]
-            limits = f"{known.min():.4g} to {known.max():.4g}" if len(known) else "all missing"
-            print(f"  {name}: {limits}")
-    if data.mask is not None:
-        print("  mask: " + (", ".join(data.attrs.get("mask_names", [])) or "labels without names"))
-    part = split(data)
-    print(f"  split ({'seed 0' if data.split is None else 'stored'}): "
-          + ", ".join(f"{p} {patients(part == p)} subjects" for p in ("train", "val", "test")))
-    print(f"  fingerprint {data.fingerprint}, {len(data.warnings)} warnings\nok")
+            limits = f"{known.min():.4g} to {known.max():.4g}" if len(known) else "no values"
+            print(f"  {name}: {limits}, {len(x) - len(known)} missing")
+    print(f"  split ({'seed 0' if data.split is None else 'stored'}): {people} subjects\nok")
 
 
-COLOURS = np.uint8([(0, 0, 0), (255, 80, 80), (80, 255, 80), (255, 224, 64), (64, 192, 255), (255, 80, 255)])
-
-
-def show(path, out):
-    """Contact sheet: 12 subjects as rows, 4 of their images (middle of volumes), also with mask contours."""
+def show(path, out="sheet.png"):
+    """Contact sheet: 12 subjects as rows, 4 images of each (middle of volumes) with mask contours."""
     data = load(path)
     subjects = np.sort(np.random.default_rng(0).permutation(np.unique(data.subject))[:12])
-    zoom = max(1, 192 // data.image.shape[-1])
-    h, w = (zoom * s for s in data.image.shape[-2:])
-    sheet = Image.new("RGB", (8 * w, len(subjects) * (h + 14)))
-    for y, subject in zip(range(0, sheet.height, h + 14), subjects):
+    side = 192
+    sheet = Image.new("RGB", (4 * side, len(subjects) * (side + 14)))
+    for y, subject in zip(range(0, sheet.height, side + 14), subjects):
         rows = np.flatnonzero(data.subject == subject)
-        known = [f"{k} {data.columns[k][rows[0]]:.4g}" for k in ("label", "age") if k in data.columns]
-        ImageDraw.Draw(sheet).text((4, y + 1), ", ".join([subject, *known]), fill="white")
-        for c, row in enumerate(np.unique(np.linspace(0, len(rows) - 1, 4).astype(int))):
-            image, *mask = (a[[rows[row]]][0] for a in (data.image, data.mask) if a is not None)
-            image, *mask = (a[len(a) // 2] if a.ndim == 3 else a for a in (image, *mask))
-            tile = np.array(Image.fromarray(image).resize((w, h), Image.BICUBIC).convert("RGB"))
-            sheet.paste(Image.fromarray(tile), (2 * c * w, y + 14))
+        ImageDraw.Draw(sheet).text((4, y + 1), subject, fill="white")
+        for c, row in enumerate(rows[np.unique(np.linspace(0, len(rows) - 1, 4).astype(int))]):
+            image, *mask = (a[[row]] for a in (data.image, data.mask) if a is not None)
+            image, *mask = (a[:, a.shape[1] // 2] if a.ndim == 4 else a for a in (image, *mask))
+            tile = np.repeat(image[0][..., None], 3, 2)
             for m in mask:
-                m = m.repeat(zoom, 0).repeat(zoom, 1)
-                contour = edge_map(m[None], m[None], "mask")[0]
-                tile[contour] = COLOURS[1 + (m[contour] - 1) % 5]
-                sheet.paste(Image.fromarray(tile), ((2 * c + 1) * w, y + 14))
+                tile[edge_map(m, m, "mask")[0]] = 255, 80, 80
+            sheet.paste(Image.fromarray(tile).resize((side, side)), (c * side, y + 14))
     with writing(out):
         sheet.save(out)
     print(out)
 
 
 def main(flags=None):
+    commands = dict(    # the function, its arguments and flags
+        check=(summary, ["path"], {}),
+        show=(show, ["path"], dict(out=str)),
+        phantom=(phantom, ["kind", "out"], dict(subjects=int, patients=int, seed=int, size=int)),
+        emidec=(emidec, ["root", "out"], {}),
+        acdc=(acdc, ["root", "out"], {}),
+        mms=(mms, ["root", "out"], {}),
+        volumes=(volumes, ["table", "out"], dict(spacing=float, shape=integers, slice=str)))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    need, add = dict(check="path", show="path", phantom="kind out", emidec="root out", acdc="root out",
-                     mms="root out", volumes="table out"), {}
-    for command, words in need.items():
-        add[command] = commands.add_parser(command)
-        for word in words.split():
-            add[command].add_argument(word, choices=PHANTOMS if word == "kind" else None)
-    add["show"].add_argument("--out", default="sheet.png")
-    for key in ("subjects", "patients", "seed", "size"):
-        add["phantom"].add_argument(f"--{key}", type=int, default=argparse.SUPPRESS)
-    add["emidec"].add_argument("--spacing", type=float, help="mm per pixel; default: the least that fits all")
-    add["volumes"].add_argument("--spacing", type=float, default=1.5, help="mm per voxel, default 1.5")
-    add["volumes"].add_argument("--shape", type=integers, help="depth,height,width, default 128,160,128")
-    add["volumes"].add_argument("--size", type=int, help="a cube, or the side of a slice; default 128")
-    add["volumes"].add_argument("--slice", help="axial:mid, coronal:40 (row), sagittal:-10 (mm off middle)")
-    for p in (parser, *add.values()):
-        p.error = lambda message: fail(f"{message}; see python data.py --help")  # one line, as all errors
-    a = parser.parse_args(flags)
-    folder = os.path.dirname(getattr(a, "out", ""))
+    parsers = parser.add_subparsers(dest="command", required=True)
+    for name, (_, words, options) in commands.items():
+        p = parsers.add_parser(name, argument_default=argparse.SUPPRESS)
+        for word in words:
+            p.add_argument(word)
+        for option, kind in options.items():
+            p.add_argument(f"--{option}", type=kind)
+        parser.error = p.error = lambda message: fail(f"{message}; see python data.py --help")
+    given = vars(parser.parse_args(flags))
+    function, folder = commands[given.pop("command")][0], os.path.dirname(given.get("out", ""))
     if folder and not os.path.isdir(folder):    # said before the work, not after it
-        fail(f"{a.out}: no folder {folder}; make it first")
-    if a.command == "check":
-        summary(a.path)
-    elif a.command == "show":
-        show(a.path, a.out)
-    elif a.command == "phantom":
-        given = {k: v for k, v in vars(a).items() if k in ("subjects", "patients", "seed", "size")}
-        if "patients" in given and a.kind != "cohort":
-            fail("--patients is for phantom cohort only")
-        for key, least in dict(subjects=1, patients=0, seed=0, size=16).items():
-            if given.get(key, least) < least:
-                fail(f"--{key} {given[key]}: must be at least {least}")
-        PHANTOMS[a.kind](a.out, **given)
-        print(a.out)
-    elif a.command == "emidec":
-        emidec(a.root, a.out, a.spacing)
-    elif a.command == "volumes":
-        volumes(a.table, a.out, a.spacing, a.shape, a.size, a.slice)
-    else:
-        dict(acdc=acdc, mms=mms)[a.command](a.root, a.out)
+        fail(f"{given['out']}: no folder {folder}; make it first")
+    function(**given)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def test_emidec_layout_and_traps(tmp_path, capsys):
     assert list(d.columns["sex"][::3]) == ["M", "F", ""]
     assert list(d.columns["has_infarct"][::3]) == [0, 1, 1]
     spacing = d.attrs["spacing_mm"][1]
-    assert abs(spacing - 1.5 * 50 / 128) < 0.03  # the largest heart is 50 mm across
+    assert spacing == 1
     for s, radius in (("Case_N006", 20), ("Case_P007", 20), ("Case_P008", 25)):  # mm: zooms, not affine
         m = d.mask[d.subject == s][0]
         assert abs(np.sqrt((m > 0).sum() / np.pi) * spacing - radius) < 0.5
@@ -72,9 +72,7 @@ def test_emidec_layout_and_traps(tmp_path, capsys):
     scar = d.image[d.subject == "Case_P008"][0][d.mask[d.subject == "Case_P008"][0] == 3]
     assert scar.mean() > 200  # one hot voxel does not dim the heart
     i, j = (np.argwhere(d.mask[d.subject == "Case_P007"][0] == v).mean(0) for v in (3, 2))
-    assert i[1] > j[1] + 10 and abs(i[0] - j[0]) < 2  # axes neither swapped nor flipped
-    data.emidec(str(root), str(tmp_path / "coarse.h5"), spacing=1.0)
-    assert data.load(tmp_path / "coarse.h5").attrs["spacing_mm"][1] == 1.0
+    assert i[1] > j[1] + 8 and abs(i[0] - j[0]) < 2  # axes neither swapped nor flipped
 
 
 # ---------------------------------------------------------------- ACDC, M&Ms-2
@@ -153,7 +151,7 @@ def test_acdc_layout_and_traps(tmp_path, capsys, monkeypatch):
     for k, why in enumerate(whys, 2):
         line = [x for x in said.splitlines() if x.startswith(f"skipped patient{k:03d}: ")]
         assert len(line) == 1 and why in line[0], (why, said)
-    assert "2 subjects, 2 of them new with 8 slices, 6 skipped" in said
+    assert "2 subjects, 6 skipped" in said
     assert sorted(os.listdir(out)) == ["patient001.h5", "patient101.h5"]
     d = data.load(out)                                           # a folder is one data set
     assert d.image.shape == (8, 256, 256) and data.check(out).warnings == []
@@ -164,14 +162,7 @@ def test_acdc_layout_and_traps(tmp_path, capsys, monkeypatch):
     assert not d.columns["view"].any() and list(d.subject) == ["patient001"] * 4 + ["patient101"] * 4
     for row in (0, 1, 2, 3):
         heart_is_upright_and_round(d, row, (18, 18, 12, 12)[row])
-    # again: finished files are not touched, a subject that was mended is added, no trace of a killed run
-    before = {p: os.stat(out / p).st_mtime_ns for p in os.listdir(out)}
-    (root / "training" / "patient004" / "Info.cfg").write_text("ED: 1\nES: 12\nGroup: NOR\n")
-    data.acdc(str(root), str(out))
-    assert "3 subjects, 1 of them new" in capsys.readouterr().out
-    assert all(os.stat(out / p).st_mtime_ns == t for p, t in before.items())
-    assert sorted(os.listdir(out)) == ["patient001.h5", "patient004.h5", "patient101.h5"]
-    assert data.load(out).label_names == ["DCM", "HCM", "MINF", "NOR", "RV", "unknown"]
+    assert d.label_names == ["DCM", "HCM", "MINF", "NOR", "RV", "unknown"]
 
 
 def test_mms_layout_and_traps(tmp_path, capsys):
@@ -235,9 +226,9 @@ def convert(folder, header, rows, name="out.h5", **options):
     return data.load(str(folder / name))
 
 
-def one(folder, x, zooms=5.0, **options):
-    np.save(folder / "a.npy", x)
-    return convert(folder, "path,subject,spacing", [f'a.npy,s,"{zooms}"'], **options).image[0]
+def one(folder, x, **options):
+    save(folder / "a.nii", x)
+    return convert(folder, "path,subject", ["a.nii,s"], **options).image[0]
 
 
 def test_every_order_of_axes_lands_in_the_same_corner(tmp_path):
@@ -249,10 +240,9 @@ def test_every_order_of_axes_lands_in_the_same_corner(tmp_path):
     tilt = np.deg2rad(12)
     turn = np.array([[np.cos(tilt), -np.sin(tilt), 0], [np.sin(tilt), np.cos(tilt), 0], [0, 0, 1]])
     save(tmp_path / "oblique.nii.gz", x, zooms, "LPS", turn)
-    np.save(tmp_path / "plain.npy", x)
-    rows = [f"{a}.nii{'.gz' * (k % 2)},{a}," for k, a in enumerate(codes)]
-    d = convert(tmp_path, "path,subject,spacing", [*rows, "oblique.nii.gz,o,", 'plain.npy,p,"5 4 6"'])
-    assert d.image.shape == (8, 32, 40, 32)
+    rows = [f"{a}.nii{'.gz' * (k % 2)},{a}" for k, a in enumerate(codes)]
+    d = convert(tmp_path, "path,subject", [*rows, "oblique.nii.gz,o"])
+    assert d.image.shape == (7, 32, 40, 32)
     for image in d.image:
         assert abs(image.astype(int) - d.image[0]).max() <= 1
     ball = np.argwhere(d.image[0] > 180).mean(0)  # at left 28, anterior 35, superior 22 mm
@@ -272,19 +262,17 @@ def test_spacing_of_the_header_keeps_volumes_in_mm(tmp_path):
         assert d.attrs["spacing_mm"] == [spacing] * 3
 
 
-def test_cropped_and_padded_around_the_head(tmp_path, capsys):
+def test_cropped_and_padded_around_the_head(tmp_path):
     far = one(tmp_path, head((60, 60, 60), at=(40, -50, 35)))
     near = one(tmp_path, head())
     for image in (far, near):
         ends = np.array([np.flatnonzero(image.any(axes))[[0, -1]] for axes in ((1, 2), (0, 2), (0, 1))])
         assert abs(ends.mean(1) - [15.5, 19.5, 15.5]).max() <= 1
     assert abs((far > 50).sum() / (near > 50).sum() - 1) < 0.03
-    assert "were cut" not in capsys.readouterr().err
     assert near[:3].max() == 0 and near[:, :3].max() == 0  # padded: the input ends before the frame
     x = head((32, 38, 60), at=(0, 0, 70))
     x[12:20, 14:24, :30] = 100  # a neck that ends at the lower edge of a tall image
     with_neck = one(tmp_path, x, shape=(24, 40, 32))
-    assert "1 heads are larger than the frame" in capsys.readouterr().err
     assert with_neck[-1].max() < 60 and with_neck[-2].max() > 0  # the crown is inside, the neck is not
     assert one(tmp_path, head(), shape=(16, 20, 16)).shape == (16, 20, 16)
 
@@ -304,48 +292,44 @@ def test_grey_window(tmp_path):
 
 
 def test_a_slice_is_a_slice_of_the_volume(tmp_path, capsys):
-    np.save(tmp_path / "a.npy", head())
-    rows = ["path,subject,spacing", ["a.npy,s,5"]]
-    cube = convert(tmp_path, *rows, spacing=6.0, shape=None, size=40).image[0]
-    option = dict(spacing=6.0, shape=None, size=40)
-    for where, expected in (("axial:mid", cube[20]), ("axial:25", cube[25]), ("axial:+12", cube[22]),
-                            ("coronal:+30", cube[::-1, 15]), ("sagittal:-30", cube[::-1, :, 15])):
-        d = convert(tmp_path, *rows, where=where, **option)
-        assert d.image.shape == (1, 40, 40) and (d.image[0] == expected).all(), where
+    save(tmp_path / "a.nii", head())
+    rows = ["path,subject", ["a.nii,s"]]
+    whole = convert(tmp_path, *rows).image[0]
+    for plane, expected in (("axial:mid", whole[16]), ("axial:20", whole[20]), ("coronal:mid", whole[::-1, 20]),
+                            ("sagittal:11", whole[::-1, :, 11])):
+        d = convert(tmp_path, *rows, slice=plane)
+        assert d.image.shape[1:] == expected.shape and (d.image[0] == expected).all(), plane
     data.check(str(tmp_path / "out.h5"))
-    for where, words in (("axial", "expected"), ("axial:40", "0 to 39"), ("sagittal:+900", "outside")):
-        one_error(capsys, lambda: convert(tmp_path, *rows, where=where, **option), "--slice", words)
-    one_error(capsys, lambda: convert(tmp_path, *rows, where="axial:mid"), "--shape", "--size")
-    one_error(capsys, lambda: convert(tmp_path, *rows, where="axial:1", **option), "no row could", "slice")
+    for plane, words in (("axial", "expected"), ("axial:32", "0 to 31"), ("top:mid", "coronal"), ("axial:-1", "")):
+        one_error(capsys, lambda: convert(tmp_path, *rows, slice=plane), "--slice", words)
+    one_error(capsys, lambda: convert(tmp_path, *rows, slice="axial:1"), "none of 1 could", "slice")
 
 
 def test_columns_of_the_table(tmp_path, capsys):
-    np.save(tmp_path / "a.npy", head())
+    save(tmp_path / "a.nii", head())
     table = ("\ufeffPath ; SUBJECT; Age;Diagnosis;session;sex;time;event;MMSE;site;A/B;empty;\n"
-             "a.npy;s1;63,5;CN;bl;Male;;;29;x;1;;\n"
+             "a.nii;s1;63,5;CN;0;Male;;;29;x;1;;\n"
              "\n"
              ";;;;;;;;;;;;\n"
-             'a.npy;s1;n/a;cn;ses-M006;M;;;NaN;"y;z";2;;\n'
-             "a.npy;s2;70;MCI;M12;female;100;1;20;;3;;\n"
-             f"{tmp_path}/a.npy;s2;71;AD;18;F;50;0;15;;4;;\n"
-             "a.npy;s3;72;ad;d365;?;50;0;15;;5;;\n"
-             "a.npy;s4;72;;baseline;F;50;0;15;;5;;\n")
+             'a.nii;s1;n/a;cn;6;M;;;NaN;"y;z";2;;\n'
+             "a.nii;s2;70;MCI;12;female;100;1;20;;3;;\n"
+             f"{tmp_path}/a.nii;s2;71;AD;18;F;50;0;15;;4;;\n"
+             "a.nii;s3;72;ad;12,5;?;50;0;15;;5;;\n")
     (tmp_path / "t.csv").write_text(table, encoding="utf-8")
     data.volumes(str(tmp_path / "t.csv"), str(tmp_path / "t.h5"), **SMALL)
     said = capsys.readouterr()
-    assert "column site: ignored, line 2: 'x' is no number" in said.err and "without a name" not in said.err
-    assert "skipped line 9: no diagnosis" in said.out
+    assert "line 2: site: 'x' is no number: column ignored" in said.err
     d = data.check(str(tmp_path / "t.h5"))
     assert d.subject.tolist() == ["s1", "s1", "s2", "s2", "s3"]
-    assert d.columns["label"].tolist() == [0, 0, 2, 1, 1] and d.label_names == ["CN", "AD", "MCI"]
-    np.testing.assert_allclose(d.columns["session"], [0, 6, 12, 18, 365 / 30.4375], rtol=1e-6)
+    assert d.columns["label"].tolist() == [0, 0, 2, 1, 1] and d.label_names == ["healthy", "AD", "MCI"]
+    assert d.columns["session"].tolist() == [0, 6, 12, 18, 12.5]
     np.testing.assert_array_equal(d.columns["age"], np.float32([63.5, np.nan, 70, 71, 72]))
     assert d.columns["sex"].tolist() == ["M", "M", "F", "F", ""]
     np.testing.assert_array_equal(d.columns["time"], [np.nan, np.nan, 100, 50, 50])
     assert d.columns["event"].tolist() == [0, 0, 1, 0, 0]
     np.testing.assert_array_equal(d.columns["mmse"], [29, np.nan, 20, 15, 15])
     assert d.columns["a_b"].tolist() == [1, 2, 3, 4, 5] and "empty" not in d.columns
-    d = convert(tmp_path, "path,subject,diagnosis,label,split", ["a.npy,a,AD,1,train", "a.npy,b,CN,3,TEST"])
+    d = convert(tmp_path, "path,subject,diagnosis,label,split", ["a.nii,a,AD,1,train", "a.nii,b,CN,3,TEST"])
     assert d.columns["label"].tolist() == [1, 3] and d.label_names == []  # label wins
     assert d.split.tolist() == ["train", "test"]
 
@@ -353,33 +337,32 @@ def test_columns_of_the_table(tmp_path, capsys):
 @pytest.mark.parametrize("text, words", [
     ("path,subject\n", ["no rows"]),
     (",,\n\n", ["no rows"]),
-    ("path,subject\n,b\n", ["no row", "line 2: no path"]),
-    ("paths,subject\na,b\n", ["no column path", "rename paths to path"]),
+    ("path,subject\n,b\n", ["line 2: no path"]),
+    ("paths,subject\na,b\n", ["no column path", "paths, subject"]),
     ("path,patient\na,b\n", ["no column subject", "path, patient"]),
-    ("path,subject,Age,age\na,b,1,2\n", ["2 columns", "age"]),
-    ("path,subject,a b,a_b\na,b,1,2\n", ["2 columns", "a_b"]),       # else one overwrites the other
+    ("path,subject,Age,age\na,b,1,2\n", ["several columns", "age"]),
+    ("path,subject,a b,a_b\na,b,1,2\n", ["several columns", "a_b"]),       # else one overwrites the other
     ("path,subject\na,b\na,b,c\n", ["line 3", "saw 3"]),
     ("path,subject,age\na,b,1\na,c,old\n", ["line 3", "age", "'old'"]),
     ("path,subject,age\na,b,inf\n", ["line 2", "age", "infinite"]),
-    ("path,subject,session\na,b,ses-1\n", ["line 2", "session", "'ses-1'", "months"]),
-    ("path,subject,session\na,b,M" + "9" * 50 + "\n", ["line 2", "session", "infinite"]),
-    ("path,subject,session\na,b,M06\n\nx,b,6\n", ["lines 2, 4", "subject b"]),
-    ("path,subject\na,b\nx,b\n", ["lines 2, 3", "subject b", "column session"]),
+    ("path,subject,session\na,b,M06\n", ["line 2", "session", "'M06' is no number"]),
+    ("path,subject,session\na,b," + "9" * 50 + "\n", ["line 2", "session", "infinite"]),
+    ("path,subject,session\na,b,06\n\nx,b,6\n", ["line 4", "subject b"]),
+    ("path,subject\na,b\nx,b\n", ["line 3", "subject b", "column session"]),
     ("path,subject\na," + "b" * 201 + "\n", ["line 2", "longer than 200"]),
     ("path,subject,time,event\na,b,5,1\na,c,0,1\n", ["line 3", "time", "> 0"]),
-    ("path,subject,time,event\na,b,5,1\na,c,9,\n", ["line 3", "time without an event"]),
+    ("path,subject,time,event\na,b,5,1\na,c,9,\n", ["line 3", "event", "neither 0"]),
     ("path,subject,label\na,b,AD\n", ["line 2", "label", "'AD'", "diagnosis"]),
     ("path,subject,label\na,b,3000000000\n", ["line 2", "label", "2147483647"]),
-    ("path,subject,diagnosis\na,b,1\n", ["diagnosis", "numbers", "label"]),
+    ("path,subject,diagnosis\na,b,AD\na,c,\n", ["line 3", "no diagnosis"]),
     ("path,subject,view\na,b,-2\n", ["line 2", "view", "neither 0 nor 1"]),
     ("path,subject,split\na,b,train\na,c,dev\n", ["line 3", "split", "dev"]),
     ("path,subject,session,split\na,b,0,train\na,b,6,test\n", ["more than one part: b"]),
-    ("path,subject\nmissing.npy,b\n", ["no row", "line 2", "missing.npy: no such file"]),
-    ("path,subject\n\u00e4.npy,b\n", ["\u00e4.npy: no such file"]),
+    ("path,subject\nmissing.nii,b\n", ["none of 1", "line 2", "missing.nii: no such file"]),
 ], ids=lambda x: x[0] if isinstance(x, list) else "")
 def test_a_wrong_table_is_one_line(tmp_path, capsys, text, words):
     """What is written passes check: what check would refuse is refused before anything is read."""
-    (tmp_path / "t.csv").write_text(text, encoding="latin-1" if "\u00e4" in text else "utf-8")
+    (tmp_path / "t.csv").write_text(text)
     one_error(capsys, lambda: data.volumes(str(tmp_path / "t.csv"), str(tmp_path / "t.h5"), **SMALL), *words)
     assert os.listdir(tmp_path) == ["t.csv"]  # nothing is left
 
@@ -395,28 +378,27 @@ def test_every_skipped_row_has_its_line_and_reason(tmp_path, capsys):
     raw = bytearray((tmp_path / "flat.nii").read_bytes())
     raw[80:92] = np.float32([5, 0, 5]).tobytes()  # pixdim, as no library would write it
     (tmp_path / "flat.nii").write_bytes(raw)
-    for name, y in dict(plane=x[0], nan=np.where(x > 290, np.nan, x), black=x * 0, mask=x > 50, fine=x,
-                        deep=x[None, None], objects=np.array([{}] * 8).reshape(2, 2, 2)).items():
-        np.save(tmp_path / f"{name}.npy", y, allow_pickle=True)
-    cases = [  # path, spacing, what the reason says; None is converted
-        ("good.nii.gz", "", None), ("gone.nii.gz", "", "no such file"), ("short.nii.gz", "", ""),
-        ("text.nii", "", ""), ("flat.nii", "", "spacing"), ("plane.npy", "5", "expected one volume"),
-        ("nan.npy", "5", "NaN or Inf"), ("black.npy", "5", "every voxel is 0"), ("mask.npy", "5", "no brain"),
-        ("objects.npy", "5", ""), ("fine.npy", "0", "spacing"), ("scan.dcm", "", "none of .nii"),
-        ("", "", "no path"), ("fine.npy", "5", None), ("deep.npy", "5x5x5", None)]
-    d = convert(tmp_path, "path,subject,spacing", [f"{p},s{i},{mm}" for i, (p, mm, _) in enumerate(cases)])
+    for name, y in dict(nan=np.where(x > 290, np.nan, x), black=x * 0, mask=x > 50, fine=x).items():
+        save(tmp_path / f"{name}.nii", y)
+    for name, y in dict(plane=x[0], deep=x[..., None, None]).items():
+        nibabel.save(nibabel.Nifti1Image(y.astype(np.float32), np.diag([5.0, 5, 5, 1])), tmp_path / f"{name}.nii")
+    cases = [  # path, what the reason says; None is converted
+        ("good.nii.gz", None), ("gone.nii.gz", "no such file"), ("short.nii.gz", ""), ("text.nii", ""),
+        ("flat.nii", "spacing"), ("plane.nii", "expected one volume"), ("nan.nii", "NaN or Inf"),
+        ("black.nii", "no brain"), ("mask.nii", "no brain"), ("fine.nii", None), ("deep.nii", None)]
+    d = convert(tmp_path, "path,subject", [f"{p},s{i}" for i, (p, _) in enumerate(cases)])
     said = capsys.readouterr().out.splitlines()
-    for i, (path, _, why) in enumerate(cases):
+    for i, (path, why) in enumerate(cases):
         lines = {text for text in said if text.startswith(f"skipped line {i + 2}: ")}
         assert len(lines) == (why is not None), (path, lines)
         assert all(path in t and (why or "") in t and len(t) > 20 + len(path) for t in lines), lines
-    assert d.subject.tolist() == ["s0", "s13", "s14"] and (d.image == d.image[0]).all()
+    assert d.subject.tolist() == ["s0", "s9", "s10"] and (d.image == d.image[0]).all()
 
 
 def test_memory_does_not_grow_with_the_table(tmp_path):
-    np.save(tmp_path / "a.npy", head().astype(np.float32))
-    rows = [f"a.npy,s{k},5" for k in range(40)]
-    (tmp_path / "t.csv").write_text("\n".join(["path,subject,spacing", *rows]))
+    save(tmp_path / "a.nii", head())
+    rows = [f"a.nii,s{k}" for k in range(40)]
+    (tmp_path / "t.csv").write_text("\n".join(["path,subject", *rows]))
     tracemalloc.start()
     data.volumes(str(tmp_path / "t.csv"), str(tmp_path / "o.h5"), spacing=3.0, shape=(96, 96, 96))
     peak = tracemalloc.get_traced_memory()[1]
