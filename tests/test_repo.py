@@ -1,16 +1,27 @@
-"""The rules that keep the repository readable: copies that do not drift, imports, widths, pinned packages."""
+"""The rules that keep the repository readable: copies that do not drift, budgets, imports, widths, pinned packages."""
 import ast
 import itertools
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = [p for p in (ROOT / f"{n}.py" for n in ("diffae", "normative", "cond_ldm", "ldae")) if p.exists()]
+SCRIPTS = [ROOT / f"{name}.py" for name in ("diffae", "normative", "cond_ldm", "ldae")]
 MAY_DIFFER = {"Config", "Model", "evaluate", "main"}
-OWN = {"diffae", "normative", "cond_ldm", "ldae", "train", "data", "metrics"}
+# file: (lines that the design allows, lines that it may have, why it may have more)
+BUDGETS = {
+    "diffae.py": (680, 815, "to be filled in"),
+    "normative.py": (720, 910, "to be filled in"),
+    "cond_ldm.py": (850, 1010, "to be filled in"),
+    "ldae.py": (1050, 1215, "to be filled in"),
+    "data.py": (1500, 2385, "to be filled in"),
+    "metrics.py": (700, 775, "to be filled in"),
+    "train.py": (400, 405, "the claims of four sources, with the rules that judge them, take 57 lines"),
+    "tests/*.py": (3200, 4000, "to be filled in"),
+}
 
 
 def definitions(path):
@@ -34,6 +45,25 @@ def test_same_name_same_code():
     for p, q in itertools.combinations(SCRIPTS, 2):
         assert not drift(definitions(p), definitions(q)), (p.name, q.name)
     assert drift({"f": "def f():\n    1"}, {"f": "def f():\n    2"}) == {"f": ("    1", "    2")}   # it can fail
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_a_file_keeps_its_budget_or_says_why(name):
+    design, most, why = BUDGETS[name]
+    lines = sum(len(path.read_text().splitlines()) for path in ROOT.glob(name))
+    assert 0 < lines <= most, f"{name}: {lines} lines; have less in it, or say in BUDGETS why it is longer"
+    assert most <= design or why, f"{name}: {most} lines are more than {design}, and no reason is given"
+
+
+def test_normative_reads_as_a_diff_of_diffae(tmp_path):
+    """diff diffae.py normative.py is a lecture: 330 lines, of which 60 between Config and evaluate (DESIGN)."""
+    texts = [(ROOT / f"{name}.py").read_text() for name in ("diffae", "normative")]
+    middle = [text[text.index("\n# Schedule"):text.index("\n# Evaluation")] for text in texts]
+    for parts, most in ((texts, 470), (middle, 110)):      # to be filled in
+        for name, text in zip("ab", parts):
+            (tmp_path / name).write_text(text)
+        found = subprocess.run(["diff", "a", "b"], cwd=tmp_path, capture_output=True, text=True).stdout
+        assert 0 < found.count("\n") <= most, found.count("\n")
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
