@@ -379,7 +379,7 @@ class Rows:
             x = x.astype(np.float32) * 255
         if self.size:
             x = resize(x, self.size, nearest=self.name == "mask")
-        return x if x.dtype == np.uint8 else np.rint(x).astype(np.uint8)
+        return x if x.dtype == np.uint8 else to_uint8(x)
 
 
 def blocks(rows):
@@ -397,6 +397,10 @@ def in_memory(rows):
     for block in blocks(rows):
         out[block] = rows[block]
     return out
+
+
+def to_uint8(x):
+    return np.rint(x).astype(np.uint8)
 
 
 # Resampling as one matrix per axis. Output pixel i covers the source from start + i*step to
@@ -463,10 +467,8 @@ def read_columns(path, warnings):
             if need not in names:
                 fail(f"{path}: {need}: missing, the file has {', '.join(map(str, names)) or 'nothing'}")
         shape = getattr(plain(file, path, "image"), "shape", ())
-        if len(shape) not in (3, 4) or len(shape) == 4 and shape[-1] in (1, 3, 4):
+        if len(shape) not in (3, 4) or shape[3:] in ((1,), (3,), (4,)) or 0 in shape or shape[0] > 1e7:
             fail(f"{path}: image: shape {shape}, expected (N,H,W) or (N,D,H,W); keep one colour")
-        if 0 in shape or shape[0] > 1e7:
-            fail(f"{path}: image: shape {shape} holds no pixel, or more than 10 million rows")
         for name in names:
             if isinstance(name, bytes):
                 fail(f"{path}: the name {name} is not utf-8; rename that dataset")
@@ -475,8 +477,6 @@ def read_columns(path, warnings):
                 if name not in KNOWN and (x is None or x.ndim != 1 or x.dtype.kind not in "biuf"):
                     warnings.append(f"{path}: {name}: ignored, not an (N,) numeric column")
                     continue
-                if x is None:
-                    fail(f"{path}: {name}: a group, expected a dataset")
                 attrs.update({k: v for k, v in read_attrs(x).items() if k.endswith("_names")})
                 check_storage(path, name, x, shape if name in PIXELS else shape[:1])
                 if name in PIXELS:
@@ -792,7 +792,7 @@ def write(path, parts, attrs):
 
 
 def fill(file, columns, attrs):
-    """Write columns and attributes into an open file; NAME_names become attributes of the dataset NAME."""
+    """Write columns and attributes into an open file."""
     for name, x in columns.items():
         if x.ndim > 1:
             file.create_dataset(name, data=x, chunks=(1, *x.shape[1:]), **PACKED)
@@ -801,9 +801,7 @@ def fill(file, columns, attrs):
         else:
             x = x.astype(np.float32) if x.dtype == np.float64 else x
             file.create_dataset(name, data=x, chunks=x.shape, fletcher32=True)
-    for key, value in attrs.items():
-        owner = key.removesuffix("_names")
-        (file[owner] if key.endswith("_names") and owner in columns else file).attrs[key] = value
+    file.attrs.update(attrs)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -814,16 +812,15 @@ CINE = ["background", "LV cavity", "myocardium", "RV cavity"]  # the mask ids of
 CINE_NAMES = dict(mask_names=CINE, view_names=["SA", "LA"], phase_names=["ED", "ES"])
 
 
-def canny(image, sigma, low, high, tissue=None):
+def canny(image, sigma, low, high, tissue):
     """Canny's edges of (H,W) float -> (H,W) bool, the same pixels as skimage.feature.canny.
 
-    low, high: slopes as ndimage.sobel gives them; or, with tissue (H,W) bool, quantiles of those there."""
+    low, high: quantiles of the slopes where tissue, (H,W) bool."""
     smooth, inside = (ndimage.gaussian_filter(x, sigma, mode="constant") for x in (image, image * 0 + 1))
     smooth /= inside + np.finfo(image.dtype).eps          # at the border: the mean of what is there
     down, right = (ndimage.sobel(smooth, axis) for axis in (0, 1))
     slope = np.sqrt(down * down + right * right)
-    if tissue is not None:
-        low, high = np.quantile(slope[tissue], [low, high])
+    low, high = np.quantile(slope[tissue], [low, high])
     # Thinning: a pixel stays if the slope is nowhere larger one step up or down the gradient. That place is
     # between a straight and a diagonal neighbour, in proportion to the two parts of the gradient.
     i, j = 1 + np.stack(np.nonzero(slope[1:-1, 1:-1] >= max(low, 1e-9)))
@@ -842,20 +839,17 @@ def canny(image, sigma, low, high, tissue=None):
     return keep[part]
 
 
-def edges(image, sigma=None, shortest=None):
-    """(N,H,W) uint8 -> (N,H,W) bool: Canny's edges without the noise.
+def edges(image):
+    """(N,H,W) uint8 -> (N,H,W) bool: Canny's edges without the noise and without short ones.
 
     Thresholds are quantiles of the slope over the tissue (brighter than 5 % of full scale): padding and air
-    have no say. sigma in pixels (None: 1.5 at 256, 1 at 128); edges of fewer than `shortest` pixels (None: 16
-    at 256) are dropped."""
-    side = max(image.shape[1:])
-    sigma, shortest = sigma or max(1.0, side / 170), side // 16 if shortest is None else shortest
-    found = np.zeros(image.shape, bool)
+    have no say."""
+    side, found = max(image.shape[1:]), np.zeros(image.shape, bool)
     for k, x in enumerate(image):
         tissue = x > 13
         if tissue.any():
-            part, _ = ndimage.label(canny(x / 255.0, sigma, 0.5, 0.8, tissue), np.ones((3, 3)))
-            found[k] = (part > 0) & (np.bincount(part.ravel()) >= shortest)[part]
+            part, _ = ndimage.label(canny(x / 255.0, max(1.0, side / 170), 0.5, 0.8, tissue), np.ones((3, 3)))
+            found[k] = (part > 0) & (np.bincount(part.ravel()) >= side // 16)[part]
     return found
 
 
@@ -865,12 +859,11 @@ def strokes(found, rng):
     Edges are cut where they branch, and long ones are likelier. The images draw from rng in turn."""
     out = np.zeros_like(found)
     for k, x in enumerate(found):
-        p, (h, w) = np.pad(x, 1).astype(np.uint8), x.shape
-        near = sum(p[i:i + h, j:j + w] for i in range(3) for j in range(3))
+        near = ndimage.convolve(x.astype(np.uint8), np.ones((3, 3), np.uint8), mode="constant")
         part, count = ndimage.label(x & (near <= 4), np.ones((3, 3)))    # itself and 3 neighbours: no branch
         length = np.bincount(part.ravel(), minlength=count + 1)
         length[0] = 0
-        length[length < max(h, w) // 24] = 0                             # nobody draws specks
+        length[length < max(x.shape) // 24] = 0                          # nobody draws specks
         wanted = min(int(rng.integers(2, 9)), np.count_nonzero(length))
         if wanted:
             out[k] = np.isin(part, rng.choice(count + 1, wanted, replace=False, p=length / length.sum()))
@@ -1002,6 +995,12 @@ def lung(rng, pixel, fine, coarse):
     return image + 0.3 * (down * rng.uniform(0.2, 1, 45)) @ across.transpose(0, 2, 1)
 
 
+def rician(rng, image, sigma):
+    """Image with Rician noise, in [0,1]."""
+    real, imaginary = rng.standard_normal((2, *image.shape), np.float32) * sigma
+    return np.clip(np.sqrt((image + real) ** 2 + imaginary ** 2), 0, 1)
+
+
 def scanner(rng, image, fine, coarse, slope, noise=1.0):
     """Texture, contrast, surface-coil bias (along slope), Rician noise -> (n,size,size) uint8, the gamma.
 
@@ -1011,9 +1010,7 @@ def scanner(rng, image, fine, coarse, slope, noise=1.0):
     image = np.clip(image * (1 + 0.03 * fine + 0.03 * coarse), 0, None) ** gamma
     bias = np.exp(0.12 * smooth_noise(rng, 1, size, 64) + rng.uniform(0.0, 0.2) * slope / 64)
     image = image * bias / bias.mean() * rng.normal(1, 0.03, (n, 1, 1))
-    real, imaginary = rng.standard_normal((2, n, size, size), np.float32) * (sigma * noise)
-    image = np.sqrt((image + real) ** 2 + imaginary ** 2)
-    return np.rint(255 * np.clip(image, 0, 1)).astype(np.uint8), gamma
+    return to_uint8(255 * rician(rng, image, sigma * noise)), gamma
 
 
 def phantom_file(path, command, names, draw, attrs):
@@ -1097,10 +1094,9 @@ def heart(rng, size, infarcted):
     over(blood * rng.normal(1, 0.04) + 0.03 * coarse, inside(np.maximum(d_rv, 0.8 - d_epi)))
     over(blood + 0.02 * coarse, inside(d_endo))
     belly = np.sqrt(np.clip(1 - ((z - 0.5) / 0.38) ** 2, 0, 1))
-    for centre in np.deg2rad([rng.normal(35, 8), rng.normal(238, 8)]):
-        px, py = 0.66 * radius * np.cos(centre), 0.66 * radius * np.sin(centre)
-        d_papillary = np.sqrt((x - px) ** 2 + (y - py) ** 2) - 0.21 * radius * belly
-        over(muscle * 1.2, inside(d_papillary) * belly)
+    for at in np.deg2rad(rng.normal([35, 238], 8)):
+        px, py = 0.66 * radius * np.cos(at), 0.66 * radius * np.sin(at)
+        over(muscle * 1.2, inside(np.sqrt((x - px) ** 2 + (y - py) ** 2) - 0.21 * radius * belly) * belly)
 
     # Infarct: from the endocardium outwards (wavefront), in one coronary territory.
     territory = rng.choice(3, p=[0.45, 0.33, 0.22])
@@ -1141,8 +1137,7 @@ def phantom_hearts(path, subjects=100, seed=0, size=128):
     """Write LGE short-axis hearts with known causes; two thirds infarcted, mask ids as EMIDEC's.
 
     factor_*: x, y (right, up), lv_radius, wall_thickness in mm (the frame is 125 mm wide); rotation in
-    degrees; infarct_fraction of the myocardium; transmurality of the wall (deepest point); contrast = blood -
-    myocardium of full scale."""
+    degrees; shares infarct_fraction and transmurality; contrast = blood - myocardium of full scale."""
     phantom_file(path, f"hearts --subjects {subjects} --seed {seed} --size {size}",
                  [f"heart{seed}-{i:03d}" for i in range(subjects)],
                  lambda i: heart(np.random.default_rng([seed, i]), size, infarcted=i % 3 > 0),
@@ -1289,9 +1284,8 @@ def cine_view(rng, size, n, long_axis, radius, wall, ef, blood, muscle, fat, ski
 def phantom_views(path, subjects=60, seed=0, size=128):
     """Write cine hearts, short axis and four chambers, ED and ES; a third each healthy, dilated, thick.
 
-    factor_*: ejection_fraction in [0,1]; lv_radius (short half-axis in the image) and wall_thickness in mm at
-    that phase; x, y in mm (right, up) and rotation in degrees off the view's own place; contrast = blood -
-    myocardium of full scale. The frame is FRAME mm wide."""
+    factor_*: as of hearts, lv_radius and wall_thickness at that phase; x, y and rotation off the view's own
+    place; ejection_fraction in [0,1]. The frame is FRAME mm wide."""
     phantom_file(path, f"views --subjects {subjects} --seed {seed} --size {size}",
                  [f"view{seed}-{i:03d}" for i in range(subjects)],
                  lambda i: cine(np.random.default_rng([seed, i]), size, i % 3),
@@ -1505,10 +1499,8 @@ def scan(rng, drawn, x, y, z):
     """A picture by brain() as a scanner shows it: contrast, bias field, Rician noise; uint8, 0 outside."""
     image = drawn["image"] ** float(np.exp(rng.normal(0, 0.08))) * float(np.exp(rng.normal(0, 0.03)))
     image = image * np.exp(0.05 * waves(rng, x, y, z, 160, 4))
-    sigma = drawn["head"] * float(rng.uniform(0.015, 0.03))
-    real, imaginary = rng.standard_normal((2, *image.shape), np.float32) * sigma
-    image = np.sqrt((image + real) ** 2 + imaginary ** 2)
-    return np.rint(255 * np.clip(image, 0, 1) * (drawn["head"] > 0.05)).astype(np.uint8)
+    image = rician(rng, image, drawn["head"] * float(rng.uniform(0.015, 0.03)))
+    return to_uint8(255 * image * (drawn["head"] > 0.05))
 
 
 HAZARD = dict(severity=np.log(1 / 0.73), age=np.log(1.3), male=np.log(1.2))  # per SD, per 10 years, for men
@@ -1573,10 +1565,8 @@ def phantom_cohort(path, subjects=1000, patients=220, seed=0, size=128):
 def phantom_brains(path, subjects=160, seed=0, size=48):
     """Write T1 volumes of controls (CN) and Alzheimer's disease (AD): 3 to 5 visits each within 4 years.
 
-    (D,H,W) = inferior to superior, anterior to posterior, left to right; H = size * 5/4, cut to a multiple
-    of 8, is 176 mm. age and session (months) are the visit's. factor_rate: years that this brain ages per
-    year; factor_ventricle_ml, factor_hippocampus_ml; factor_alzheimer 0..1. All is held in memory: 640
-    volumes are 0.17 GB at 48x56x48, 3.4 GB at 128x160x128."""
+    (D,H,W) as in volumes(); H = size * 5/4, cut to a multiple of 8, is 176 mm. factor_rate: years that this
+    brain ages per year; factor_alzheimer 0..1. All is held in memory: 0.17 GB at 48x56x48."""
     shape = size, size * 5 // 32 * 8, size
     voxel = 176 / shape[1]
     frame = grid(shape, voxel)
@@ -1679,10 +1669,6 @@ def window(x):
     return 255 * np.clip((x - low) / (high - low), 0, 1)
 
 
-def to_uint8(x):
-    return np.rint(x).astype(np.uint8)
-
-
 def subfolders(root, inside, pattern, example):
     """-> {name: path} of the folders whose name matches, in root and in ROOT/x for the glob patterns x."""
     found = [p for x in ("", *inside) for p in sorted(glob.glob(os.path.join(glob.escape(root), x, "*")))]
@@ -1761,7 +1747,7 @@ def emidec(root, out):
 # Cine MR: ACDC (Bernard et al. 2018) and M&Ms-2 (Martin-Isla et al. 2023), one file per subject
 
 def read_cine(folder, name, ids, size=256):
-    """NAME.nii.gz and NAME_gt.nii.gz -> columns image, mask, slice, spacing (mm per pixel); slice gap in mm.
+    """NAME.nii.gz and NAME_gt.nii.gz -> columns image, mask, slice, spacing (mm per pixel).
 
     Only slices that show a structure: the others have no map to be generated from. Padded to a square in mm,
     resized; rows = second NIfTI axis, so that the chest is upright. ids[k] is label k's place in CINE."""
@@ -1772,7 +1758,7 @@ def read_cine(folder, name, ids, size=256):
     start = (sides - size * spacing / mm) / 2
     image, mask = (resample(v.transpose(2, 1, 0)[keep], start, spacing / mm, size, nearest)
                    for v, nearest in ((window(image), False), (mask, True)))
-    return dict(image=to_uint8(image), mask=mask, slice=keep, spacing=np.full(len(keep), spacing)), zooms[2]
+    return dict(image=to_uint8(image), mask=mask, slice=keep, spacing=np.full(len(keep), spacing))
 
 
 def cine_files(out, folders, describe, ids, diseases, source, licence):
@@ -1787,15 +1773,15 @@ def cine_files(out, folders, describe, ids, diseases, source, licence):
         series, disease = describe(subject)
         label, parts = diseases.index(disease if disease in diseases else "unknown"), []
         for view, phase, name in series:
-            columns, gap = read_cine(folders[subject], name, ids)
+            columns = read_cine(folders[subject], name, ids)
             n = len(columns["slice"])
             parts.append(columns | dict(view=np.full(n, view, np.uint8), phase=np.full(n, phase, np.uint8),
                                         label=np.full(n, label), subject=np.full(n, subject)))
-        return parts, [float(mm) for mm in (gap, *2 * [parts[0]["spacing"][0]])]
+        return parts
 
-    for subject, (parts, spacing) in attempt(out, sorted(folders), read, skipped):
-        write(os.path.join(out, subject + ".h5"), parts, dict(
-            source=source, licence=licence, spacing_mm=spacing, label_names=diseases, **CINE_NAMES))
+    attrs = dict(CINE_NAMES, source=source, licence=licence, label_names=diseases)
+    for subject, parts in attempt(out, sorted(folders), read, skipped):
+        write(os.path.join(out, subject + ".h5"), parts, attrs)
     print(f"{out}: {len(folders) - len(skipped)} subjects, {len(skipped)} skipped")
 
 
@@ -1881,11 +1867,10 @@ def table_columns(path, table):
 
 
 def read_brain(path, spacing, shape):
-    """-> (D,H,W) uint8 around the head at one isotropic spacing.
+    """-> (D,H,W) uint8 around the head at one isotropic spacing. A head taller than the frame keeps its top.
 
     Grey window: percentiles 0.5-99.5 of what stands out from the corners (air) by a tenth of the 98th
-    percentile. A head taller than the frame keeps its top. ValueError, or one of nibabel's many errors, says
-    why not."""
+    percentile. ValueError, or one of nibabel's many errors, says why not."""
     import nibabel
     if not os.path.isfile(path):
         raise ValueError("no such file")
@@ -1943,11 +1928,9 @@ def volumes(table, out, spacing=1.5, shape=None, slice=None):
             raise ValueError("nothing of the brain in this slice")
         return image
 
-    attrs = dict(source=f"python data.py volumes {os.path.basename(path)} --spacing {spacing:g} --shape "
-                        + ",".join(map(str, shape)) + f" --slice {slice}" * bool(slice),
+    attrs = dict(source=f"python data.py volumes {os.path.basename(path)}, {shape}, slice {slice}",
                  licence="as the source's", spacing_mm=[spacing] * len(frame))
-    if names:
-        attrs["label_names"] = names
+    attrs |= {"label_names": names} if names else {}
     with replacing(out) as part, h5py.File(part, "w") as file:
         pixels = file.create_dataset("image", (len(table), *frame), np.uint8, maxshape=(None, *frame),
                                      chunks=(1, *frame), **PACKED)

@@ -79,8 +79,7 @@ def test_split_depends_on_seed_and_subject_only():
 
 def test_split_of_few_subjects_of_other_fractions_and_as_stored():
     for n in (3, 4, 5, 10):
-        part = data.split(table([str(i) for i in range(n)], np.arange(n) % 2))
-        assert set(part) == {"train", "val", "test"}
+        assert set(data.split(table([str(i) for i in range(n)], np.arange(n) % 2))) == {"train", "val", "test"}
     subject, label = many(10, 1)
     assert set(data.split(table(subject, label), fractions=(0.8, 0.2, 0))) == {"train", "val"}
     stored = np.array(["test"] * 5 + ["train"] * 5)
@@ -227,14 +226,12 @@ nan[7, 0, :3], wide[4, 1, 1] = np.nan, 1.5
 @pytest.mark.parametrize("change, words", [
     (dict(image=None, Images=columns()["image"]), ["image: missing", "the file has Images"]),
     (dict(subject=None), ["subject: missing", "image, label"]),
-    (dict(image=np.zeros((N, H), np.uint8)), ["image", "(12, 16)", "(N,H,W)"]),
     (dict(image=np.zeros((N, H, H, 3), np.uint8), mask=None), ["image", "(12, 16, 16, 3)", "one colour"]),
     (dict(image=np.zeros((N, H, H), np.int16)), ["image", "int16", "uint8"]),
     (dict(image=nan), ["image[7]", "3 values NaN or Inf"]),
     (dict(image=wide), ["image[4]", "1.5", "outside [0,1]"]),
     (dict(image=np.full((N, H, H), 9, np.uint8)), ["image", "every image is constant"]),
     (dict(label=np.zeros(N - 1, int)), ["label", "(11,)", "12 rows"]),
-    (dict(mask=np.zeros((N, H, H + 1), np.uint8)), ["mask", "(12, 16, 17)"]),
     (dict(mask=np.zeros((N, H, H), np.int32)), ["mask", "int32"]),
     (dict(subject=row(np.repeat(["aa", "b"], 6), 5, " ")), ["subject[5]", "empty"]),
     (dict(subject=row(np.arange(N) + 0.0, 5, np.nan)), ["subject", "float", "text or whole numbers"]),
@@ -242,14 +239,12 @@ nan[7, 0, :3], wide[4, 1, 1] = np.nan, 1.5
     (dict(subject=np.array(["a", "a "] * 6), split=np.array(["train", "val"] * 6)), ["1 subjects", " a;"]),
     (dict(split=row(["train"] * N, 3, "dev")), ["split[3]", "dev"]),
     (dict(label=row(np.zeros(N), 2, 0.5)), ["label[2]", "0.5"]),
-    (dict(label=row(np.zeros(N, int), 2, -1)), ["label[2]", "-1"]),
     (dict(label=row(np.zeros(N, np.longdouble), 2, 2.0 ** 70)), ["label[2]", "1.18059", "2147483647"]),
     (dict(age=row(np.ones(N, np.longdouble), 6, 1e39)), ["age[6]", "infinite"]),    # as a float32
     (dict(age=np.array(["old"] * N)), ["age", "expected numbers"]),
     (dict(event=row(np.zeros(N, int), 8, 2), time=np.ones(N)), ["event[8]"]),
     (dict(event=np.zeros(N, int), time=row(np.ones(N), 1, 0)), ["time[1]"]),
     (dict(view=row(np.zeros(N, int), 5, -2)), ["view[5]: -2", "neither 0 nor 1"]),
-    (dict(phase=row(np.zeros(N, int), 5, 2)), ["phase[5]: 2", "neither 0 nor 1"]),
     (dict(slice=row(np.zeros(N), 5, np.nan)), ["slice[5]: nan", "whole number"]),
 ])
 def test_bad_content(tmp_path, capsys, change, words):
