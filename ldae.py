@@ -739,9 +739,7 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
     averaged = [e for e, p in zip(ema.parameters(), model.parameters()) if p.requires_grad]
     config = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(cfg).items()} | facts
     state = D.read_checkpoint(path, config, dataclasses.asdict(Config()), MAY_CHANGE)
-    step = state["step"] if state else 0
-    if state:
-        D.load_into(state, path, model, ema, opt)
+    step = D.load_into(state, path, model, ema, opt)        # 0 if there is none
     if step >= steps:
         return ema, step
     if rank == 0:
@@ -938,16 +936,16 @@ def evaluate(cfg, data, part, loader, models, prior, device):
            list(who[:6]), f"Test subjects: axial and coronal slice. {cfg.S} DDIM steps.")
 
     # What a linear probe reads from the codes of all test scans: the target, age, on phantoms known factors.
-    numpy_codes = {row: code.cpu().numpy() for row, code in codes.items()}
-    numpy_codes["pca"] = M.pca_codes(data, train, cfg.z_dim)
-    target = cfg.target or "label"
-    for key, column in {"age": "age", "probe": target}.items():
+    everyone = {row: code.cpu().numpy() for row, code in codes.items()}
+    everyone["pca"] = M.pca_codes(data, train, cfg.z_dim)
+    for key, column in (("age", "age"), ("probe", cfg.target)):
+        y = data.columns.get(column, np.zeros(len(data)))
         try:
-            numbers, _ = M.probe_numbers(numpy_codes, data.columns[column], part, data.subject, cfg.seed)
+            numbers, _ = M.probe_numbers(everyone, y, part, data.subject, cfg.seed)
             metrics |= {k.replace("probe", key): v for k, v in numbers.items()}
-        except (KeyError, ValueError) as e:
-            print(f"no {key} numbers: {e}; --target chooses another column than label")
-    metrics |= M.factor_numbers(numpy_codes, data.columns, part, data.subject, cfg.seed)
+        except ValueError as e:
+            print(f"no probe of {column}: {e}")
+    metrics |= M.factor_numbers(everyone, data.columns, part, data.subject, cfg.seed)
 
     first = everything[np.unique(data.subject[everything], return_index=True)[1]]    # of each subject
     if "probe_auroc" in metrics or "probe_r2" in metrics:
@@ -984,7 +982,7 @@ def manipulation(cfg, data, train, rows, model, z, z0):
     On phantoms the moved scans are measured: ventricles must grow, hippocampi shrink, heads stay."""
     # The weights of a probe say how to read an attribute, and also hold what cancels other causes. How codes
     # change with the attribute is their covariance with it (Haufe et al. 2014).
-    y = torch.as_tensor(data.columns[cfg.target or "label"], dtype=z.dtype, device=z.device)[train]
+    y = torch.as_tensor(data.columns[cfg.target], dtype=z.dtype, device=z.device)[train]
     seen, y = z[train][~y.isnan()], y[~y.isnan()]
     axis = (seen - seen.mean(0)).T @ (y - y.mean())
     axis = axis / axis.norm() * (seen @ (axis / axis.norm())).std()
@@ -995,7 +993,7 @@ def manipulation(cfg, data, train, rows, model, z, z0):
              for i, line in zip(rows[:5], moved)]
     M.grid(Path(cfg.out, "manipulation.png"), lines, list(data.subject[rows[:5]]),
            ["scan", *[f"{m:+.2f} SD" for m in moves], "2 |last - first|"],
-           f"z_sem moved as it changes with {cfg.target or 'label'}, in SDs of the training codes; z_T kept.")
+           f"z_sem moved as it changes with {cfg.target}, in SDs of the training codes; z_T kept.")
     who, head = data.subject[rows], (moved > 0.1).mean((2, 3, 4))
     change = abs(head[:, -1] - head[:, 0]) / head[:, 0].clip(1e-6)
     metrics = {"manip_head_change": M.row_of(np.mean, who, change, better="lower")}
@@ -1137,6 +1135,8 @@ def main(argv):
     began = time.perf_counter()
     cfg, device = start(argv)
     out, (rank, world) = Path(cfg.out), ranks()
+    if cfg.ae_batch % world:
+        D.fail(f"--ae_batch {cfg.ae_batch}: must be a multiple of the {world} processes")
     check_networks(cfg)
     held = M.lock(out) if rank == 0 else None           # until the process ends
     path = cfg.data or str(out / "brains.h5")
@@ -1157,9 +1157,10 @@ def main(argv):
         print(f"label: 1 against 0; {(label > 1).sum()} scans of other classes are left out of the probes")
         data.columns["label"] = np.where(label > 1, np.nan, label)
     count, facts = D.describe(data, part)
+    cfg = dataclasses.replace(cfg, target=D.choose_target(data, cfg.target, []))
     if rank == 0:
         print(f"ldae: preset {cfg.preset}, recipe {cfg.recipe}, {device}, torch {torch.__version__}\n"
-              f"data: {data.path} at {'x'.join(map(str, shape))}; {count}\n"
+              f"data: {data.path} at {'x'.join(map(str, shape))}; subjects: {count}\n"
               f"out: {out}; stop at any time, the same command goes on", flush=True)
 
     rows = [np.flatnonzero(part == p) for p in ("train", "val")]
@@ -1174,6 +1175,7 @@ def main(argv):
     mean, std = posteriors(ae, D.Loader({"image": data.image}, device))
     arrays = {"mean": mean.cpu().numpy(), "std": std.cpu().numpy()}
     b = dataclasses.replace(cfg, **default(AFTER_B))
+    torch.manual_seed(D.mix(cfg.seed, 1))
     ldm = Unconditional(b, mean[rows[0]], std[rows[0]])
     latents = D.Loader(arrays, device, rows[0])
     ldm, _ = fit(fast_layout(ldm, device), latents, b, "ckpt_B", cfg.ldm_steps, facts)
@@ -1182,6 +1184,7 @@ def main(argv):
     arrays["image"] = data.image
     scans, unseen = (D.Loader(arrays, device, r) for r in rows)
     watch = preview3d(cfg, unseen, "preview_C.png", draw_semantic) if len(unseen) else None
+    torch.manual_seed(D.mix(cfg.seed, 2))
     model = fast_layout(Model(cfg, ldm, ae), device)
     models = {"untrained": copy.deepcopy(model).to(device).eval()}
     models[""], reached = fit(model, scans, cfg, "ckpt_C", cfg.steps, facts, watch)
@@ -1191,6 +1194,7 @@ def main(argv):
     if rank > 0:        # the rest is the work of one process
         return
     z = codes_of(models[""], scans)
+    torch.manual_seed(D.mix(cfg.seed, 3))
     codes = D.Loader({"z": z.cpu().numpy()}, device)
     prior, _ = fit(Prior(cfg.T, z), codes, cfg, f"ckpt_prior_{reached}", cfg.steps, facts)
     metrics = evaluate(cfg, data, part, D.Loader(arrays, device), models, prior, device)
@@ -1198,8 +1202,8 @@ def main(argv):
     M.save_results(out / "results.json", "ldae", data.path, count, seconds, config, metrics, device)
     print(M.table(metrics, SHOWN, ROWS))
     if "probe_auroc_gain.untrained" in metrics:
-        print(M.answer("Did training make z_sem tell Alzheimer's disease better?", "AUROC",
-                       metrics["probe_auroc"], metrics["probe_auroc.untrained"],
+        question = f"Does z_sem tell {cfg.target} better than the code of the untrained encoder?"
+        print(M.answer(question, "AUROC", metrics["probe_auroc"], metrics["probe_auroc.untrained"],
                        metrics["probe_auroc_gain.untrained"]))
     print(f"{seconds:.0f} s. Numbers: {out}/results.json. Pictures: {out}/*.png")
 

@@ -289,7 +289,7 @@ def test_manipulation_moves_codes_along_their_covariance_with_the_label_in_train
     z, train = torch.as_tensor(rng.normal(size=(36, 8)), dtype=torch.float32), np.arange(20)
     monkeypatch.setattr(m, "render", lambda model, z_T, z_sem: moved.append(z_sem) or np.zeros((len(z_sem), *SIZE)))
     model = model_of()
-    m.manipulation(replace(TINY, out=str(tmp_path)), data, train, np.arange(30, 33), model, z, batch(36)["mean"])
+    m.manipulation(replace(TINY, out=str(tmp_path), target="label"), data, train, np.arange(30, 33), model, z, batch(36)["mean"])
     axis = np.array([np.cov(z[train, k], data.columns["label"][train])[0, 1] for k in range(8)])
     axis = axis / np.linalg.norm(axis)
     step = (z[train].numpy() @ axis).std(ddof=1) * axis
