@@ -19,7 +19,6 @@
     anything else (N,) numeric is a probe target; factor_* are the known causes of a phantom
 """
 import argparse, difflib, glob, hashlib, inspect, io, os, re, shutil, sys, typing, zipfile
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -61,8 +60,6 @@ def writing(path):
 def replacing(path):
     """Yields the name of a file to write, which becomes `path` when all went well; else the old one stays."""
     part = f"{path}.part"
-    if os.path.isdir(path):
-        fail(f"{path}: a folder; name the file to write")
     with writing(path):
         if os.path.lexists(part):       # a run was killed here; a link is removed, not followed
             os.remove(part)
@@ -293,8 +290,6 @@ def open_h5(path):
         fail(f"{path}: no such file or folder")
     if not os.path.isfile(path):  # a pipe or device would block
         fail(f"{path}: not a regular file")
-    if os.path.getsize(path) == 0:
-        fail(f"{path}: the file is empty (0 bytes); copy or convert it again")
     with guarded(path, "file"), h5py.File(path, "r", locking=False) as file:    # network disks have no locks
         yield file
 
@@ -337,7 +332,7 @@ class Rows:
     """The rows of `image` or `mask`, read from disk when indexed: rows[ints] -> (len,*S) uint8.
 
     Floats become round(255 x); `size` resizes in-plane. Fails naming file, dataset and row on NaN,
-    Inf, a float outside [0,1] or a damaged chunk. Files are opened per call: safe with threads."""
+    Inf, a float outside [0,1] or a damaged chunk."""
     dtype = np.dtype(np.uint8)
 
     def __init__(self, name, paths, counts, shape, size=None):
@@ -491,12 +486,11 @@ def check_storage(path, name, x, shape):
     """Fails if shape, type or size of dataset x are not the schema's, before anything of it is read."""
     if x.shape != shape:
         fail(f"{path}: {name}: shape {x.shape}, expected {shape}: image has {shape[0]} rows")
-    number = x.dtype.kind in "biuf"
-    good, expected = {
-        "image": (x.dtype == np.uint8 or x.dtype.kind == "f", "uint8 or float in [0,1]"),
-        "mask": (x.dtype == np.uint8, "uint8"),
-        **dict.fromkeys(TEXTS, (h5py.check_string_dtype(x.dtype) or x.dtype.kind in "iu",    # 1.0 is not "1"
-                                "text or whole numbers"))}.get(name, (number, "numbers"))
+    text = h5py.check_string_dtype(x.dtype) or x.dtype.kind in "iu"     # 1.0 is not "1"
+    kinds = dict.fromkeys(TEXTS, (text, "text or whole numbers"))
+    kinds["image"] = x.dtype == np.uint8 or x.dtype.kind == "f", "uint8 or float in [0,1]"
+    kinds["mask"] = x.dtype == np.uint8, "uint8"
+    good, expected = kinds.get(name, (x.dtype.kind in "biuf", "numbers"))
     if not good:
         fail(f"{path}: {name}: type {x.dtype}, expected {expected}")
     # A few kB can declare terabytes.
@@ -682,7 +676,7 @@ def cohort(data, part, target, has_test_file):
         missing = np.flatnonzero(np.isnan(values))     # whose label is unknown must not pass for healthy
         if len(missing):
             fail(f"{data.path}: {need}: missing in {len(missing)} rows, as in {missing[0]}; fill in or drop")
-    age, ill = data.columns["age"], data.columns[target] > 0
+    ill = data.columns[target] > 0
     part = np.where(ill & (part != "test"), "" if has_test_file else "test", part)
     before = np.isin(data.subject, data.subject[ill]) & ~ill
     part[before] = ""
@@ -694,10 +688,7 @@ def cohort(data, part, target, has_test_file):
         n = len(np.unique(data.subject[rows]))
         if n < least:
             fail(f"{data.path}: {target}: {n} {name}, at least {least} needed (0: healthy, above: ill)")
-    patients, healthy = np.flatnonzero(ill & (part == "test")), age[part == "train"]
-    if (age[patients] < healthy.min()).any() or (age[patients] > healthy.max()).any():
-        warn(f"patients outside the ages of the healthy, {healthy.min():.0f} to {healthy.max():.0f}, are "
-             "compared with the nearest of these ages")
+    patients = np.flatnonzero(ill & (part == "test"))
     if {"time", "event"} <= set(data.columns):
         people = pd.DataFrame({k: data.columns[k][patients] for k in ("time", "event")})
         people = people.groupby(data.subject[patients])
@@ -716,20 +707,19 @@ class Loader:
     """Batches of named (N,...) arrays (or Rows) on `device`; with `rows` only those, numbered from 0.
 
     All of it is resident when that fits in limit_gb (uint8 stays uint8, so 10,000 images of 128x128
-    take 164 MB); else it is read ahead from disk in a thread."""
+    take 164 MB); else each batch is gathered from memory or disk."""
 
     def __init__(self, arrays, device, rows=None, limit_gb=8.0):
-        lengths = {k: len(a) for k, a in arrays.items()}
-        if len(set(lengths.values())) != 1:
-            raise ValueError(f"arrays of different length: {lengths}")
+        n, *others = {len(a) for a in arrays.values()}
+        if others:
+            raise ValueError(f"arrays of different lengths: {n}, {others}")
         self.arrays, self.device, limit = arrays, torch.device(device), limit_gb * 1e9
-        self.rows = np.arange(*set(lengths.values())) if rows is None else np.asarray(rows)
+        self.rows = np.arange(n) if rows is None else np.asarray(rows)
         if self.device.type == "cuda":  # half of what is free: the network needs the rest
             limit = min(limit, torch.cuda.mem_get_info(self.device)[0] / 2)
-        share = len(self.rows) / len(next(iter(arrays.values())))
-        self.resident = share * sum(a.nbytes for a in arrays.values()) <= limit
+        self.resident = len(self.rows) / n * sum(a.nbytes for a in arrays.values()) <= limit
         if self.resident:
-            self.arrays = {k: self.tensor(a[self.rows]).to(self.device) for k, a in arrays.items()}
+            self.arrays = {k: self.tensor(a[self.rows]) for k, a in arrays.items()}
 
     def __len__(self):
         return len(self.rows)
@@ -737,19 +727,18 @@ class Loader:
     def tensor(self, x):
         if x.dtype != np.uint8:         # MPS has no float64
             x = x.astype(np.float32 if x.dtype.kind == "f" else np.int64, copy=False)
-        return torch.from_numpy(np.ascontiguousarray(x))
+        return torch.from_numpy(np.ascontiguousarray(x)).to(self.device)
 
-    def read(self, rows):
-        """The slow half of a batch, gathered where the arrays lie: what the thread does."""
+    def batch(self, rows):
+        """Row numbers (B,), numpy or torch on any device -> dict of tensors: image (B,1,*S) float32 in
+        [-1,1]; mask (B,*S) and other integers int64; floats float32."""
         rows = torch.as_tensor(rows)
         if self.resident:
             rows = rows.to(self.device, non_blocking=True)
-            return {k: a[rows] for k, a in self.arrays.items()}
-        raw = {k: self.tensor(a[self.rows[rows.cpu().numpy()]]) for k, a in self.arrays.items()}
-        return {k: v.pin_memory() for k, v in raw.items()} if self.device.type == "cuda" else raw
-
-    def finish(self, raw):
-        batch = {k: v.to(self.device, non_blocking=True) for k, v in raw.items()}
+            batch = {k: a[rows] for k, a in self.arrays.items()}
+        else:
+            rows = self.rows[rows.cpu().numpy()]
+            batch = {k: self.tensor(a[rows]) for k, a in self.arrays.items()}
         for name, x in batch.items():
             if name == "image" and x.dtype == torch.uint8:
                 batch[name] = (x.float() / 127.5 - 1).unsqueeze(1)
@@ -757,26 +746,9 @@ class Loader:
                 batch[name] = x.long()
         return batch
 
-    def batch(self, rows):
-        """Row numbers (B,), numpy or torch on any device -> dict of tensors: image (B,1,*S) float32 in
-        [-1,1]; mask (B,*S) and other integers int64; floats float32."""
-        return self.finish(self.read(rows))
-
     def stream(self, batches):
-        """Iterable of row arrays -> iterator of batch(rows). When not resident, one is read ahead in a
-        thread, whose errors are raised here."""
-        if self.resident:
-            yield from map(self.batch, batches)
-            return
-        with ThreadPoolExecutor(1) as thread:
-            ahead = None
-            for rows in batches:
-                raw = ahead.result() if ahead else None
-                ahead = thread.submit(self.read, rows)
-                if raw:
-                    yield self.finish(raw)
-            if ahead:
-                yield self.finish(ahead.result())
+        """Iterable of row numbers -> iterator of batch(rows)."""
+        return map(self.batch, batches)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1669,14 +1641,11 @@ def window(x):
     return 255 * np.clip((x - low) / (high - low), 0, 1)
 
 
-def subfolders(root, inside, pattern, example):
-    """-> {name: path} of the folders whose name matches, in root and in ROOT/x for the glob patterns x."""
-    found = [p for x in ("", *inside) for p in sorted(glob.glob(os.path.join(glob.escape(root), x, "*")))]
-    named = {os.path.basename(p): p for p in found if os.path.isdir(p)}
-    named = {name: p for name, p in named.items() if re.fullmatch(pattern, name)}
-    if not named:
-        fail(f"{root}: no folders {example}...; pass the folder that holds them")
-    return named
+def subfolders(root, pattern, example):
+    """-> {name: path} of the folders below root whose name matches."""
+    found = {os.path.basename(path): path for path, *_ in os.walk(root)}
+    found = {name: found[name] for name in sorted(found) if re.fullmatch(pattern, name)}
+    return found or fail(f"{root}: no folders {example}...; pass the folder that holds them")
 
 
 def read_entries(path):
@@ -1718,7 +1687,7 @@ def emidec(root, out):
 
     Grey window of each cropped volume. Slices without myocardium are dropped; skipped cases are listed with
     the reason."""
-    cases, skipped = subfolders(root, (), r"Case_[NP]\d+", "Case_N006"), []
+    cases, skipped = subfolders(root, r"Case_[NP]\d+", "Case_N006"), []
 
     def read(case):
         files = (os.path.join(cases[case], folder, case) for folder in ("Images", "Contours"))
@@ -1726,7 +1695,7 @@ def emidec(root, out):
         where, keep = np.argwhere(mask >= 2)[:, :2], np.flatnonzero((mask >= 2).any((0, 1)))
         if not len(where):
             raise ValueError("contours without myocardium")
-        text = os.path.join(root, case.replace("_", " ") + ".txt")
+        text = os.path.join(os.path.dirname(cases[case]), case.replace("_", " ") + ".txt")
         entry, n, step = read_entries(text) if os.path.isfile(text) else {}, len(keep), 1 / zooms[:2]
         age = re.match(r"\d+(\.\d+)?", entry.get("age", ""))
         start = (where.min(0) + where.max(0) + 1) / 2 - 64 * step
@@ -1737,7 +1706,7 @@ def emidec(root, out):
                     sex=np.full(n, entry.get("sex", "")[:1].upper()), infarct_fraction=infarct_fraction(mask),
                     has_infarct=(mask >= 3).any((1, 2)).astype(np.uint8))
 
-    parts = [columns for _, columns in attempt(root, sorted(cases), read, skipped)]
+    parts = [columns for _, columns in attempt(root, cases, read, skipped)]
     write(out, parts, dict(
         source="EMIDEC (emidec.com, Lalande et al. 2020), python data.py emidec", licence="CC BY-NC-SA 4.0",
         spacing_mm=[1.0, 1.0], label_names=["normal", "pathological"], mask_names=HEART))
@@ -1780,7 +1749,7 @@ def cine_files(out, folders, describe, ids, diseases, source, licence):
         return parts
 
     attrs = dict(CINE_NAMES, source=source, licence=licence, label_names=diseases)
-    for subject, parts in attempt(out, sorted(folders), read, skipped):
+    for subject, parts in attempt(out, folders, read, skipped):
         write(os.path.join(out, subject + ".h5"), parts, attrs)
     print(f"{out}: {len(folders) - len(skipped)} subjects, {len(skipped)} skipped")
 
@@ -1789,7 +1758,7 @@ def acdc(root, out):
     """Convert ACDC, {training,testing}/patientNNN, into a folder of one file per subject, ED and ES.
 
     Its label ids, 1 RV, 2 myocardium, 3 LV, become those of CINE. label: its five groups."""
-    folders = subfolders(root, ("t*ing", "database/t*ing"), r"patient\d{3}", "patient001")
+    folders = subfolders(root, r"patient\d{3}", "patient001")
 
     def describe(subject):
         entry = read_entries(os.path.join(folders[subject], "Info.cfg"))
@@ -1804,20 +1773,18 @@ def acdc(root, out):
 
 
 def mms(root, out):
-    """Convert M&Ms-2, dataset/NNN and dataset_information.csv, into a folder of one file per subject.
+    """Convert M&Ms-2, root/**/NNN and root/dataset_information.csv, into a folder of one file per subject.
 
     Short axis and four chambers (H,W,1), ED and ES; CINE has no labels and is left. Ids are those of CINE."""
-    folders = subfolders(root, ("dataset", "MnM2/dataset"), r"\d{3}", "dataset/001")
-    places = [os.path.join(root, x, "dataset_information.csv") for x in ("", "MnM2", "..")]
-    path = next(filter(os.path.isfile, places), places[0])
-    table = read_table(path, ("subject_code", "disease")).dropna(subset=["subject_code", "disease"])
-    disease = dict(zip(table["subject_code"].str.zfill(3), table["disease"]))
+    folders = subfolders(root, r"\d{3}", "dataset/001")
+    table = read_table(os.path.join(root, "dataset_information.csv"), ("subject_code", "disease"))
+    disease = dict(zip(table["subject_code"].str.zfill(3), table["disease"].fillna("unknown")))
 
     def describe(subject):
         return [(view, phase, f"{subject}_{v}_{p}") for view, v in enumerate(CINE_NAMES["view_names"])
                 for phase, p in enumerate(CINE_NAMES["phase_names"])], disease.get(subject)
 
-    cine_files(out, folders, describe, [0, 1, 2, 3], sorted({*disease.values()}),
+    cine_files(out, folders, describe, [0, 1, 2, 3], sorted({*disease.values()} - {"unknown"}),
                "M&Ms-2 (Martin-Isla et al. 2023), python data.py mms", "as the challenge's: ub.edu/mnms-2")
 
 
