@@ -91,9 +91,9 @@ class Config:
 
 PRESETS = {
     "paper": {},
-    "demo": dict(size=(48, 56, 48), patch=4, ae_base=32, ae_mult=(1,), z_ch=32, disc_base=8, base=32,
+    "demo": dict(size=(48, 56, 48), patch=4, ae_base=32, ae_mult=(1,), z_ch=32, disc_base=8, base=16,
                  mult=(1, 2), blocks=1, groups=0, enc_base=32, enc_mult=(1, 2), z_dim=128, ae_steps=1200,
-                 ldm_steps=120, steps=300, batch=8, lr=2e-3, save_every=100, S=10, eval_images=12),
+                 ldm_steps=150, steps=600, batch=8, lr=2e-3, save_every=100, S=10, eval_images=12),
 }
 RECIPES = {
     "ours": {},
