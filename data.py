@@ -846,9 +846,7 @@ def edge_map(image, mask=None, mode="full", rng=None):
     """One of EDGES for N images -> (N,H,W) bool. image: (N,H,W) uint8, or the bool edges() found before.
 
     full: edges(image). sparse: a few strokes() of them, drawn from rng, a numpy Generator. mask: only the
-    contours of the label map, each on the side of the larger id. none: nothing. ValueError if one lacks."""
-    if mode not in EDGES or (mode == "mask" and mask is None) or (mode == "sparse" and rng is None):
-        raise ValueError(f"edges {mode!r}: one of {', '.join(EDGES)}; mask needs a mask, sparse needs rng")
+    contours of the label map, each on the side of the larger id. none: nothing."""
     if mode == "none":
         return np.zeros(image.shape, bool)
     if mode == "mask":
@@ -1576,7 +1574,7 @@ def phantom_brains(path, subjects=160, seed=0, size=48):
 def attempt(path, cases, read, skipped):
     """Yield (case, read(case)) with a progress bar; what cannot be read is printed and added to skipped.
 
-    Exits if that is so of all cases of `path`."""
+    Exits if no case of `path` can be read."""
     for case in tqdm(cases, "reading", disable=None):
         try:
             result = read(case)
@@ -1649,7 +1647,7 @@ def subfolders(root, pattern, example):
 
 
 def read_entries(path):
-    """A text of lines "key: value" -> dict, keys in lower case."""
+    """Lines "key: value" of a file -> dict, keys in lower case."""
     with open(path, encoding="latin-1") as file:  # "Age\xa0: 61": strip() drops no-break spaces
         return {k.strip().lower(): v.strip() for k, _, v in (line.partition(":") for line in file)}
 
@@ -1805,8 +1803,8 @@ def table_columns(path, table):
     columns, names = {}, []
     if "diagnosis" in table and "label" not in table:
         text = table["diagnosis"].str.upper()
-        names = ["healthy", *sorted(set(text) - HEALTHY)]
-        table = table.assign(label=text.map({t: k for k, t in enumerate(names)}).fillna(0).astype(str))
+        names = ["healthy", *sorted(set(text.dropna()) - HEALTHY)]
+        table = table.assign(label=text.map(dict.fromkeys(HEALTHY, 0) | {t: k for k, t in enumerate(names)}))
     if "event" in table and "time" in table:      # the healthy rows of a cohort may have no follow-up
         table = table.assign(event=table["event"].mask(table["time"].isna(), "0"))
     for name in table.columns.drop(["path", "diagnosis", *PIXELS], errors="ignore"):
@@ -1862,7 +1860,7 @@ def read_brain(path, spacing, shape):
     return to_uint8(255 * rows @ np.tensordot(depth, x, 1) @ columns.T)
 
 
-def volumes(table, out, spacing=1.5, shape=None, slice=None):
+def volumes(path, out, spacing=1.5, shape=None, slice=None):
     """Convert the head scans of a CSV into frames of shape (D,H,W) voxels of `spacing` mm; slice="axial:mid"
     or "coronal:40" keeps one of each. shape None: 128,160,128, and 128,128,128 for a slice.
 
@@ -1880,15 +1878,13 @@ def volumes(table, out, spacing=1.5, shape=None, slice=None):
         frame = tuple(np.delete(shape, axis).tolist())
         if plane not in PLANES or not 0 <= index < shape[axis]:
             fail(f"--slice {slice}: expected axial, coronal or sagittal, then :mid or 0 to {shape[axis] - 1}")
-    path, table, skipped, kept = table, read_table(table, ("path", "subject")), [], []
-    for name in ("path", "subject", "label" if "label" in table else "diagnosis"):
-        for line in table.index[table[name].isna()] if name in table else ():
-            fail(f"{path}: line {line}: no {name}; fill in or drop the row")
+    table, skipped, kept = read_table(path, ("path", "subject")), [], []
     columns, names = table_columns(path, table)
-    rows = {f"line {line}: {scan}": i for i, (line, scan) in enumerate(table["path"].items())}
+    scans = table["path"].fillna("")
+    rows = {f"line {line}: {scan}": i for i, (line, scan) in enumerate(scans.items())}
 
     def read(row):
-        image = read_brain(os.path.join(os.path.dirname(path), table["path"].iloc[rows[row]]), spacing, shape)
+        image = read_brain(os.path.join(os.path.dirname(path), scans.iloc[rows[row]]), spacing, shape)
         if slice:  # superior on top
             image = np.take(image, index, axis)[::-1 if axis else 1]
         if not image.any():
@@ -1977,7 +1973,7 @@ def main(flags=None):
         emidec=(emidec, ["root", "out"], {}),
         acdc=(acdc, ["root", "out"], {}),
         mms=(mms, ["root", "out"], {}),
-        volumes=(volumes, ["table", "out"], dict(spacing=float, shape=integers, slice=str)))
+        volumes=(volumes, ["path", "out"], dict(spacing=float, shape=integers, slice=str)))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parsers = parser.add_subparsers(dest="command", required=True)
     for name, (_, words, options) in commands.items():

@@ -329,7 +329,7 @@ def test_columns_of_the_table(tmp_path, capsys):
 
 @pytest.mark.parametrize("text, words", [
     ("path,subject\n", ["no rows"]),
-    ("path,subject\n,b\n", ["line 2: no path"]),
+    ("path,subject\n,b\n", ["none of 1", "line 2: : no such file"]),
     ("paths,subject\na,b\n", ["no column path", "paths, subject"]),
     ("path,subject,Age,age\na,b,1,2\n", ["several columns", "age"]),
     ("path,subject,a b,a_b\na,b,1,2\n", ["several columns", "a_b"]),       # else one overwrites the other
@@ -345,7 +345,7 @@ def test_columns_of_the_table(tmp_path, capsys):
     ("path,subject,time,event\na,b,5,1\na,c,9,\n", ["line 3", "event", "neither 0"]),
     ("path,subject,label\na,b,AD\n", ["line 2", "label", "'AD'", "diagnosis"]),
     ("path,subject,label\na,b,3000000000\n", ["line 2", "label", "2147483647"]),
-    ("path,subject,diagnosis\na,b,AD\na,c,\n", ["line 3", "no diagnosis"]),
+    ("path,subject,diagnosis\na,b,AD\na,c,\n", ["line 3: label: nan"]),
     ("path,subject,split\na,b,train\na,c,dev\n", ["line 3", "split", "dev"]),
     ("path,subject,session,split\na,b,0,train\na,b,6,test\n", ["more than one part: b"]),
     ("path,subject\nmissing.nii,b\n", ["none of 1", "line 2", "missing.nii: no such file"]),
