@@ -1103,12 +1103,12 @@ def infarct_fraction(mask):
     return (mask >= 3).sum((1, 2)) / np.maximum((mask >= 2).sum((1, 2)), 1)
 
 
-def phantom_hearts(path, subjects=100, seed=0, size=128):
+def phantom_hearts(out, subjects=100, seed=0, size=128):
     """Write LGE short-axis hearts with known causes; two thirds infarcted, mask ids as EMIDEC's.
 
     factor_*: x, y (right, up), lv_radius, wall_thickness in mm (the frame is 125 mm wide); rotation in
     degrees; shares infarct_fraction and transmurality; contrast = blood - myocardium of full scale."""
-    phantom_file(path, f"hearts --subjects {subjects} --seed {seed} --size {size}",
+    phantom_file(out, f"hearts --subjects {subjects} --seed {seed} --size {size}",
                  [f"heart{seed}-{i:03d}" for i in range(subjects)],
                  lambda i: heart(np.random.default_rng([seed, i]), size, infarcted=i % 3 > 0),
                  dict(spacing_mm=[9.0, 125 / size, 125 / size], label_names=["normal", "pathological"],
@@ -1251,12 +1251,12 @@ def cine_view(rng, size, n, long_axis, radius, wall, ef, blood, muscle, fat, ski
                 **{f"factor_{k}": (row + f).ravel() for k, f in factors.items()})
 
 
-def phantom_views(path, subjects=60, seed=0, size=128):
+def phantom_views(out, subjects=60, seed=0, size=128):
     """Write cine hearts, short axis and four chambers, ED and ES; a third each healthy, dilated, thick.
 
     factor_*: as of hearts, lv_radius and wall_thickness at that phase; x, y and rotation off the view's own
     place; ejection_fraction in [0,1]. The frame is FRAME mm wide."""
-    phantom_file(path, f"views --subjects {subjects} --seed {seed} --size {size}",
+    phantom_file(out, f"views --subjects {subjects} --seed {seed} --size {size}",
                  [f"view{seed}-{i:03d}" for i in range(subjects)],
                  lambda i: cine(np.random.default_rng([seed, i]), size, i % 3),
                  dict(CINE_NAMES, spacing_mm=[10.0, FRAME / size, FRAME / size],
@@ -1501,7 +1501,7 @@ def person(rng, patient):
                 factor_severity=severity, factor_brain_age=np.clip(age + rng.normal(0, 5, 1), 18, 95))
 
 
-def phantom_cohort(path, subjects=1000, patients=220, seed=0, size=128):
+def phantom_cohort(out, subjects=1000, patients=220, seed=0, size=128):
     """Write one axial T1 slice each of healthy adults and of patients whose survival is planted.
 
     factor_severity 0..1 (0 = healthy); factor_ventricle in mm2; factor_brain_age in years. The hazard is
@@ -1525,14 +1525,14 @@ def phantom_cohort(path, subjects=1000, patients=220, seed=0, size=128):
         area = drawn["ventricle"].sum((1, 2), dtype=float) * voxel ** 2
         return dict(columns, image=scan(rng, drawn, *at), mask=mask, factor_ventricle=area)
 
-    phantom_file(path, f"cohort --subjects {subjects} --patients {patients} --seed {seed} --size {size}",
+    phantom_file(out, f"cohort --subjects {subjects} --patients {patients} --seed {seed} --size {size}",
                  [f"control{seed}-{i:03d}" for i in range(subjects)]
                  + [f"patient{seed}-{i:03d}" for i in range(patients)], draw,
                  dict(spacing_mm=[voxel, voxel], hr_per_sd=1 / 0.73, label_names=["healthy", "patient"],
                       mask_names=[*BRAIN[:4], "lesion"]))
 
 
-def phantom_brains(path, subjects=160, seed=0, size=48):
+def phantom_brains(out, subjects=160, seed=0, size=48):
     """Write T1 volumes of controls (CN) and Alzheimer's disease (AD): 3 to 5 visits each within 4 years.
 
     (D,H,W) as in volumes(); H = size * 5/4, cut to a multiple of 8, is 176 mm. factor_rate: years that this
@@ -1563,7 +1563,7 @@ def phantom_brains(path, subjects=160, seed=0, size=48):
         return dict({k: np.array([row[k] for row in rows]) for k in rows[0]}, session=months,
                     label=np.full(n, ill), sex=np.full(n, sex), factor_rate=np.full(n, rate))
 
-    phantom_file(path, f"brains --subjects {subjects} --seed {seed} --size {size}",
+    phantom_file(out, f"brains --subjects {subjects} --seed {seed} --size {size}",
                  [f"brain{seed}-{i:03d}" for i in range(subjects)], draw,
                  dict(spacing_mm=[voxel] * 3, label_names=["CN", "AD"], mask_names=BRAIN))
 
@@ -1860,9 +1860,9 @@ def read_brain(path, spacing, shape):
     return to_uint8(255 * rows @ np.tensordot(depth, x, 1) @ columns.T)
 
 
-def volumes(path, out, spacing=1.5, shape=None, slice=None):
+def volumes(path, out, spacing=1.5, shape=(), slice=""):
     """Convert the head scans of a CSV into frames of shape (D,H,W) voxels of `spacing` mm; slice="axial:mid"
-    or "coronal:40" keeps one of each. shape None: 128,160,128, and 128,128,128 for a slice.
+    or "coronal:40" keeps one of each. Without a shape: 128,160,128, and 128,128,128 for a slice.
 
     Columns: path, subject; age, sex, diagnosis or label, session, time, event, split; other numeric ones
     become probe targets. One volume is in memory at a time. Rows that cannot be read are listed with line and
@@ -1912,19 +1912,6 @@ def volumes(path, out, spacing=1.5, shape=None, slice=None):
 PHANTOMS = dict(hearts=phantom_hearts, views=phantom_views, cohort=phantom_cohort, brains=phantom_brains)
 
 
-def phantom(kind, out, subjects=None, patients=None, seed=None, size=None):
-    """Draw one of PHANTOMS; what is None is as its function has it."""
-    given = dict(subjects=subjects, patients=patients, seed=seed, size=size)
-    given = {k: v for k, v in given.items() if v is not None}
-    if kind not in PHANTOMS or "patients" in given and kind != "cohort":
-        fail(f"phantom {kind}: choose {', '.join(PHANTOMS)}; --patients are of a cohort only")
-    for key, least in dict(subjects=1, patients=0, seed=0, size=16).items():
-        if given.get(key, least) < least:
-            fail(f"--{key} {given[key]}: must be at least {least}")
-    PHANTOMS[kind](out, **given)
-    print(out)
-
-
 def summary(path):
     """Check, then print what the file holds; ends with ok."""
     data = check(path)
@@ -1956,37 +1943,47 @@ def show(path, out="sheet.png"):
         for c, row in enumerate(rows[np.unique(np.linspace(0, len(rows) - 1, 4).astype(int))]):
             image, *mask = (a[[row]] for a in (data.image, data.mask) if a is not None)
             image, *mask = (a[:, a.shape[1] // 2] if a.ndim == 4 else a for a in (image, *mask))
-            tile = np.repeat(image[0][..., None], 3, 2)
-            for m in mask:
+            tile = np.repeat(to_uint8(resize(image, side))[0][..., None], 3, 2)
+            for m in (resize(m, side, nearest=True) for m in mask):
                 tile[edge_map(m, m, "mask")[0]] = 255, 80, 80
-            sheet.paste(Image.fromarray(tile).resize((side, side)), (c * side, y + 14))
+            sheet.paste(Image.fromarray(tile), (c * side, y + 14))
     with writing(out):
         sheet.save(out)
     print(out)
 
 
+COMMANDS = dict(check=summary, show=show, emidec=emidec, acdc=acdc, mms=mms, volumes=volumes)
+
+
 def main(flags=None):
-    commands = dict(    # the function, its arguments and flags
-        check=(summary, ["path"], {}),
-        show=(show, ["path"], dict(out=str)),
-        phantom=(phantom, ["kind", "out"], dict(subjects=int, patients=int, seed=int, size=int)),
-        emidec=(emidec, ["root", "out"], {}),
-        acdc=(acdc, ["root", "out"], {}),
-        mms=(mms, ["root", "out"], {}),
-        volumes=(volumes, ["path", "out"], dict(spacing=float, shape=integers, slice=str)))
+    """Each function of COMMANDS and PHANTOMS is a command; its parameters are the arguments and flags."""
+    def add(where, name, function):
+        p = where.add_parser(name)
+        p.error, known = parser.error, inspect.signature(function).parameters if function else {}
+        p.set_defaults(function=function)
+        for word, parameter in known.items():
+            default, kind = parameter.default, type(parameter.default)
+            if default is parameter.empty:
+                p.add_argument(word)
+            else:
+                p.add_argument(f"--{word}", type=integers if kind is tuple else kind, default=default)
+        return p
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parsers = parser.add_subparsers(dest="command", required=True)
-    for name, (_, words, options) in commands.items():
-        p = parsers.add_parser(name, argument_default=argparse.SUPPRESS)
-        for word in words:
-            p.add_argument(word)
-        for option, kind in options.items():
-            p.add_argument(f"--{option}", type=kind)
-        parser.error = p.error = lambda message: fail(f"{message}; see python data.py --help")
+    parser.error = lambda message: fail(f"{message}; see python data.py --help")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    for name, function in COMMANDS.items():
+        add(commands, name, function)
+    kinds = add(commands, "phantom", None).add_subparsers(required=True, metavar="kind")
+    for name, function in PHANTOMS.items():
+        add(kinds, name, function)
     given = vars(parser.parse_args(flags))
-    function, folder = commands[given.pop("command")][0], os.path.dirname(given.get("out", ""))
+    function, folder = given.pop("function"), os.path.dirname(given.get("out", ""))
     if folder and not os.path.isdir(folder):    # said before the work, not after it
         fail(f"{given['out']}: no folder {folder}; make it first")
+    for key, least in dict(subjects=1, patients=0, seed=0, size=16).items():
+        if given.get(key, least) < least:
+            fail(f"--{key} {given[key]}: must be at least {least}")
     function(**given)
 
 
