@@ -592,9 +592,7 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
     averaged = [e for e, p in zip(ema.parameters(), model.parameters()) if p.requires_grad]
     config = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(cfg).items()} | facts
     state = D.read_checkpoint(path, config, dataclasses.asdict(Config()), MAY_CHANGE)
-    step = state["step"] if state else 0
-    if state:
-        D.load_into(state, path, model, ema, opt)
+    step = D.load_into(state, path, model, ema, opt)        # 0 if there is none
     if step >= steps:
         return ema, step
     if rank == 0:

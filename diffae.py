@@ -518,9 +518,7 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
     averaged = [e for e, p in zip(ema.parameters(), model.parameters()) if p.requires_grad]
     config = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(cfg).items()} | facts
     state = D.read_checkpoint(path, config, dataclasses.asdict(Config()), MAY_CHANGE)
-    step = state["step"] if state else 0
-    if state:
-        D.load_into(state, path, model, ema, opt)
+    step = D.load_into(state, path, model, ema, opt)        # 0 if there is none
     if step >= steps:
         return ema, step
     if rank == 0:
@@ -771,10 +769,7 @@ def main(argv):
         dist.barrier()
     data, part = D.load_study(path, cfg.test, cfg.size, cfg.seed)
     count, facts = D.describe(data, part)
-    if cfg.target and data.columns.get(cfg.target, np.array("")).dtype.kind not in "biuf":
-        D.fail(f"--target {cfg.target}: no such numbers in {path}, which has {', '.join(data.columns)}")
-    target = cfg.target or ("has_infarct" if "has_infarct" in data.columns else "label")
-    cfg = dataclasses.replace(cfg, target=target)
+    cfg = dataclasses.replace(cfg, target=D.choose_target(data, cfg.target, ["has_infarct"]))
     if rank == 0:
         print(f"diffae: preset {cfg.preset}, recipe {cfg.recipe}, {device}, torch {torch.__version__}\n"
               f"data: {data.path} at {cfg.size}x{cfg.size}; subjects: {count}\n"
@@ -802,7 +797,7 @@ def main(argv):
     M.save_results(out / "results.json", "diffae", data.path, count, seconds, config, metrics, device)
     print(M.table(metrics, SHOWN, ROWS))
     if "probe_auroc_gain.vae" in metrics:
-        question = f"Does z_sem tell {target} better than the VAE's code?"
+        question = f"Does z_sem tell {cfg.target} better than the VAE's code?"
         print(M.answer(question, "AUROC", metrics["probe_auroc"], metrics["probe_auroc.vae"],
                        metrics["probe_auroc_gain.vae"]))
     print(f"{seconds:.0f} s. Numbers: {out}/results.json. Pictures: {out}/*.png")
