@@ -15,7 +15,7 @@ Preechakul et al., Diffusion Autoencoders, CVPR 2022 (arXiv 2111.15640).
 
 --preset is the size (demo or paper), --recipe the method. `--recipe paper` has the published objective,
 conditioning and sampling. `--recipe ours`, the default, differs in this:
-- predict v, t_power 0.33: at low noise x_t still shows the image. z_sem must decide at high noise, which the
+- predict v, t_power 0.5: at low noise x_t still shows the image. z_sem must decide at high noise, which the
   eps loss hardly trains;
 - spatial: faces are aligned, hearts are not. Average pooling forgets where things are, and AdaGN scales whole
   channels. So the encoder flattens its last feature map, and a linear layer turns z_sem into an image that
@@ -67,7 +67,7 @@ class Config:
     spatial: bool = True      # the encoder keeps position and the UNet sees an image of z_sem; paper: false
     # objective
     predict: Literal["v", "eps"] = "v"    # what the UNet outputs; paper: eps
-    t_power: float = 0.33     # times are drawn as T u^t_power: 0.33 favours high noise; paper: 1, uniform
+    t_power: float = 0.5      # times are drawn as T u^t_power: 0.5 favours high noise; paper: 1, uniform
     augment: float = 0.5      # strength of random rotation, zoom and shift of the training images; paper: 0
     flip: bool = False        # random left-right flips (paper: true; but a heart has its left and its right)
     T: int = 1000             # diffusion steps, linear beta; with far fewer the last level is not pure noise
