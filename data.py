@@ -2,7 +2,7 @@
 
     python data.py check   FILE_OR_FOLDER                  verify, naming file, dataset and row
     python data.py show    FILE_OR_FOLDER [--out X.png]    contact sheet with mask contours
-    python data.py phantom hearts|views|cohort|brains OUT.h5 [--subjects N --seed 0 --size 128]
+    python data.py phantom hearts|views|cohort|brains OUT.h5 [--subjects N --patients N --seed 0 --size 128]
     python data.py emidec  ROOT OUT.h5                     EMIDEC's NIfTI folders -> HDF5
     python data.py acdc    ROOT OUTDIR                     ACDC's -> one HDF5 per subject, 256 x 256
     python data.py mms     ROOT OUTDIR                     M&Ms-2's -> the same
@@ -395,6 +395,7 @@ def in_memory(rows):
 
 
 def to_uint8(x):
+    """Floats 0..255 -> the nearest uint8."""
     return np.rint(x).astype(np.uint8)
 
 

@@ -78,7 +78,8 @@ def test_split_depends_on_seed_and_subject_only():
 
 def test_split_of_few_subjects_of_other_fractions_and_as_stored():
     for n in (3, 4, 5, 10):
-        assert set(data.split(table([str(i) for i in range(n)], np.arange(n) % 2))) == {"train", "val", "test"}
+        part = data.split(table([str(i) for i in range(n)], np.arange(n) % 2))
+        assert set(part) == {"train", "val", "test"}
     subject, label = many(10, 1)
     assert set(data.split(table(subject, label), fractions=(0.8, 0.2, 0))) == {"train", "val"}
     stored = np.array(["test"] * 5 + ["train"] * 5)
@@ -452,8 +453,8 @@ def test_the_target_is_the_one_given_or_the_first_usual_one(capsys):
     assert data.choose_target(d, "age", ("ef",)) == "age" and data.choose_target(d, "", ("x", "ef")) == "ef"
     assert data.choose_target(d, "", ("x", "sex")) == "label"
     for wrong in ("sex", "x"):
-        one_error(capsys, lambda: data.choose_target(d, wrong, ()), f"--target {wrong}: no numbers of that name in",
-                  "t.h5, which has age, ef, label")
+        one_error(capsys, lambda: data.choose_target(d, wrong, ()),
+                  f"--target {wrong}: no numbers of that name in t.h5, which has age, ef, label")
 
 
 # ---------------------------------------------------------------- flags

@@ -1,5 +1,5 @@
-"""The phantoms keep their word: factors against masks, ageing, disease, planted survival. Edges of images: Canny
-against skimage, strokes."""
+"""The phantoms keep their word: factors against masks, ageing, disease, planted survival. Edges of images:
+Canny against skimage, strokes."""
 import numpy as np
 import pandas as pd
 import pytest
