@@ -19,7 +19,8 @@ arXiv 2212.12990).
 
 Latents are never clipped: standardised latents are not bounded by 1, and clipping them costs an MSE of 0.15.
 `--recipe paper` trains as published, but the adversarial loss warms up, and LPIPS and the ImageNet weights of
-the encoder are left out (both need a download). Its DDIM times are ours. `--recipe ours`, the default:
+the encoder are left out (both need a download), and DDIM ends at level -1 where PDAE ends at 0.
+`--recipe ours`, the default, differs:
 - predict v, t_power 0.25: PDAE's weights hardly train high noise levels, and only there must z_sem decide;
 - spatial: brains are registered, so a place means something. Latents are standardised place by place, the
   encoder sees the deviation from the mean brain and flattens its feature maps where the paper averages
@@ -954,7 +955,8 @@ def evaluate(cfg, data, part, loader, models, prior, device):
         metrics |= missing_scans(cfg, data, everything, model, z, z0)
     metrics |= throughput(cfg, loader.batch(test[:1]), model)
 
-    new = render(model, torch.randn(z0[:6].shape, generator=g, device=device), prior.sample(6, g))
+    noise = torch.randn(6, *z0.shape[1:], generator=g, device=device)
+    new = render(model, noise, prior.sample(6, g))
     bank = data.image[M.evenly(train, 200)] / 255
     coarse = lambda x: x[:, ::2, ::2, ::2]
     nearest = bank[M.nearest(coarse(new), coarse(bank))[1]]
