@@ -96,12 +96,6 @@ def mse(a, b):
     return ((a - b) ** 2).mean(axis=tuple(range(1, a.ndim)))
 
 
-def psnr(a, b):
-    """10 log10(1 / MSE) in dB per image, (N,). Identical images: inf."""
-    with np.errstate(divide="ignore"):
-        return -10 * np.log10(mse(a, b))
-
-
 def nmse(real, fake):
     """MSE / Var(real) per image, (N,). The image's own mean scores 1: above that, a flat grey is better."""
     x, _ = image_pair(real, fake)

@@ -44,13 +44,12 @@ def test_ssim_refuses_small_images_other_shapes_and_the_wrong_range():
             M.ssim(a, b)
 
 
-def test_mse_psnr_nmse_closed_forms():
+def test_mse_nmse_closed_forms():
     x = smooth((3, 20, 22), 0)
     at_mean, zero = np.broadcast_to(x.mean((1, 2), keepdims=True), x.shape), np.zeros_like(x)
     assert np.abs(M.nmse(x, at_mean) - 1).max() < 1e-9
     assert np.abs(M.nmse(x, zero) - (x ** 2).mean((1, 2)) / x.var((1, 2))).max() < 1e-9
-    assert np.abs(M.mse(x, x + 0.1) - 0.01).max() < 1e-9 and np.isposinf(M.psnr(x, x)).all()
-    assert np.abs(M.psnr(x, x + 0.1) - 20).max() < 1e-6
+    assert np.abs(M.mse(x, x + 0.1) - 0.01).max() < 1e-9
     pixels = torch.tensor([-3, -1, 0, 0.5, 1, 2.0], dtype=torch.bfloat16).reshape(1, 1, 2, 3)
     assert M.to_image(pixels).tolist() == [[[0, 0, 0.5], [0.75, 1, 1]]]
 
