@@ -409,7 +409,7 @@ def test_one_class_only_skips_the_probe(tmp_path, capsys):
     D.write(str(path), [dict(image=images(24), subject=np.repeat([f"p{i:02d}" for i in range(12)], 2),
                              label=np.ones(24, int))], {})
     main("--data", path, "--out", tmp_path / "out", *FLAGS, "--steps=2")
-    assert "no probe: " in capsys.readouterr().out
+    assert "no probe of label: " in capsys.readouterr().out
     assert "probe_auroc" not in json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]
 
 
