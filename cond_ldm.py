@@ -74,7 +74,7 @@ class Config:
     predict: Literal["v", "eps"] = "v"      # what the UNet outputs; paper: eps
     scale: bool = True        # standardise the latents; paper: false
     # training
-    vq_steps: int = 29000     # optimizer steps of the VQ-VAE, and of the segmenter that judges the images
+    vq_steps: int = 29000     # optimizer steps of the VQ-VAE; the segmenter that judges images takes half
     steps: int = 24000        # of the diffusion model; raise it and run again to train longer
     batch: int = 36           # images per step, over all processes
     vq_lr: float = 8e-5       # Adam; constant after 100 steps of warm-up
@@ -90,7 +90,7 @@ class Config:
 PRESETS = {
     "paper": {},
     "demo": dict(size=64, patch=2, channels=(32, 64), depth=1, groups=0, codebook=1024, gan_start=300,
-                 unet=(64, 96, 128), vq_steps=500, steps=1200, batch=16, vq_lr=1e-3, lr=1e-3, save_every=300,
+                 unet=(64, 96, 128), vq_steps=1000, steps=1400, batch=16, vq_lr=1e-3, lr=1e-3, save_every=300,
                  S=15, eval_images=160),
 }
 RECIPES = {
@@ -846,9 +846,12 @@ def evaluate(cfg, data, part, arrays, vq, models, judge, w, inception):
             value = M.row(distance(here, target), n=len(np.unique(who)), better="lower")
             metrics[f"{k}.{name}" if name else k] = value
 
-    # Pictures: a slice of each of eight patients, another view in turn.
-    few = [np.flatnonzero(who == p) for p in np.unique(who)[:8]]
-    few = [rows[(1 + i % 2) * len(rows) // 3] for i, rows in enumerate(few)]
+    # Pictures: a middle slice of each of eight patients, another view in turn.
+    few = []
+    for i, p in enumerate(np.unique(who)[:8]):
+        views = np.unique(view[test][who == p])
+        rows = np.flatnonzero((who == p) & (view[test] == views[i % len(views)]))
+        few.append(rows[len(rows) // 2])
     batch, bank = loader.batch(test[few]), data.image[M.evenly(train, 5000)] / 255
     _, nearest = M.nearest(made[""][few], bank)
     lines = {"map": to_picture(planes(batch, edges))[1], "real slice": real[few],
@@ -967,7 +970,7 @@ def main(argv):
         pairs = D.Loader({k: arrays[k] for k in ("image", "mask")}, device, all_views)
         torch.manual_seed(D.mix(cfg.seed, 1))
         second = dataclasses.replace(cfg, lr=1e-3)
-        judge, _ = fit(Segmenter(cfg), pairs, second, "ckpt_judge", cfg.vq_steps, facts)
+        judge, _ = fit(Segmenter(cfg), pairs, second, "ckpt_judge", cfg.vq_steps // 2, facts)
 
     # The diffusion model belongs to the latents of this VQ-VAE: one that was trained longer has others.
     everything = D.Loader({"image": data.image}, device)
