@@ -974,7 +974,8 @@ def main(argv):
 
     # The diffusion model belongs to the latents of this VQ-VAE: one that was trained longer has others.
     everything = D.Loader({"image": data.image}, device)
-    z0 = in_batches(lambda rows: vq.encode(everything.batch(rows)["image"]), torch.arange(len(data)))
+    rows = torch.arange(len(data), device=device)
+    z0 = in_batches(lambda rows: vq.encode(everything.batch(rows)["image"]), rows)
     pairs = {k: v for k, v in arrays.items() if k != "image"} | {"z0": z0.cpu().numpy()}
     facts |= {"vq_reached": vq_reached}
     torch.manual_seed(D.mix(cfg.seed, 2))
