@@ -10,7 +10,7 @@ where it was stopped, and passes over what is finished. The report sets both rec
 no training, and judges what the papers claim by the rules in CLAIMS. Exit code: 0; 1, a script failed and the
 others ran all the same; 2, one line says what to do; 130 or 143, stopped and saved.
 """
-import argparse, base64, contextlib, dataclasses, html, importlib, io, itertools, json, math, os, re, shlex
+import argparse, base64, contextlib, html, importlib, io, itertools, json, math, os, re, shlex
 import signal, statistics, subprocess, sys, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,12 +129,12 @@ def judge(rule, recipe, seeds):
 
 @dataclass
 class Run:
-    """One script with one seed. label: ours, paper or one of MORE; config: as results.json will have it"""
+    """One script with one seed. label: ours, paper or one of MORE; cfg: the script's Config"""
     script: str
     label: str
     out: Path
     command: list
-    config: dict
+    cfg: object
 
 
 def parse(argv):
@@ -199,32 +199,35 @@ def plan(args):
             own = [*own, f"--seed={seed}", f"--out={Path(args.out, name)}"]
             if label == "long":
                 own.append(f"--steps={5 * config_of(script, flags + own)[0].steps}")
-            config = dataclasses.asdict(config_of(script, flags + own)[0])
-            config = json.loads(json.dumps(config))     # as in a file: lists for tuples
+            cfg, _ = config_of(script, flags + own)
             start = [sys.executable]
             if args.gpus > 1:
                 start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.gpus}"]
             start += [os.path.relpath(ROOT / f"{script}.py")]
-            runs.append(Run(script, label, Path(args.out, name), [*start, *flags, *own], config))
+            runs.append(Run(script, label, Path(args.out, name), [*start, *flags, *own], cfg))
     return runs
 
 
 # --------------------------------------------------------------------------------------------------------
 # Running them
 
+def receipt(run):
+    """What says whose results.json is: the command, what the machine made of it, and the file's time."""
+    return [*run.command, run.cfg.preset, run.cfg.device, Path(run.out, "results.json").stat().st_mtime]
+
+
 def finished(run):
-    """Its results if they are whole, have this config and are newer than code and data; else None."""
+    """Its results if they are whole, are of this command and newer than code and data; else None."""
     code = [ROOT / name for name in (f"{run.script}.py", "data.py", "metrics.py")]
-    data = [Path(run.config[key]) for key in ("data", "test") if run.config.get(key)]
+    data = [Path(path) for path in (run.cfg.data, run.cfg.test) if path]
     data += [file for path in data for file in path.rglob("*")]
     try:
-        path = Path(run.out, "results.json")
-        results = json.loads(path.read_text())
-        began = path.stat().st_mtime - results["seconds"]
-        own = {"size": run.config["size"]} if run.script == "ldae" else {}     # it writes the volumes' own
-        if results["config"] | own == run.config and began > max(p.stat().st_mtime for p in code + data):
+        results = json.loads(Path(run.out, "results.json").read_text())
+        done = json.loads(Path(run.out, "done.json").read_text())
+        began = done[-1] - results["seconds"]
+        if done == receipt(run) and began > max(path.stat().st_mtime for path in code + data):
             return results
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None
 
 
@@ -239,7 +242,7 @@ def reason(code, log):
 def execute(run, held, caught):
     """Run a script to its end. caught: signals that arrive, passed on to it. -> why it failed, or None"""
     run.out.mkdir(parents=True, exist_ok=True)
-    log, began, passed_on = run.out / "train.log", time.monotonic(), 0
+    log, began, passed_on = run.out / "train.log", time.time(), 0
     print(f"{run.out.name}: runs, see {log}", flush=True)
     # A session of its own: Ctrl-C comes to the script once, through this program. It holds the lock of the
     # study too: if this program is killed, no second study starts beside what the first left running.
@@ -252,11 +255,12 @@ def execute(run, held, caught):
             child.send_signal(number)
             passed_on += 1
         time.sleep(0.1)
-    why = reason(child.returncode, log) if child.returncode else None
-    if not why and not finished(run):
-        why = "left no results.json of this config and code"
+    why = reason(child.returncode, log) if child.returncode else "left no new results.json"
+    if not child.returncode and os.path.exists(run.out / "results.json") and receipt(run)[-1] > began:
+        M.write_atomically(run.out / "done.json", json.dumps(receipt(run)).encode())
+        why = None
     state = "stopped" if caught else f"FAILED, {why}" if why else "done"
-    print(f"{run.out.name}: {state} after {time.monotonic() - began:.0f} s", flush=True)
+    print(f"{run.out.name}: {state} after {time.time() - began:.0f} s", flush=True)
     return why
 
 
@@ -311,7 +315,7 @@ def system(script, runs, seeds):
 def report(out, runs, done, failures):
     """Writes OUT/report.html and OUT/report.md. done: folder name -> results; failures: folder name -> why"""
     seeds = {run.script: [] for run in runs}
-    for (script, _), group in itertools.groupby(runs, lambda run: (run.script, run.config["seed"])):
+    for (script, _), group in itertools.groupby(runs, lambda run: (run.script, run.cfg.seed)):
         found = {run.label: done[run.out.name] for run in group if run.out.name in done}
         seeds[script] += [found] if found else []
     blocks = [
@@ -394,7 +398,7 @@ def main(argv):
             print("stopped; the same command goes on")
             sys.exit(128 + caught[0])
         if name not in failures:
-            done[name] = finished(run)
+            done[name] = json.loads((run.out / "results.json").read_text())
     report(out, runs, done, failures)
     print(f"report: {out}/report.html, {out}/report.md")
     sys.exit(bool(failures))

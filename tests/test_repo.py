@@ -19,7 +19,7 @@ BUDGETS = {
     "ldae.py": (1050, 1215, "to be filled in"),
     "data.py": (1500, 2385, "to be filled in"),
     "metrics.py": (700, 775, "to be filled in"),
-    "train.py": (400, 405, "the claims of four sources, with the rules that judge them, take 57 lines"),
+    "train.py": (400, 410, "the claims of four sources, with the rules that judge them, take 57 lines"),
     "tests/*.py": (3200, 4000, "to be filled in"),
 }
 
