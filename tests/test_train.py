@@ -1,4 +1,4 @@
-"""train.py: rules against Python's own arithmetic, studies of stand-in scripts that are stopped, killed, broken
+"""train.py: rules against Python's arithmetic, studies of stand-in scripts that are stopped, killed, broken
 or cut in half, and the report. The four scripts themselves: what --dry-run makes of their flags."""
 import random
 import re
