@@ -1166,6 +1166,7 @@ def main(argv):
               f"out: {out}; stop at any time, the same command goes on", flush=True)
 
     rows = [np.flatnonzero(part == p) for p in ("train", "val")]
+    D.batch_rows(len(rows[0]), cfg.batch, cfg.seed, 0)       # stages B and C: refused now, not after stage A
     default = lambda keys: {k: getattr(Config, k) for k in keys}
     torch.manual_seed(D.mix(cfg.seed, 0))
     a = dataclasses.replace(cfg, **default(AFTER_A), batch=cfg.ae_batch)

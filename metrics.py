@@ -708,7 +708,7 @@ def grid(path, rows, row_labels, col_labels, caption):
     return whole, top + height
 
 
-def curves(path, logs, keys=("loss", "z_gap")):
+def curves(path, logs, keys=("loss",)):
     """Writes a PNG, one panel per key: every log's value over step (log axis), raw and as a running mean.
     logs: {label: path of a log.jsonl}. Keys in no record are left out. Nothing to draw: no file."""
     read = {label: read_log(log) for label, log in logs.items()}
