@@ -223,7 +223,7 @@ def read_checkpoint(path, config, defaults, may_change):
             raise ValueError(f"step {state['step']!r:.40}")
         # Keys that only the checkpoint has are of fields that Config had once. Nobody can set these today,
         # and if they changed the network, then load_into finds other shapes.
-        was = {**defaults, **state["config"]}
+        was = {k: list(v) if isinstance(v, tuple) else v for k, v in {**defaults, **state["config"]}.items()}
         differ = [f"{k} {was.get(k)!r} -> {v!r}" for k, v in config.items()
                   if k not in may_change and was.get(k) != v]
     except MemoryError:

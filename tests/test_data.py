@@ -537,15 +537,15 @@ def trained(shape=3, steps=2):
 
 def state_of(model, ema, adam, step=2, **config):
     return dict(step=step, model=model.state_dict(), ema=ema.state_dict(), optimizer=adam.state_dict(),
-                config=dict(lr=0.1, mult=(1, 2), **config))
+                config=dict(lr=0.1, mult=[1, 2], **config))
 
 
 def test_a_checkpoint_goes_on_where_it_was(tmp_path, capsys):
     path, first = tmp_path / "c.pt", trained()
     assert data.read_checkpoint(path, {}, {}, ()) is None
     data.save_checkpoint(path, state_of(*first, old=5))
-    config = dict(lr=0.1, mult=(1, 2), new=7, steps=9)    # the file lacks `new`; only the file has `old`
-    defaults = dict(new=7, steps=3)
+    config = dict(lr=0.1, mult=[1, 2], new=7, wide=[3, 4], steps=9)    # the file lacks new and wide, and has old
+    defaults = dict(new=7, wide=(3, 4), steps=3)
     state = data.read_checkpoint(path, config, defaults, {"steps"})
     fresh = trained(steps=0)
     fresh[0].weight.data = fresh[0].weight.data.t().contiguous().t()     # lies in memory the other way round
