@@ -13,7 +13,7 @@ a higher score live longer.
 Ijishakin et al., Normative Diffusion Autoencoders, 2024 (arXiv 2407.14191). Neither code nor data are public.
 Where the paper is silent, this script does what diffae.py does.
 
-    python normative.py                     # phantom cohort, about 8 minutes on 2 CPU cores
+    python normative.py                     # phantom cohort, about 9 minutes on one CPU core
     python normative.py --data cohort.h5    # yours: label (0 healthy), age; for survival also time, event
 
 Each healthy person has one role: train the networks (part "train"), be the reference that says what is usual
@@ -22,8 +22,8 @@ Each healthy person has one role: train the networks (part "train"), be the refe
 `--recipe paper` trains and scores as published (but lr and EMA warm up). `--recipe ours`, the default,
 differs as in diffae.py, and in two more ways:
 - score residual (paper: cosine): a code of healthy brains has numbers for what healthy brains differ in. A
-  lesion is none of that, so no distance between codes sees it. The residual is the image minus what z_sem
-  alone draws; it is measured pixel by pixel in units of what is usual in the reference;
+  lesion is none of that, so distances between codes hardly see it. The residual is the image minus what z_sem
+  alone draws. It is measured pixel by pixel in units of what is usual in the reference;
 - augment 0.1: brains come registered, so the random motion is smaller than that of hearts.
 """
 import copy, dataclasses, datetime, math, os, signal, sys, time
