@@ -88,7 +88,7 @@ class Config:
 PRESETS = {
     "paper": {},
     "demo": dict(size=48, patch=2, base=32, mult=(1, 2, 4), enc_mult=(1, 2, 4, 4), blocks=1, attention=6,
-                 groups=0, dropout=0.0, z_dim=128, steps=600, batch=32, lr=1e-3, save_every=100,
+                 groups=0, dropout=0.0, z_dim=128, steps=600, batch=32, lr=1e-3, save_every=200,
                  eval_images=40),
 }
 RECIPES = {
@@ -791,7 +791,7 @@ def main(argv):
     z = semantic_codes(models[""], images)
     torch.manual_seed(D.mix(cfg.seed, 1))
     codes = D.Loader({"z": z.cpu().numpy()}, device)
-    prior, _ = fit(Prior(cfg.T, z), codes, cfg, f"ckpt_prior_{reached}", cfg.steps, facts)
+    prior, _ = fit(Prior(cfg.T, z), codes, cfg, f"ckpt_prior_{reached}", cfg.steps // 2, facts)
     metrics = evaluate(cfg, data, part, models, prior, device)
     seconds, config = time.perf_counter() - began, dataclasses.asdict(cfg) | {"steps": reached}
     M.save_results(out / "results.json", "diffae", data.path, count, seconds, config, metrics, device)

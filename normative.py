@@ -93,7 +93,7 @@ class Config:
 PRESETS = {
     "paper": {},
     "demo": dict(size=48, patch=2, base=32, mult=(1, 2, 4), enc_mult=(1, 2, 4, 4), blocks=1, attention=6,
-                 groups=0, dropout=0.0, z_dim=128, steps=600, batch=32, lr=1e-3, save_every=100,
+                 groups=0, dropout=0.0, z_dim=128, steps=600, batch=32, lr=1e-3, save_every=200,
                  eval_images=40),
 }
 RECIPES = {
