@@ -647,9 +647,10 @@ def load_study(path, test="", size=None, seed=0, fractions=(0.7, 0.1, 0.2)):
         fail(f"{test}: image: {other.image.shape[1:]} but {path} has {data.image.shape[1:]}; give --size")
     if isinstance(data.image, Rows) or isinstance(other.image, Rows):
         fail(f"{path}, {test}: too large to join in memory; put both into one folder, with a split column")
-    names = data.label_names, other.label_names
-    if any(n in names[1] and names[1].index(n) != k for k, n in enumerate(names[0])):
-        fail(f"{test}: label_names {names[1]} but {path} has {names[0]}; one class needs one number")
+    for key in ("label_names", "mask_names"):
+        names = data.attrs.get(key, []), other.attrs.get(key, [])
+        if any(n in names[1] and names[1].index(n) != k for k, n in enumerate(names[0])):
+            fail(f"{test}: {key} {names[1]} but {path} has {names[0]}; one name needs one number in both")
     part = split(data, seed, (0.85, 0.15, 0)) if data.split is None else \
         np.where(data.split == "val", "val", "train")
 

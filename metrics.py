@@ -669,7 +669,8 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")  # Okabe and It
 
 def save_figure(path, figure, caption):
     """Matplotlib figure -> PNG, with the caption above it."""
-    figure.suptitle(textwrap.fill(caption, int(13 * figure.get_figwidth())), fontsize=10, x=0.01, ha="left")
+    figure.suptitle(textwrap.fill(caption, int(13 * figure.get_figwidth())), fontsize=10, x=0.01, ha="left",
+                    y=1 - 0.06 / figure.get_figheight(), va="top")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100, metadata={"Description": caption})
     write_atomically(path, buffer.getvalue())

@@ -362,7 +362,7 @@ def test_the_papers_recipe_on_images_alone(tmp_path, capsys):
     assert model["std"].flatten().tolist() == [1, 1, 1]       # not standardised
     other = written(tmp_path / "other.h5", slices(4, seed=1) | dict(subject=np.repeat(list("abcd"), 2)),
                     mask_names=["background", "RV cavity", "myocardium", "LV cavity"])
-    assert "other ids" in error_of(capsys, "--data", whole, "--test", other, "--out", tmp_path / "b", *FLAGS)
+    assert "mask_names" in error_of(capsys, "--data", whole, "--test", other, "--out", tmp_path / "b", *FLAGS)
 
 
 @pytest.mark.parametrize("flag, word", [
