@@ -15,6 +15,7 @@ The study: T. Yang, Conditional LDM with medical images, 2024. VQ-VAE: van den O
 
     python cond_ldm.py                      # phantom hearts in two views, about 11 minutes on one CPU core
     python cond_ldm.py --data acdc256.h5    # your hearts; on a GPU the study's networks, at 256x256
+    python cond_ldm.py --apply drawings.h5  # images for your drawings, by the trained model
 
 `--recipe paper` trains as the study did (but lr warms up, unused codes are moved, attention has one head, the
 LPIPS loss is left out, and sampling is by DDIM). `--recipe ours`, the default, changes this:
@@ -25,7 +26,7 @@ LPIPS loss is left out, and sampling is by DDIM). `--recipe ours`, the default, 
 - guidance: w is chosen on validation patients; the view and the phase of the beat are known to the model;
 - gan 0.01: the adversarial loss of the VQ-VAE is weaker, and its training images are moved (augment).
 """
-import copy, dataclasses, datetime, math, os, signal, sys, time
+import copy, dataclasses, math, os, signal, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -48,13 +49,15 @@ import metrics as M
 class Config:
     data: str = ""            # HDF5 file, or a folder of one file per subject; empty: phantom views
     test: str = ""            # second file: train on all of --data, test on all of this one
+    fold: str = ""            # 0/5 .. 4/5: test on this fifth of the subjects, train on the others
     out: str = "out/cond_ldm" # everything the run leaves; the same command again goes on from there
+    init: str = ""            # folder of another run: start from its weights (fine-tuning)
+    apply: str = ""           # file of drawings: no training; OUT/apply/NAME/ gets an image for each
     preset: str = ""          # demo (laptop) or paper (one GPU); empty: paper on CUDA, demo elsewhere
     recipe: str = "ours"      # ours or paper: condition, objective and learning rates of the study
     device: str = ""          # cuda, mps, cpu; empty: the first of these that is there
     seed: int = 0             # of the split, the weights, the order of the data and every draw
     view: str = ""            # diffusion model and test on this view alone (SA): do mixed views hurt?
-    draw: str = ""            # HDF5 file of your own drawings: OUT/drawn.h5 gets an image for each
     inception: str = ""       # TorchScript Inception-v3 (inception-2015-12-05.pt): FID; empty: no FID
     # images and VQ-VAE
     size: int = 256           # images are resized to size x size
@@ -99,7 +102,7 @@ RECIPES = {
                   ema=0.0, w=1.0),
 }
 # These may change when a run goes on in the same folder: none alters what the weights have learned.
-MAY_CHANGE = {"data", "test", "out", "preset", "device", "draw", "inception", "vq_steps", "steps",
+MAY_CHANGE = {"data", "test", "out", "apply", "preset", "device", "inception", "vq_steps", "steps",
               "save_every", "S", "w", "eval_images"}
 
 
@@ -582,8 +585,9 @@ def amp(device):
 def fit(model, loader, cfg, name, steps, facts, watch=None):
     """Train `model` to step `steps` -> (its EMA, the step reached). model(batch, g) is the loss of a batch.
 
-    Goes on from OUT/name.pt, or exits if that file has another cfg or other facts (hashes of the data).
-    watch(ema) is called at the start and at each save. SIGTERM and Ctrl-C: finish the step, save, exit."""
+    Goes on from OUT/name.pt, or exits if that file has another cfg or other facts (hashes of the data). A new
+    run starts from the weights in --init, if given. watch(ema) is called at the start and at each save.
+    SIGTERM and Ctrl-C: finish the step, save, exit."""
     (rank, world), device = ranks(), loader.device
     path, log = Path(cfg.out, f"{name}.pt"), Path(cfg.out, f"{name.replace('ckpt', 'log')}.jsonl")
     params = [p for p in model.to(device).train().parameters() if p.requires_grad]
@@ -595,7 +599,14 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
     step = D.load_into(state, path, model, ema, opt)        # 0 if there is none
     if step >= steps:
         return ema, step
+    if cfg.init and not step:
+        other = Path(cfg.init, f"{name}.pt")
+        weights, _ = D.averaged_weights(other)
+        D.load_weights(other, "ema", weights, model)
+        ema.load_state_dict(weights)
     if rank == 0:
+        if step:
+            print(f"{name}: going on from step {step} of {steps}", flush=True)
         M.record(cfg, __file__)
         if watch:           # a fault in watch shows now, and not after hours
             watch(ema)
@@ -607,6 +618,7 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
     handlers = [signal.signal(s, lambda number, frame: caught.append(number)) for s in stops]
 
     g, seen, since, began = torch.Generator(device), [], step, time.perf_counter()
+    said = began
     mine = slice(rank * cfg.batch // world, (rank + 1) * cfg.batch // world)
     rows = (D.batch_rows(len(loader), cfg.batch, cfg.seed, k)[mine] for k in range(step, steps))
     bar = tqdm(total=steps, initial=step, desc=name, unit="step", disable=rank > 0 or None)
@@ -647,8 +659,9 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
                                          ema=ema.state_dict(), optimizer=opt.state_dict()))
             if watch:
                 watch(ema)
-            if bar.disable:                 # no terminal: a line per save
-                print(f"{name}: step {step} of {steps}, loss {loss:.4f}, {speed:.4g} images/s", flush=True)
+        if bar.disable and rank == 0 and (due or time.perf_counter() - said > 20):      # no terminal
+            said = time.perf_counter()
+            print(f"{name}: step {step} of {steps}, loss {loss:.4f}, {speed:.4g} images/s", flush=True)
         seen, since, began = [], step, time.perf_counter()
         if stop:
             break
@@ -869,15 +882,42 @@ def evaluate(cfg, data, part, arrays, vq, models, judge, w, inception):
     return metrics
 
 
-def from_drawings(cfg, model, vq, arrays, w):
-    """Images for the drawings of D.load_drawings -> OUT/drawn.h5."""
-    n, path = len(arrays["kind"]), Path(cfg.out, "drawn.h5")
-    loader = D.Loader(arrays | {"edges": np.stack(3 * [arrays["edges"]], 1)}, vq.codes.device)
+# --------------------------------------------------------------------------------------------------------
+# Using a trained model
+
+def load(out, name="ckpt_ldm", device=""):
+    """A network that a run has trained in the folder `out`, ready to use. -> (network, Config)
+
+    name: ckpt_ldm, the diffusion model; ckpt_vq, the VQ-VAE; ckpt_judge, the segmenter. device: "" is the
+    first of cuda, mps, cpu that is there. A file that is damaged or of another network exits 2."""
+    def diffusion(cfg):
+        with torch.device("meta"):      # for the shape of a latent
+            z0 = VQVAE(cfg).encoder(torch.empty(2, 1, cfg.size, cfg.size))
+        return Model(cfg, torch.zeros(z0.shape))
+    build = {"ckpt_ldm": diffusion, "ckpt_vq": VQVAE}.get(name, Segmenter)
+    return D.trained(Path(out, f"{name}.pt"), Config, build, device)
+
+
+def apply(out, path, device):
+    """Images for the drawings in `path` (see D.load_drawings) by the model in the folder `out`.
+
+    Nothing is trained, and nothing is written but OUT/apply/NAME/drawn.h5 and drawn.png."""
+    (model, cfg), (vq, _) = load(out, device=device), load(out, "ckpt_vq", device)
+    w = cfg.w or M.read_results(out)["metrics"].get("w", M.row(1))["value"]      # chosen on validation
+    reads_mask, folder = Path(out, "ckpt_judge.pt").exists(), Path(out, "apply", Path(path).stem)
+    arrays = D.load_drawings(path, cfg.size, cfg.edges, reads_mask)     # a judge is there if masks were
+    folder.mkdir(parents=True, exist_ok=True)
+    n = len(arrays["kind"])
+    loader = D.Loader(arrays | {"edges": np.stack(3 * [arrays["edges"]], 1)}, cfg.device)
     images = generate(model, vq, loader, np.arange(n), "full", w)
     columns = dict(image=np.rint(255 * images).astype(np.uint8), subject=np.arange(n).astype(str))
     columns |= {"mask": arrays["mask"]} if "mask" in arrays else {}
-    D.write(str(path), [columns], D.CINE_NAMES | dict(source=f"generated by cond_ldm.py from {cfg.draw}"))
-    print(f"{n} images: {path}; python data.py show {path}")
+    source = f"{path}, drawn by the model in {out}"
+    D.write(folder / "drawn.h5", [columns], D.CINE_NAMES | dict(source=source))
+    few = M.evenly(np.arange(n), 8)
+    M.grid(folder / "drawn.png", [*to_picture(planes(loader.batch(few), "full")), images[few]],
+           ["edges", "map", "generated"], [], f"Drawings of {path}. {cfg.S} DDIM steps, w = {w:g}.")
+    print(f"{n} images: {folder}/")
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -894,26 +934,11 @@ ROWS = {"": "ours", "edges_sparse": "a few strokes", "edges_mask": "contours, no
         "vq": "VQ-VAE of the real slice", "real": "real slices"}
 
 
-def start(argv):
-    """The flags, and the device made ready. Under torchrun each process takes one GPU. -> Config, device"""
-    cfg, _ = D.parse(Config, PRESETS, RECIPES, __doc__, argv)
-    device = torch.device(cfg.device)
-    if "RANK" in os.environ:       # hours, since all processes wait for the one that draws or reads
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=6))
-        if cfg.batch % dist.get_world_size():
-            D.fail(f"--batch {cfg.batch}: must be a multiple of the {dist.get_world_size()} processes")
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")      # TF32
-        torch.backends.cudnn.benchmark = True
-    return cfg, device
-
-
 def main(argv):
     began = time.perf_counter()
-    cfg, device = start(argv)
+    cfg, device = D.start(Config, PRESETS, RECIPES, __doc__, argv)
+    if cfg.apply:
+        return apply(cfg.out, cfg.apply, cfg.device)
     out, (rank, world) = Path(cfg.out), ranks()
     try:        # settings that do not fit each other are an error before anything is read or written
         times(cfg.S, T)
@@ -934,7 +959,7 @@ def main(argv):
         D.phantom_views(path, subjects=100, size=cfg.size)
     if world > 1:
         dist.barrier()
-    data, part = D.load_study(path, cfg.test, cfg.size, cfg.seed)
+    data, part = D.load_study(path, cfg.test, cfg.size, cfg.seed, fold=cfg.fold)
     _, facts = D.describe(data, part)
     all_views = np.flatnonzero(part == "train")     # of these the VQ-VAE and the judge learn, --view or not
     if cfg.view:
@@ -950,7 +975,6 @@ def main(argv):
     arrays = {"image": data.image, "kind": D.view_phase(data.columns, len(data))}
     if data.mask is not None:
         arrays["mask"] = D.cine_ids(data)[D.in_memory(data.mask)]
-    drawings = D.load_drawings(cfg.draw, cfg.size, cfg.edges, "mask" in arrays) if cfg.draw else None
     arrays["edges"] = edge_maps(data.image, arrays.get("mask"), cfg.seed)
     if rank == 0:
         print(f"cond_ldm: preset {cfg.preset}, recipe {cfg.recipe}, {device}, torch {torch.__version__}\n"
@@ -989,9 +1013,6 @@ def main(argv):
     if rank > 0:        # the rest is the work of one process
         return
     w, guidance = choose_w(cfg, models[""], vq, unseen, np.arange(len(val)))
-    if cfg.draw:
-        from_drawings(cfg, models[""], vq, drawings, w)
-        return
     metrics = evaluate(cfg, data, part, arrays, vq, models, judge, w, inception) | guidance
     seconds, config = time.perf_counter() - began, dataclasses.asdict(cfg) | {"steps": reached}
     M.save_results(out / "results.json", "cond_ldm", data.path, count, seconds, config, metrics, device)

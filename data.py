@@ -18,7 +18,7 @@
     view phase slice  (N,) ints    cine: 0 SA, 1 LA;  0 ED, 1 ES;  from base or apex, as scanned
     anything else (N,) numeric is a probe target; factor_* are the known causes of a phantom
 """
-import argparse, difflib, glob, hashlib, inspect, io, os, re, shutil, sys, typing, zipfile
+import argparse, datetime, difflib, glob, hashlib, inspect, io, os, re, shutil, sys, typing, zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -27,6 +27,7 @@ import h5py
 import numpy as np
 import pandas as pd
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from scipy import ndimage
@@ -106,6 +107,10 @@ def parse(Config, presets, recipes, doc, argv):
 
     Order: defaults of Config < preset < recipe < flags. The Config holds the device, preset and recipe that
     were chosen. A wrong flag or value is one line, exit 2."""
+    if argv[:1] == ["--help"] and argv[1:] == ["metrics"]:
+        import metrics      # not above: metrics.py imports this file
+        print(*(f"{key}: {words}" for key, words in metrics.GLOSSARY.items()), sep="\n")
+        raise SystemExit(0)
     if {"-h", "--help"} & set(argv):
         print(doc, inspect.getsource(Config), f"presets: {presets}", f"recipes: {recipes}", sep="\n")
         raise SystemExit(0)
@@ -126,11 +131,9 @@ def parse(Config, presets, recipes, doc, argv):
         fail(f"unknown flag {unknown[0]}; " + (f"did you mean {near[0]}? " if near else "") + "see --help")
 
     given = vars(flags)
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    devices = ["cuda"] * bool(gpus) + ["mps"] * torch.backends.mps.is_available() + ["cpu"] + gpus
-    device = given.get("device") or devices[0]
-    if device not in devices:
-        fail(f"--device {device}: this machine has {', '.join(devices)}")
+    if given.get("apply") and (more := sorted(set(given) - {"apply", "out", "device"})):
+        fail(f"--{more[0]}: --apply takes all settings from the run in --out; leave this flag away")
+    device = choose_device(given.get("device"))
     preset = given.get("preset") or ("paper" if device.startswith("cuda") else "demo")
     recipe = given.get("recipe", Config.recipe)
     chosen = dict(device=device, preset=preset, recipe=recipe)
@@ -145,6 +148,32 @@ def parse(Config, presets, recipes, doc, argv):
     if cfg.seed >= 2 ** 32:
         fail(f"--seed {cfg.seed}: must be below 2**32")
     return cfg, set(given)
+
+
+def start(Config, presets, recipes, doc, argv):
+    """parse(), and the device made ready. Under torchrun each process takes one GPU. -> Config, device"""
+    cfg, _ = parse(Config, presets, recipes, doc, argv)
+    device = torch.device(cfg.device)
+    if "RANK" in os.environ:       # hours, since all processes wait for the one that draws or reads
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=6))
+        if cfg.batch % dist.get_world_size():
+            fail(f"--batch {cfg.batch}: must be a multiple of the {dist.get_world_size()} processes")
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")      # TF32
+        torch.backends.cudnn.benchmark = True
+    return cfg, device
+
+
+def choose_device(device=""):
+    """`device` if this machine has it; if none is named, the first of cuda, mps, cpu that is there."""
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    devices = ["cuda"] * bool(gpus) + ["mps"] * torch.backends.mps.is_available() + ["cpu"] + gpus
+    if device and device not in devices:
+        fail(f"--device {device}: this machine has {', '.join(devices)}")
+    return device or devices[0]
 
 
 def batch_rows(n, batch, seed, step):
@@ -203,11 +232,10 @@ def save_checkpoint(path, state):
         torch.save(state, part)
 
 
-def read_checkpoint(path, config, defaults, may_change):
-    """The state that save_checkpoint wrote to `path`, on the CPU; None if there is no such file.
+def read_state(path):
+    """The state that save_checkpoint wrote to `path`, on the CPU: step, model, ema, optimizer, config.
 
-    state: step, model, ema, optimizer, config. Exits if the file is damaged, or if its config differs from
-    `config` in a key that is not in may_change. A key that its config lacks means defaults[key]."""
+    None if there is no such file. Exits if it is damaged or holds other things."""
     if not os.path.lexists(path):
         return None
     try:
@@ -221,47 +249,88 @@ def read_checkpoint(path, config, defaults, may_change):
             raise ValueError("holds other things than tensors")
         if type(state["step"]) is not int or state["step"] < 0:
             raise ValueError(f"step {state['step']!r:.40}")
-        # Keys that only the checkpoint has are of fields that Config had once. Nobody can set these today,
-        # and if they changed the network, then load_into finds other shapes.
-        was = {k: list(v) if isinstance(v, tuple) else v for k, v in {**defaults, **state["config"]}.items()}
-        differ = [f"{k} {was.get(k)!r} -> {v!r}" for k, v in config.items()
-                  if k not in may_change and was.get(k) != v]
+        if not isinstance(state["config"], dict):
+            raise ValueError("has no config")
+        return state
     except MemoryError:
         raise
     except Exception as e:      # what a damaged file raises is of any kind
         why = e if isinstance(e, (OSError, ValueError)) else type(e).__name__
         fail(f"{path}: damaged, or not a checkpoint of this program ({why}); put a copy back, delete it "
              "to start over, or change --out")
-    if differ:
-        fail(f"{path}: made by another run ({', '.join(differ)}); choose another --out, or delete the file")
+
+
+def read_checkpoint(path, config, defaults, may_change):
+    """read_state(path) for a run that goes on. Exits if its config differs from `config` in a key that is not
+    in may_change. A key that its config lacks means defaults[key]."""
+    state = read_state(path)
+    if state is not None:
+        # Keys that only the checkpoint has are of fields that Config had once. Nobody can set these today,
+        # and if they changed the network, then load_into finds other shapes.
+        was = {k: list(v) if isinstance(v, tuple) else v for k, v in {**defaults, **state["config"]}.items()}
+        differ = [f"{k} {was.get(k)!r} -> {v!r}" for k, v in config.items()
+                  if k not in may_change and was.get(k) != v]
+        if differ:
+            fail(f"{path}: made by another run ({', '.join(differ)}); choose another --out, or delete the "
+                 "file")
     return state
+
+
+def compare(path, part, theirs, ours):
+    """Exits if two dicts {name: shape}, of the part of a checkpoint and of the network, differ."""
+    for k in {**ours, **theirs}:
+        if ours.get(k) != theirs.get(k):
+            fail(f"{path}: {part}: {k} is {theirs.get(k, 'missing')} in the file and "
+                 f"{ours.get(k, 'missing')} in this network (edited source, or other settings?)")
+
+
+def load_weights(path, part, weights, net):
+    """Load the state_dict `weights`, the `part` of a checkpoint, into a network. Other shapes exit 2."""
+    shapes = lambda tensors: {k: tuple(v.shape) for k, v in tensors.items()}
+    compare(path, part, shapes(weights), shapes(net.state_dict()))
+    net.load_state_dict(weights)
 
 
 def load_into(state, path, model, ema, optimizer):
     """Load what read_checkpoint returned into both networks and their Adam -> the step; 0 if state is None.
 
     Other shapes or keys exit 2."""
-    def compare(part, theirs, ours):
-        for k in {**ours, **theirs}:
-            if ours.get(k) != theirs.get(k):
-                fail(f"{path}: {part}: {k} is {theirs.get(k, 'missing')} in the file and "
-                     f"{ours.get(k, 'missing')} in this network (edited source?); choose another --out")
-
     if state is None:
         return 0
-    for part, net in (("model", model), ("ema", ema)):
-        compare(part, *({k: tuple(v.shape) for k, v in d.items()} for d in (state[part], net.state_dict())))
-        net.load_state_dict(state[part])
+    load_weights(path, "model", state["model"], model)
+    load_weights(path, "ema", state["ema"], ema)
     # optimizer.load_state_dict takes tensors of any shape, with which the fused kernel crashes the process.
     # That kernel walks raw memory: each tensor must also lie in memory as its parameter does.
     adam = state["optimizer"]["state"]
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for i, p in enumerate(params if state["step"] > 0 else []):      # at step 0 Adam has no moments yet
         shapes = dict(step=(), exp_avg=tuple(p.shape), exp_avg_sq=tuple(p.shape))
-        compare(f"optimizer: parameter {i}", {k: tuple(v.shape) for k, v in adam.get(i, {}).items()}, shapes)
+        found = {k: tuple(v.shape) for k, v in adam.get(i, {}).items()}
+        compare(path, f"optimizer: parameter {i}", found, shapes)
         optimizer.state[p] = {k: torch.empty_like(p).copy_(adam[i][k]) for k in ("exp_avg", "exp_avg_sq")}
         optimizer.state[p]["step"] = adam[i]["step"].to(p.device, torch.float32)
     return state["step"]
+
+
+def averaged_weights(path):
+    """-> the averaged weights in a checkpoint, {name: tensor}, and its config, {field: value}"""
+    state = read_state(path)
+    if state is None:
+        fail(f"{path}: no such file; name the folder of a run that has trained this network")
+    return state["ema"], state["config"]
+
+
+def trained(path, Config, build, device=""):
+    """A trained network, ready to use, from its checkpoint alone: build(cfg) with the averaged weights.
+
+    -> (the network on `device`, which "" chooses, in eval mode and without gradients; its Config)"""
+    weights, config = averaged_weights(path)
+    kinds = typing.get_type_hints(Config)
+    config = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in kinds}
+    cfg = Config(**config | dict(out=os.path.dirname(path), device=choose_device(device)))
+    model = build(cfg)
+    load_weights(path, "ema", weights, model)
+    return model.to(cfg.device).eval().requires_grad_(False), cfg
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -603,12 +672,24 @@ def check(path):
     return data
 
 
-def split(data, seed=0, fractions=(0.7, 0.1, 0.2)):
+def fold_numbers(fold, subjects):
+    """"2/5" -> (2, 5): the third fifth. Exits if it is no fold of so many subjects."""
+    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", fold)
+    k, n = map(int, found.groups()) if found else (0, 0)
+    if not k < n or not 2 <= n <= subjects:
+        fail(f"--fold {fold}: expected k/K, as in 0/5 to 4/5; K from 2 to the {subjects} subjects")
+    return k, n
+
+
+def split(data, seed=0, fractions=(0.7, 0.1, 0.2), fold=""):
     """-> (N,) "train"/"val"/"test": the stored split, else by subject, stratified by label.
+
+    fold "k/K", k from 0: whatever is stored, every K-th subject is in test, from the k-th on, and of the
+    others a share of val and train as in `fractions`. So each subject is in test in one of K folds.
 
     A function of (seed, subject, label) only: row and file order do not matter. A subject's label is
     its largest; classes of fewer than 3 subjects are pooled. No part is empty where that can be."""
-    if data.split is not None:
+    if data.split is not None and not fold:
         return data.split
     subjects, row_of = np.unique(data.subject, return_inverse=True)
     label = np.zeros(len(subjects), int)
@@ -617,6 +698,13 @@ def split(data, seed=0, fractions=(0.7, 0.1, 0.2)):
     label[np.isin(label, values[size < 3])] = -1
     order = [hashlib.sha256(f"{seed} {s}".encode()).hexdigest() for s in subjects]
     part = np.empty(len(subjects), "<U5")
+    if fold:
+        k, n = fold_numbers(fold, len(subjects))
+        by_label = np.array(sorted(range(len(subjects)), key=lambda i: (label[i], order[i])))
+        rest = np.delete(by_label, np.s_[k::n])
+        every = round((fractions[0] + fractions[1]) / fractions[1])
+        part[by_label[k::n]], part[rest], part[rest[every // 2::every]] = "test", "train", "val"
+        return part[row_of]
     for value in np.unique(label):
         members = sorted(np.flatnonzero(label == value), key=lambda i: order[i])
         exact = np.array(fractions) * len(members) / sum(fractions)
@@ -631,13 +719,15 @@ def split(data, seed=0, fractions=(0.7, 0.1, 0.2)):
     return part[row_of]
 
 
-def load_study(path, test="", size=None, seed=0, fractions=(0.7, 0.1, 0.2)):
+def load_study(path, test="", size=None, seed=0, fractions=(0.7, 0.1, 0.2), fold=""):
     """-> (Dataset, (N,) "train"/"val"/"test"): path by its split; or path to train and all of `test` to test.
 
-    size: slices are resized to it."""
+    size: slices are resized to it. fold: see split()."""
+    if test and fold:
+        fail(f"--fold {fold}, --test {test}: choose one of them; a fold tests a part of --data")
     data = load(path, size)
     if not test:
-        return data, split(data, seed, fractions)
+        return data, split(data, seed, fractions, fold)
     other = load(test, size)
     here, there = ({s.casefold() for s in d.subject} for d in (data, other))     # P01 and p01 are one person
     if both := sorted(here & there):
@@ -666,19 +756,24 @@ def load_study(path, test="", size=None, seed=0, fractions=(0.7, 0.1, 0.2)):
     return joined, join(part, np.full(len(other), "test"))
 
 
+def numbers(data, name):
+    """The column `name` of a Dataset -> (N,) float64. Exits if there is none, or a value is missing."""
+    values = data.columns.get(name, np.array(""))
+    if values.dtype.kind not in "biuf":
+        fail(f"{data.path}: {name}: no such numbers; it has {', '.join(data.columns) or 'no columns'}")
+    missing = np.flatnonzero(np.isnan(values))
+    if len(missing):
+        fail(f"{data.path}: {name}: missing in {len(missing)} rows, as in {missing[0]}; fill in or drop")
+    return values.astype(np.float64)
+
+
 def cohort(data, part, target, has_test_file):
     """Check that the data can answer a normative question. -> part, in which patients are only in "test".
 
     data.columns[target] > 0 are patients. With a test file of their own, those of --data are left out ("").
     So are images of a patient from before the diagnosis: else the patient would be on both sides."""
-    for need in ("age", target):
-        values = data.columns.get(need, np.array(""))
-        if values.dtype.kind not in "biuf":
-            fail(f"{data.path}: {need}: no such numbers; it has {', '.join(data.columns) or 'no columns'}")
-        missing = np.flatnonzero(np.isnan(values))     # whose label is unknown must not pass for healthy
-        if len(missing):
-            fail(f"{data.path}: {need}: missing in {len(missing)} rows, as in {missing[0]}; fill in or drop")
-    ill = data.columns[target] > 0
+    numbers(data, "age")
+    ill = numbers(data, target) > 0             # whose label is unknown must not pass for healthy
     part = np.where(ill & (part != "test"), "" if has_test_file else "test", part)
     before = np.isin(data.subject, data.subject[ill]) & ~ill
     part[before] = ""

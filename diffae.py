@@ -12,6 +12,7 @@ Preechakul et al., Diffusion Autoencoders, CVPR 2022 (arXiv 2111.15640).
 
     python diffae.py                     # phantom hearts, about 5 minutes on 2 CPU cores
     python diffae.py --data emidec.h5    # your hearts; on a GPU the default is the paper's network at 128x128
+    python diffae.py --apply new.h5      # codes, predictions, reconstructions by the trained model
 
 --preset is the size (demo or paper), --recipe the method. `--recipe paper` has the published objective,
 conditioning and sampling. `--recipe ours`, the default, differs in this:
@@ -23,7 +24,7 @@ conditioning and sampling. `--recipe ours`, the default, differs in this:
 - augment 0.5, no flip: small random motions of the training images, and no mirrored hearts;
 - stride trailing: sampling starts at T - 1, the noisiest level that was trained.
 """
-import copy, dataclasses, datetime, math, os, signal, sys, time
+import copy, dataclasses, math, os, signal, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -46,7 +47,10 @@ import metrics as M
 class Config:
     data: str = ""            # HDF5 file, or a folder of one file per subject; empty: phantom hearts
     test: str = ""            # second file: train on all of --data, test on all of this one
+    fold: str = ""            # 0/5 .. 4/5: test on this fifth of the subjects, train on the others
     out: str = "out/diffae"   # everything the run leaves; the same command again goes on from there
+    init: str = ""            # folder of another run: start from its weights (fine-tuning)
+    apply: str = ""           # file: no training; the model in --out reads it, into OUT/apply/NAME/
     preset: str = ""          # demo (laptop) or paper (one GPU); empty: paper on CUDA, demo elsewhere
     recipe: str = "ours"      # ours or paper: objective, network and sampling times as published
     device: str = ""          # cuda, mps, cpu; empty: the first of these that is there
@@ -96,8 +100,8 @@ RECIPES = {
     "paper": dict(predict="eps", t_power=1.0, spatial=False, augment=0.0, flip=True, stride="leading"),
 }
 # These may change when a run goes on in the same folder: none alters what the weights have learned.
-MAY_CHANGE = {"data", "test", "out", "preset", "device", "target", "steps", "save_every", "S", "draws",
-              "eval_images"}
+MAY_CHANGE = {"data", "test", "out", "apply", "preset", "device", "target", "steps", "save_every", "S",
+              "draws", "eval_images"}
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -508,8 +512,9 @@ def amp(device):
 def fit(model, loader, cfg, name, steps, facts, watch=None):
     """Train `model` to step `steps` -> (its EMA, the step reached). model(batch, g) is the loss of a batch.
 
-    Goes on from OUT/name.pt, or exits if that file has another cfg or other facts (hashes of the data).
-    watch(ema) is called at the start and at each save. SIGTERM and Ctrl-C: finish the step, save, exit."""
+    Goes on from OUT/name.pt, or exits if that file has another cfg or other facts (hashes of the data). A new
+    run starts from the weights in --init, if given. watch(ema) is called at the start and at each save.
+    SIGTERM and Ctrl-C: finish the step, save, exit."""
     (rank, world), device = ranks(), loader.device
     path, log = Path(cfg.out, f"{name}.pt"), Path(cfg.out, f"{name.replace('ckpt', 'log')}.jsonl")
     params = [p for p in model.to(device).train().parameters() if p.requires_grad]
@@ -521,7 +526,14 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
     step = D.load_into(state, path, model, ema, opt)        # 0 if there is none
     if step >= steps:
         return ema, step
+    if cfg.init and not step:
+        other = Path(cfg.init, f"{name}.pt")
+        weights, _ = D.averaged_weights(other)
+        D.load_weights(other, "ema", weights, model)
+        ema.load_state_dict(weights)
     if rank == 0:
+        if step:
+            print(f"{name}: going on from step {step} of {steps}", flush=True)
         M.record(cfg, __file__)
         if watch:           # a fault in watch shows now, and not after hours
             watch(ema)
@@ -533,6 +545,7 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
     handlers = [signal.signal(s, lambda number, frame: caught.append(number)) for s in stops]
 
     g, seen, since, began = torch.Generator(device), [], step, time.perf_counter()
+    said = began
     mine = slice(rank * cfg.batch // world, (rank + 1) * cfg.batch // world)
     rows = (D.batch_rows(len(loader), cfg.batch, cfg.seed, k)[mine] for k in range(step, steps))
     bar = tqdm(total=steps, initial=step, desc=name, unit="step", disable=rank > 0 or None)
@@ -573,8 +586,9 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
                                          ema=ema.state_dict(), optimizer=opt.state_dict()))
             if watch:
                 watch(ema)
-            if bar.disable:                 # no terminal: a line per save
-                print(f"{name}: step {step} of {steps}, loss {loss:.4f}, {speed:.4g} images/s", flush=True)
+        if bar.disable and rank == 0 and (due or time.perf_counter() - said > 20):      # no terminal
+            said = time.perf_counter()
+            print(f"{name}: step {step} of {steps}, loss {loss:.4f}, {speed:.4g} images/s", flush=True)
         seen, since, began = [], step, time.perf_counter()
         if stop:
             break
@@ -675,14 +689,16 @@ def evaluate(cfg, data, part, models, prior, device):
     everyone = {row: code.cpu().numpy() for row, code in codes.items()}
     everyone["pca"] = M.pca_codes(data, train, cfg.z_dim)
     axis, y = None, data.columns.get(cfg.target, np.zeros(len(data)))
+    M.save_codes(out / "codes.csv", data.subject, part, everyone[""])
     try:
-        numbers, probe = M.probe_numbers(everyone, y, part, data.subject, cfg.seed)
+        table, probes = M.predict(everyone, y, part, data.subject, cfg.seed)
     except ValueError as e:
         print(f"no probe of {cfg.target}: {e}; choose another column with --target")
     else:
-        metrics |= numbers
-        axis = torch.as_tensor(M.direction(probe), dtype=z.dtype, device=device)
-        axis = axis * (codes[""][train] @ axis).std()                   # one SD of the training codes
+        metrics |= M.probe_numbers(table)
+        M.save_predictions(out / "predictions.csv", {("probe", cfg.target): table})
+        M.save_probes(out / "probes.json", {"probe": (cfg.target, table, probes[""])}, everyone[""][train])
+        axis = torch.as_tensor(M.direction(probes[""], everyone[""][train]), dtype=z.dtype, device=device)
     metrics |= M.factor_numbers(everyone, data.columns, part, data.subject, cfg.seed)
 
     middle = [np.flatnonzero(who == p)[(who == p).sum() // 2] for p in np.unique(who)[:8]]
@@ -717,6 +733,51 @@ def edits(out, model, x_T, z, axis):
 
 
 # --------------------------------------------------------------------------------------------------------
+# Using a trained model
+
+def load(out, name="ckpt", device=""):
+    """A network that a run has trained in the folder `out`, ready to use. -> (network, Config)
+
+    name: ckpt, the diffusion autoencoder; ckpt_vae, the VAE; ckpt_prior_STEPS, the prior. device: "" is the
+    first of cuda, mps, cpu that is there. A file that is damaged or of another network exits 2."""
+    build = VAE if name == "ckpt_vae" else Model
+    if name.startswith("ckpt_prior"):
+        build = lambda cfg: Prior(cfg.T, torch.zeros(2, cfg.z_dim))
+    return D.trained(Path(out, f"{name}.pt"), Config, build, device)
+
+
+def apply(out, path, device):
+    """The model in the folder `out` reads the images in `path`. Nothing is trained, and nothing is written
+    but OUT/apply/NAME/: codes.csv, predictions.csv, reconstructions.h5 and .png, results.json."""
+    began, (model, cfg) = time.perf_counter(), load(out, device=device)
+    data, folder = D.load(path, cfg.size), Path(out, "apply", Path(path).stem)
+    folder.mkdir(parents=True, exist_ok=True)
+    loader, part = D.Loader({"image": data.image}, cfg.device), M.known_part(out, data.subject)
+    z = semantic_codes(model, loader)
+    M.save_codes(folder / "codes.csv", data.subject, part, z)
+    metrics = M.apply_probes(out, folder, data, part, z)
+
+    images = []
+    for rows in tqdm(np.array_split(np.arange(len(data)), len(data) // 64 + 1), "reconstruct", unit="batch"):
+        x0 = loader.batch(rows)["image"]
+        images.append(M.to_image(decode(model, encode_noise(model, x0, z[rows]), z[rows])))
+    images, few = np.concatenate(images), M.evenly(np.arange(len(data)), 8)
+    D.write(folder / "reconstructions.h5", [dict(image=D.to_uint8(255 * images), subject=data.subject)],
+            dict(source=f"z_sem + x_T of {path} by the model in {out}"))
+    noise = torch.randn(x0[:1].shape, generator=torch.Generator(cfg.device).manual_seed(0), device=cfg.device)
+    alone = decode(model, noise.expand(len(few), -1, -1, -1), z[few])
+    M.grid(folder / "reconstructions.png", [data.image[few] / 255, images[few], M.to_image(alone)],
+           ["image", "z_sem + x_T", "z_sem, random x_T"], list(data.subject[few]), f"Images of {path}.")
+    metrics |= M.image_numbers("recon", {"": images}, data.image[np.arange(len(data))] / 255, data.subject)
+    n = {p: len(np.unique(data.subject[part == p])) for p in np.unique(part).tolist()}
+    seconds = time.perf_counter() - began
+    M.save_results(folder / "results.json", "diffae --apply", path, n, seconds, dataclasses.asdict(cfg),
+                   metrics, cfg.device)
+    print(M.table(metrics, SHOWN, ROWS))
+    print(f"{len(data)} images of {n} subjects, {seconds:.0f} s: {folder}/")
+
+
+# --------------------------------------------------------------------------------------------------------
 # The command
 
 # The table that ends a run. z_sem + x_T proves little: an untrained UNet, whose output is 0, comes back to
@@ -730,26 +791,11 @@ ROWS = {"": "diffusion autoencoder", "untrained": "the same, untrained", "vae": 
         "mean": "training mean"}
 
 
-def start(argv):
-    """The flags, and the device made ready. Under torchrun each process takes one GPU. -> Config, device"""
-    cfg, _ = D.parse(Config, PRESETS, RECIPES, __doc__, argv)
-    device = torch.device(cfg.device)
-    if "RANK" in os.environ:       # hours, since all processes wait for the one that draws or reads
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=6))
-        if cfg.batch % dist.get_world_size():
-            D.fail(f"--batch {cfg.batch}: must be a multiple of the {dist.get_world_size()} processes")
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")      # TF32
-        torch.backends.cudnn.benchmark = True
-    return cfg, device
-
-
 def main(argv):
     began = time.perf_counter()
-    cfg, device = start(argv)
+    cfg, device = D.start(Config, PRESETS, RECIPES, __doc__, argv)
+    if cfg.apply:
+        return apply(cfg.out, cfg.apply, cfg.device)
     out, (rank, world) = Path(cfg.out), ranks()
     try:        # settings that do not fit each other are an error before anything is read or written
         times(cfg.S, cfg.T, cfg.stride)
@@ -767,7 +813,7 @@ def main(argv):
         D.phantom_hearts(path)
     if world > 1:
         dist.barrier()
-    data, part = D.load_study(path, cfg.test, cfg.size, cfg.seed)
+    data, part = D.load_study(path, cfg.test, cfg.size, cfg.seed, fold=cfg.fold)
     count, facts = D.describe(data, part)
     cfg = dataclasses.replace(cfg, target=D.choose_target(data, cfg.target, ["has_infarct"]))
     if rank == 0:

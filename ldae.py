@@ -16,6 +16,7 @@ arXiv 2212.12990).
 
     python ldae.py                     # phantom brains, about 10 minutes on one CPU core
     python ldae.py --data brains.h5    # your volumes; on a GPU the default is the paper's networks
+    python ldae.py --apply new.h5      # codes, predictions, reconstructions by the trained model
 
 Latents are never clipped: standardised latents are not bounded by 1, and clipping them costs an MSE of 0.15.
 `--recipe paper` trains as published, but the adversarial loss warms up, and LPIPS and the ImageNet weights of
@@ -26,7 +27,7 @@ the encoder are left out (both need a download), and DDIM ends at level -1 where
   encoder sees the deviation from the mean brain and flattens its feature maps where the paper averages
   them, and a linear layer turns z_sem into a latent that is added to G.
 """
-import copy, dataclasses, datetime, hashlib, itertools, math, os, signal, sys, time
+import copy, dataclasses, hashlib, itertools, math, os, signal, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,7 +51,10 @@ import metrics as M
 class Config:
     data: str = ""            # HDF5 file, or a folder of one file per subject; empty: phantom brains
     test: str = ""            # second file: train on all of --data, test on all of this one
+    fold: str = ""            # 0/5 .. 4/5: test on this fifth of the subjects, train on the others
     out: str = "out/ldae"     # everything the run leaves; the same command again goes on from there
+    init: str = ""            # folder of another run: start from its weights (fine-tuning)
+    apply: str = ""           # file: no training; the model in --out reads it, into OUT/apply/NAME/
     preset: str = ""          # demo (laptop) or paper (one GPU); empty: paper on CUDA, demo elsewhere
     recipe: str = "ours"      # ours or paper: objective and semantic network as published
     device: str = ""          # cuda, mps, cpu; empty: the first of these that is there
@@ -101,7 +105,8 @@ RECIPES = {
     "paper": dict(predict="eps", t_power=1.0, spatial=False),
 }
 # These may change when a run goes on in the same folder: none alters what the weights have learned.
-MAY_CHANGE = {"data", "test", "out", "preset", "device", "target", "steps", "save_every", "S", "eval_images"}
+MAY_CHANGE = {"data", "test", "out", "apply", "preset", "device", "target", "steps", "save_every", "S",
+              "eval_images"}
 # The fields that stages A and B do not read. Their checkpoints hold the defaults instead, so that copies of
 # ckpt_A.pt and ckpt_B.pt serve a run with another semantic encoder.
 AFTER_B = ("enc_base", "enc_mult", "z_dim")
@@ -730,8 +735,9 @@ def amp(device):
 def fit(model, loader, cfg, name, steps, facts, watch=None):
     """Train `model` to step `steps` -> (its EMA, the step reached). model(batch, g) is the loss of a batch.
 
-    Goes on from OUT/name.pt, or exits if that file has another cfg or other facts (hashes of the data).
-    watch(ema) is called at the start and at each save. SIGTERM and Ctrl-C: finish the step, save, exit."""
+    Goes on from OUT/name.pt, or exits if that file has another cfg or other facts (hashes of the data). A new
+    run starts from the weights in --init, if given. watch(ema) is called at the start and at each save.
+    SIGTERM and Ctrl-C: finish the step, save, exit."""
     (rank, world), device = ranks(), loader.device
     path, log = Path(cfg.out, f"{name}.pt"), Path(cfg.out, f"{name.replace('ckpt', 'log')}.jsonl")
     params = [p for p in model.to(device).train().parameters() if p.requires_grad]
@@ -743,7 +749,14 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
     step = D.load_into(state, path, model, ema, opt)        # 0 if there is none
     if step >= steps:
         return ema, step
+    if cfg.init and not step:
+        other = Path(cfg.init, f"{name}.pt")
+        weights, _ = D.averaged_weights(other)
+        D.load_weights(other, "ema", weights, model)
+        ema.load_state_dict(weights)
     if rank == 0:
+        if step:
+            print(f"{name}: going on from step {step} of {steps}", flush=True)
         M.record(cfg, __file__)
         if watch:           # a fault in watch shows now, and not after hours
             watch(ema)
@@ -755,6 +768,7 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
     handlers = [signal.signal(s, lambda number, frame: caught.append(number)) for s in stops]
 
     g, seen, since, began = torch.Generator(device), [], step, time.perf_counter()
+    said = began
     mine = slice(rank * cfg.batch // world, (rank + 1) * cfg.batch // world)
     rows = (D.batch_rows(len(loader), cfg.batch, cfg.seed, k)[mine] for k in range(step, steps))
     bar = tqdm(total=steps, initial=step, desc=name, unit="step", disable=rank > 0 or None)
@@ -795,8 +809,9 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
                                          ema=ema.state_dict(), optimizer=opt.state_dict()))
             if watch:
                 watch(ema)
-            if bar.disable:                 # no terminal: a line per save
-                print(f"{name}: step {step} of {steps}, loss {loss:.4f}, {speed:.4g} images/s", flush=True)
+        if bar.disable and rank == 0 and (due or time.perf_counter() - said > 20):      # no terminal
+            said = time.perf_counter()
+            print(f"{name}: step {step} of {steps}, loss {loss:.4f}, {speed:.4g} images/s", flush=True)
         seen, since, began = [], step, time.perf_counter()
         if stop:
             break
@@ -939,13 +954,20 @@ def evaluate(cfg, data, part, loader, models, prior, device):
     # What a linear probe reads from the codes of all test scans: the target, age, on phantoms known factors.
     everyone = {row: code.cpu().numpy() for row, code in codes.items()}
     everyone["pca"] = M.pca_codes(data, train, cfg.z_dim)
+    M.save_codes(out / "codes.csv", data.subject, part, everyone[""])
+    probes = {}
     for key, column in (("age", "age"), ("probe", cfg.target)):
         y = data.columns.get(column, np.zeros(len(data)))
         try:
-            numbers, _ = M.probe_numbers(everyone, y, part, data.subject, cfg.seed)
-            metrics |= {k.replace("probe", key): v for k, v in numbers.items()}
+            table, fitted = M.predict(everyone, y, part, data.subject, cfg.seed)
         except ValueError as e:
             print(f"no probe of {column}: {e}")
+        else:
+            metrics |= M.probe_numbers(table, key)
+            probes[key] = column, table, fitted[""]
+    if probes:
+        M.save_predictions(out / "predictions.csv", {(k, column): t for k, (column, t, _) in probes.items()})
+        M.save_probes(out / "probes.json", probes, everyone[""][train])
     metrics |= M.factor_numbers(everyone, data.columns, part, data.subject, cfg.seed)
 
     first = everything[np.unique(data.subject[everything], return_index=True)[1]]    # of each subject
@@ -1084,6 +1106,61 @@ def throughput(cfg, batch, model):
 
 
 # --------------------------------------------------------------------------------------------------------
+# Using a trained model
+
+def load(out, name="ckpt_C", device=""):
+    """A network that a run has trained in the folder `out`, ready to use. -> (network, Config)
+
+    name: ckpt_C, the whole model; ckpt_A, the autoencoder; ckpt_B, the unconditional diffusion model. device:
+    "" is the first of cuda, mps, cpu that is there. A file that is damaged or of another network exits 2."""
+    if name == "ckpt_A":
+        build = Autoencoder
+    else:
+        ae, cfg = load(out, "ckpt_A", device)
+        sides = [-(-s // ae.unit) for s in cfg.size]
+        latent = torch.zeros(2, cfg.z_ch, *sides)
+        build = lambda cfg: Unconditional(cfg, latent, latent)
+        if name == "ckpt_C":
+            ldm, _ = load(out, "ckpt_B", device)
+            build = lambda cfg: Model(cfg, ldm, ae)
+    net, cfg = D.trained(Path(out, f"{name}.pt"), Config, build, device)
+    return fast_layout(net, torch.device(cfg.device)), cfg
+
+
+def apply(out, path, device):
+    """The model in the folder `out` reads the volumes in `path`. Nothing is trained, and nothing is written
+    but OUT/apply/NAME/: codes.csv, predictions.csv, reconstructions.h5 and .png, results.json."""
+    began, (model, cfg) = time.perf_counter(), load(out, device=device)
+    data, folder = D.load(path), Path(out, "apply", Path(path).stem)
+    if data.image.shape[1:] != cfg.size:
+        D.fail(f"{path}: image: {data.image.shape[1:]}, but the model in {out} reads volumes of {cfg.size}")
+    folder.mkdir(parents=True, exist_ok=True)
+    loader, part = D.Loader({"image": data.image}, cfg.device), M.known_part(out, data.subject)
+    z = codes_of(model, loader)
+    M.save_codes(folder / "codes.csv", data.subject, part, z)
+    metrics = M.apply_probes(out, folder, data, part, z)
+
+    images, ldm = [], model.ldm.net
+    for rows in tqdm(np.array_split(np.arange(len(data)), len(data) // 16 + 1), "reconstruct", unit="batch"):
+        x = loader.batch(rows)["image"]
+        z0 = in_batches(lambda x: (model.ae.net.posterior(x)[0] - ldm.shift) / ldm.scale, x, batch=4)
+        images.append(render(model, travel(ddim_encode, model, z0, z[rows]), z[rows]))
+    images, few = np.concatenate(images), M.evenly(np.arange(len(data)), 6)
+    D.write(folder / "reconstructions.h5", [dict(image=D.to_uint8(255 * images), subject=data.subject)],
+            dict(source=f"z_sem + z_T of {path} by the model in {out}"))
+    lines = [[view(x) for x in volumes] for volumes in (data.image[few] / 255, images[few])]
+    M.grid(folder / "reconstructions.png", lines, ["scan", "z_sem + z_T"],
+           list(data.subject[few]), f"Scans of {path}: axial and coronal slice.")
+    metrics |= M.image_numbers("recon", {"": images}, data.image[np.arange(len(data))] / 255, data.subject)
+    n = {p: len(np.unique(data.subject[part == p])) for p in np.unique(part).tolist()}
+    seconds = time.perf_counter() - began
+    M.save_results(folder / "results.json", "ldae --apply", path, n, seconds, dataclasses.asdict(cfg),
+                   metrics, cfg.device)
+    print(M.table(metrics, SHOWN, ROWS))
+    print(f"{len(data)} volumes of {n} subjects, {seconds:.0f} s: {folder}/")
+
+
+# --------------------------------------------------------------------------------------------------------
 # The command
 
 # The table that ends a run: the numbers that answer the question, and the rows beside them.
@@ -1096,23 +1173,6 @@ ROWS = {"": "ours", "untrained": "untrained encoder", "ae": "autoencoder alone",
         "copy": "another visit", "voxel_mean": "mean of two visits", "latent_mean": "mean latent",
         "constant": "constant image", "all_positive": "all called positive", "mean": "training mean",
         "voxel": "small voxel network"}
-
-
-def start(argv):
-    """The flags, and the device made ready. Under torchrun each process takes one GPU. -> Config, device"""
-    cfg, _ = D.parse(Config, PRESETS, RECIPES, __doc__, argv)
-    device = torch.device(cfg.device)
-    if "RANK" in os.environ:       # hours, since all processes wait for the one that draws or reads
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=6))
-        if cfg.batch % dist.get_world_size():
-            D.fail(f"--batch {cfg.batch}: must be a multiple of the {dist.get_world_size()} processes")
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")      # TF32
-        torch.backends.cudnn.benchmark = True
-    return cfg, device
 
 
 def check_networks(cfg):
@@ -1135,7 +1195,9 @@ def check_networks(cfg):
 
 def main(argv):
     began = time.perf_counter()
-    cfg, device = start(argv)
+    cfg, device = D.start(Config, PRESETS, RECIPES, __doc__, argv)
+    if cfg.apply:
+        return apply(cfg.out, cfg.apply, cfg.device)
     out, (rank, world) = Path(cfg.out), ranks()
     if cfg.ae_batch % world:
         D.fail(f"--ae_batch {cfg.ae_batch}: must be a multiple of the {world} processes")
@@ -1146,7 +1208,7 @@ def main(argv):
         D.phantom_brains(path, size=cfg.size[0])
     if world > 1:
         dist.barrier()
-    data, part = D.load_study(path, cfg.test, None, cfg.seed)
+    data, part = D.load_study(path, cfg.test, None, cfg.seed, fold=cfg.fold)
     shape = tuple(data.image.shape[1:])
     if len(shape) != 3:
         D.fail(f"{path}: image: slices of {shape[0]}x{shape[1]}; ldae.py needs volumes (N,D,H,W)")

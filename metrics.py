@@ -14,6 +14,7 @@ import os
 import subprocess
 import textwrap
 import warnings
+import zipfile
 from pathlib import Path
 
 import lifelines.exceptions
@@ -309,58 +310,86 @@ def probe(task, z, y, subject, seed=0):
         return GridSearchCV(model, choice, scoring=loss, cv=folds).fit(z, y).best_estimator_
 
 
-def direction(model):
-    """Unit vector (d,) in z space along which a probe's attribute grows; natural step: std of z @ it.
+def linear(model):
+    """A fitted probe as one line: z @ weights + intercept is its log-odds or value. -> (d,), float"""
+    weights = np.ravel(model[-1].coef_) / model[0].scale_
+    return weights, float(np.ravel(model[-1].intercept_)[0] - weights @ model[0].mean_)
+
+
+def direction(model, z):
+    """Direction (d,) in z space along which a probe's attribute grows, as long as one SD of codes z (N,d).
     A step along the weights in standardised space, mapped back: sd * w. (The gradient, w / sd, mostly
     moves the dimensions that vary least, off the data; see Haufe et al. 2014.)"""
     v = model[0].scale_ * np.ravel(model[-1].coef_)
-    return v / max(np.linalg.norm(v), 1e-12)
+    v = v / max(np.linalg.norm(v), 1e-12)
+    return v * (to_numpy(z) @ v).std()
 
 
-def probe_numbers(codes, y, part, subject, seed=0):
-    """Reads y (N,) from each of the codes {row name, "" is ours: (N,d)} by a linear probe of training rows.
-    y in {0,1}, nan is unknown: probe_auroc, _f1, _precision, _recall of rows (their threshold is chosen on
-    validation rows), patient_auroc (mean score, any positive). Other y: probe_r2, _mae, _rmse.
-    probe_auroc_gain.NAME, probe_r2_gain.NAME: ours minus that row, by a paired bootstrap.
-    -> (metrics, the fitted probe of codes[""]). ValueError if training or test rows cannot answer."""
+def predict(codes, y, part, subject, seed=0):
+    """Reads y (N,), nan where unknown, from each of the codes {row name, "" is ours: (N,d)} by a linear probe
+    of training rows. -> (table, {row name: fitted probe})
+    table: a DataFrame with a line per row: subject, row, part, truth, score[.NAME], and, if y is in {0,1},
+    cut[.NAME]: the threshold, chosen on validation rows. ValueError: the rows cannot answer."""
     y = to_numpy(y).astype(np.float64)
-    train, val, test = (np.flatnonzero((part == p) & ~np.isnan(y)) for p in ("train", "val", "test"))
-    if not len(test):
+    train, val = (np.flatnonzero((part == p) & ~np.isnan(y)) for p in ("train", "val"))
+    if not np.any((part == "test") & ~np.isnan(y)):
         raise ValueError("no test row has a value")
     if len(np.unique(y[train])) < 2:
         raise ValueError("the training rows have one value only")
+    people, d = len(np.unique(subject[train])), codes[""].shape[1]
+    if d >= people:
+        D.warn(f"{d} numbers in a code, {people} training subjects: the penalty alone curbs the probe")
     task = "class" if set(np.unique(y[train])) == {0, 1} else "regression"
-    who, truth, out = subject[test], y[test], {}
-    probes, guesses, cuts = {}, {}, {}
+    table = pandas.DataFrame({"subject": subject, "row": np.arange(len(y)), "part": part, "truth": y})
+    probes = {}
     for name, z in codes.items():
-        z = to_numpy(z).astype(np.float64)
+        z, dot = to_numpy(z).astype(np.float64), f".{name}" if name else ""
         probes[name] = probe(task, z[train], y[train], subject[train], seed)
-        read = probes[name].decision_function if task == "class" else probes[name].predict
-        guesses[name] = read(z[test])
-        cuts[name] = threshold_f1(read(z[val]), y[val]) if task == "class" and len(val) else 0.0
+        score = probes[name].decision_function(z) if task == "class" else probes[name].predict(z)
+        table["score" + dot] = score
+        if task == "class":
+            table["cut" + dot] = threshold_f1(score[val], y[val]) if len(val) else 0.0
+    return table, probes
 
-    key, summary, trivial = "probe_auroc", auroc, {"all_positive": np.zeros(len(test))}
-    if task == "regression":
-        key, summary = "probe_r2", lambda g, t: regression(g, t)["r2"]
-        trivial = {"mean": np.full(len(test), y[train].mean())}
+
+def probe_numbers(table, key="probe"):
+    """Numbers of the test rows in a table of predict(), or in those of several folds, one below the other.
+    y in {0,1}: probe_auroc, _f1, _precision, _recall of rows, patient_auroc (mean score, any positive).
+    Other y: probe_r2, _mae, _rmse. probe_auroc_gain.NAME, probe_r2_gain.NAME: ours minus that row, by a
+    paired bootstrap. key: another first word than probe. -> {KEY[.NAME]: row(..)}"""
+    known = table[table["truth"].notna()]
+    test, train = known[known["part"] == "test"], known[known["part"] == "train"]
+    who, truth, out = test["subject"].to_numpy(str), test["truth"].to_numpy(float), {}
+    names = [c.partition(".")[2] for c in table if c.partition(".")[0] == "score"]
+    column = lambda word, name: test[f"{word}.{name}" if name else word].to_numpy(float)
+    guesses, is_class = {name: column("score", name) for name in names}, "cut" in table
+    cuts = {name: column("cut", name) for name in names} if is_class else {}
+    constant = np.full(len(test), 0.0 if is_class or not len(train) else train["truth"].mean())
+    cuts["all_positive"] = np.zeros(len(test))
+
+    main, summary = f"{key}_auroc", auroc
+    if not is_class:
+        main, summary = f"{key}_r2", lambda g, t: regression(g, t)["r2"]
     gain = lambda ours, other, t: summary(ours, t) - summary(other, t)
-    for name in filter(None, codes):
-        out[f"{key}_gain.{name}"] = row_of(gain, who, guesses[""], guesses[name], truth)
+    for name in filter(None, names):
+        out[f"{main}_gain.{name}"] = row_of(gain, who, guesses[""], guesses[name], truth)
     patient, index, slices = np.unique(who, return_inverse=True, return_counts=True)
-    for name, guess in {**guesses, **trivial}.items():
+    if is_class or len(train):      # without training rows their mean is unknown
+        guesses["all_positive" if is_class else "mean"] = constant
+    for name, guess in guesses.items():
         dot = f".{name}" if name else ""
-        if task == "regression":
+        if not is_class:
             for k, better in (("r2", "higher"), ("mae", "lower"), ("rmse", "lower")):
                 statistic = lambda g, t: regression(g, t)[k]
-                out[f"probe_{k}{dot}"] = row_of(statistic, who, guess, truth, better=better)
+                out[f"{key}_{k}{dot}"] = row_of(statistic, who, guess, truth, better=better)
             continue
-        out[f"probe_auroc{dot}"] = row_of(auroc, who, guess, truth)
+        out[f"{key}_auroc{dot}"] = row_of(auroc, who, guess, truth)
         out[f"patient_auroc{dot}"] = row_of(auroc, patient, np.bincount(index, guess) / slices,
                                             np.bincount(index, truth))
         for k in ("f1", "precision", "recall"):
-            statistic = lambda g, t: classify(g, t, cuts.get(name, 0.0))[k]
-            out[f"probe_{k}{dot}"] = row_of(statistic, who, guess, truth)
-    return out, probes[""]
+            statistic = lambda g, t, cut: classify(g, t, cut)[k]
+            out[f"{key}_{k}{dot}"] = row_of(statistic, who, guess, truth, cuts[name])
+    return out
 
 
 def factor_numbers(codes, columns, part, subject, seed=0):
@@ -606,7 +635,159 @@ def save_results(path, script, data, n, seconds, config, metrics, device="cpu"):
     write_atomically(path, (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
 
 
+# ---- Codes and predictions, as CSV; probes, as JSON --------------------------------------------------------
+
+def save_scores(path, subject, part, columns):
+    """Writes a CSV with a line per image: subject, row, part, and columns {name: (N,)}."""
+    table = pandas.DataFrame({"subject": subject, "row": np.arange(len(subject)), "part": part, **columns})
+    write_atomically(path, table.to_csv(index=False, float_format="%.6g").encode())
+
+
+def save_codes(path, subject, part, z):
+    """Writes a CSV with a line per image: subject, row, part, and z0, z1, .. of its code z (N,d)."""
+    save_scores(path, subject, part, {f"z{i}": x for i, x in enumerate(to_numpy(z).T)})
+
+
+def save_predictions(path, tables):
+    """Writes tables of predict(), one below the other. tables: {(key, target): table}; key: the first word of
+    the table's keys in results.json, target: the column that was predicted."""
+    tables = [table.assign(key=key, target=target) for (key, target), table in tables.items()]
+    write_atomically(path, pandas.concat(tables).to_csv(index=False, float_format="%.6g").encode())
+
+
+def pooled(paths):
+    """Numbers over all folds: each subject is tested once, by a model that has not seen the subject.
+    paths: predictions.csv of every fold -> {KEY[.NAME]: row(..)}, the keys of probe_numbers()"""
+    table = pandas.concat([pandas.read_csv(path, dtype={"subject": str}, keep_default_na=False,
+                                           na_values=[""]) for path in paths])
+    numbers = [probe_numbers(of_key.dropna(axis=1, how="all"), key) for key, of_key in table.groupby("key")]
+    return {k: m for found in numbers for k, m in found.items()}
+
+
+def save_probes(path, probes, z):
+    """Writes probes as plain numbers. probes: {key: (target, table, probe)}, the latter two of predict();
+    z: the training codes. score = z @ weights + intercept; axis: see direction()."""
+    out = {}
+    for key, (target, table, model) in probes.items():
+        weights, intercept = linear(model)
+        out[key] = dict(target=target, weights=weights.tolist(), intercept=intercept,
+                        axis=direction(model, z).tolist())
+        out[key] |= dict(cut=float(table["cut"].iloc[0])) if "cut" in table else {}
+    write_atomically(path, json.dumps(out).encode())
+
+
+def read_probes(out):
+    """What save_probes wrote in the folder `out` -> {key: {"target", "weights", "intercept", "axis", "cut"}},
+    weights and axis as (d,) float32. {} if the run had no probe. A damaged file exits 2."""
+    path = Path(out, "probes.json")
+    try:
+        probes = json.loads(path.read_text()) if path.exists() else {}
+        return {key: p | {k: np.array(p[k], np.float32) for k in ("weights", "axis")}
+                for key, p in probes.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        D.fail(f"{path}: damaged ({type(e).__name__}: {e}); the command that trained the run writes it again")
+
+
+def apply_probes(out, folder, data, part, z):
+    """The probes of the run in `out` on codes z (N,d) of other data. Writes folder/predictions.csv.
+    part: of known_part(). -> the numbers of the rows that have a truth and that the run did not learn from"""
+    tables, metrics = {}, {}
+    for key, p in read_probes(out).items():
+        table = pandas.DataFrame({"subject": data.subject, "row": np.arange(len(data)), "part": part})
+        table["truth"] = to_numpy(data.columns.get(p["target"], np.full(len(data), np.nan))).astype(float)
+        table["score"] = to_numpy(z) @ p["weights"] + p["intercept"]
+        if "cut" in p:
+            table["cut"] = p["cut"]
+        tables[key, p["target"]] = table
+        unseen = table[~np.isin(part, ["train", "val"])].assign(part="test")
+        if unseen["truth"].notna().any():
+            metrics |= probe_numbers(unseen, key)
+    if tables:
+        save_predictions(Path(folder, "predictions.csv"), tables)
+    return metrics
+
+
+def save_arrays(path, arrays):
+    """Writes {name: array} as .npz."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    write_atomically(path, buffer.getvalue())
+
+
+def read_arrays(path, names):
+    """What save_arrays wrote -> {name: array}. A file that is damaged or lacks one of the names exits 2."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in names}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
+        D.fail(f"{path}: missing or damaged ({e}); the command that trained the run writes it again")
+
+
+def known_part(out, subject):
+    """In which part of the run in `out` was each subject (N,)? -> (N,) train, val, test, or new. Warns of
+    those in train: a number of them says nothing about new patients."""
+    try:
+        run = pandas.read_csv(Path(out, "codes.csv"), usecols=["subject", "part"], dtype=str,
+                              keep_default_na=False)
+    except (OSError, ValueError) as e:
+        D.warn(f"{out}/codes.csv: {e}; so nobody knows which subjects were trained on")
+        return np.full(len(subject), "unknown")
+    parts = dict(zip(run["subject"].str.casefold(), run["part"]))
+    part = np.array([parts.get(s.casefold(), "new") for s in subject])
+    seen = np.unique(subject[part == "train"])
+    if len(seen):
+        D.warn(f"{len(seen)} subjects were trained on, {', '.join(seen[:3])}..: train in the column part")
+    return part
+
+
+def read_results(out):
+    """What save_results wrote in the folder `out` -> dict. Exits 2 if the run there has not finished."""
+    path = Path(out, "results.json")
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        D.fail(f"{path}: {e}; finish the run in this folder first")
+
+
 # ---- The table and the sentence that end a run -------------------------------------------------------------
+
+GLOSSARY = {  # first words of keys in results.json; a longer one wins
+    "recon_ssim": "likeness of the image drawn from z_sem and its own noise; 1 is the image itself",
+    "semantic": "the same, from z_sem alone: the noise is random",
+    "semantic_gain": "likeness with the right z_sem minus with another's; 0: it is ignored",
+    "x_T_sd_error": "a noise image has an SD of 1; far from 1, it still holds the image",
+    "z_T_sd_error": "a noise latent has an SD of 1; far from 1, it still holds the scan",
+    "probe_auroc": "a line through the codes scores an ill image above a healthy one; 0.5 is chance",
+    "patient_auroc": "the same for patients, by the mean over their images",
+    "probe_f1": "mean of precision and recall of ill images; the threshold is of validation patients",
+    "probe_r2": "share of the variance that a line through the codes explains; 0 is the mean",
+    "age_mae": "age as a line through the codes reads it, mean absolute error",
+    "hr_per_sd": "hazard for one SD more of the score, age and sex kept; 1: no effect",
+    "c_index": "of two patients, the one with the higher risk dies first; 0.5 is chance",
+    "logrank_p": "do patients above and below the median score live equally long?",
+    "ks_p": "the paper's test of the same; a small p proves little",
+    "auroc": "a patient scores below a control of this age; 0.5 is chance",
+    "severity_r": "rank correlation with the planted severity, of patients",
+    "lesion_gain": "the twin differs most in the lesion; 0 is chance",
+    "dice": "overlap of drawn structures and those that a segmenter finds; 1 is all",
+    "edge_f1": "drawn edges that are found again, and found ones that were drawn; 1 is all",
+    "ssim": "likeness to the real slice; 1 is the slice itself",
+    "nmse": "squared error over the slice's variance; 1 is a flat grey",
+    "fid": "distance of the sets in Inception's features; compare with real slices of other patients",
+    "kid": "the same, by a kernel; 0 is one distribution",
+    "fd_vq": "distance of the sets in the VQ-VAE's features; compare with real slices",
+    "kid_vq": "the same, by a kernel; 0 is one distribution",
+    "interp": "a scan that is missing between two visits, drawn from both",
+    "manip": "what a step of one SD along z_sem's disease direction does to this volume",
+    "recon_s": "seconds to encode and draw one scan again",
+}
+
+
+def explain(key):
+    """The line of GLOSSARY for a key of results.json, or ""."""
+    found = [word for word in GLOSSARY if key.startswith(word)]
+    return GLOSSARY[max(found, key=len)] if found else ""
+
 
 def number(v):
     """-> text: 3 decimals around 1, fewer for large, 2 digits for tiny; "-" for None, nan and inf."""
@@ -644,11 +825,12 @@ def table(metrics, shown, rows, width=100):
                 lines.append([words, *(cells.get(name, "-") for _, cells in block)])
         lines.append([""])
     text = ["  ".join([line[0].ljust(left), *(t.ljust(24) for t in line[1:])]).rstrip() for line in lines]
-    n = sorted({metrics[key]["n"] for key in shown if key in metrics} - {0})
+    n = sorted({m["n"] for key, m in metrics.items() if key.partition(".")[0] in shown} - {0})
     who = f"{n[0]} to {n[-1]} subjects" if len(n) > 1 else f"{n[0]} subjects" if n else "subjects"
     wald = "; of hazard ratios, Wald's" if any(key.startswith("hr") for key in shown) else ""
     text.append(f"In brackets: the 95 % interval, by bootstrap over {who}{wald}.")
-    return "\n".join([*text, "↑ higher is better, ↓ lower is better."])
+    text.append("↑ higher is better, ↓ lower is better.")
+    return "\n".join(text + [f"{words}: {explain(key)}" for key, words in shown.items() if key in metrics])
 
 
 def answer(question, name, ours, other, gain, unit="patients"):

@@ -15,6 +15,7 @@ Where the paper is silent, this script does what diffae.py does.
 
     python normative.py                     # phantom cohort, about 9 minutes on one CPU core
     python normative.py --data cohort.h5    # yours: label (0 healthy), age; for survival also time, event
+    python normative.py --apply new.h5      # scores of new people, by the trained model
 
 Each healthy person has one role: train the networks (part "train"), be the reference that says what is usual
 (part "val"), or be a control (part "test"). Patients are always "test".
@@ -26,7 +27,7 @@ differs as in diffae.py, and in two more ways:
   alone draws. It is measured pixel by pixel in units of what is usual in the reference;
 - augment 0.1: brains come registered, so the random motion is smaller than that of hearts.
 """
-import copy, dataclasses, datetime, math, os, signal, sys, time
+import copy, dataclasses, math, os, signal, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -49,7 +50,10 @@ import metrics as M
 class Config:
     data: str = ""            # HDF5 file, or a folder of one file per subject; empty: phantom cohort
     test: str = ""            # second file: train on all of --data, test on all of this one
+    fold: str = ""            # 0/5 .. 4/5: test on this fifth of the subjects, train on the others
     out: str = "out/normative"  # everything the run leaves; the same command again goes on from there
+    init: str = ""            # folder of another run: start from its weights (fine-tuning)
+    apply: str = ""           # file: no training; the model in --out reads it, into OUT/apply/NAME/
     preset: str = ""          # demo (laptop) or paper (one GPU); empty: paper on CUDA, demo elsewhere
     recipe: str = "ours"      # ours or paper: objective, network and sampling times as published
     device: str = ""          # cuda, mps, cpu; empty: the first of these that is there
@@ -102,8 +106,8 @@ RECIPES = {
                   score="cosine"),
 }
 # These may change when a run goes on in the same folder: none alters what the weights have learned.
-MAY_CHANGE = {"data", "test", "out", "preset", "device", "target", "steps", "save_every", "S", "draws",
-              "eval_images", "score"}
+MAY_CHANGE = {"data", "test", "out", "apply", "preset", "device", "target", "steps", "save_every", "S",
+              "draws", "eval_images", "score"}
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -465,8 +469,9 @@ def amp(device):
 def fit(model, loader, cfg, name, steps, facts, watch=None):
     """Train `model` to step `steps` -> (its EMA, the step reached). model(batch, g) is the loss of a batch.
 
-    Goes on from OUT/name.pt, or exits if that file has another cfg or other facts (hashes of the data).
-    watch(ema) is called at the start and at each save. SIGTERM and Ctrl-C: finish the step, save, exit."""
+    Goes on from OUT/name.pt, or exits if that file has another cfg or other facts (hashes of the data). A new
+    run starts from the weights in --init, if given. watch(ema) is called at the start and at each save.
+    SIGTERM and Ctrl-C: finish the step, save, exit."""
     (rank, world), device = ranks(), loader.device
     path, log = Path(cfg.out, f"{name}.pt"), Path(cfg.out, f"{name.replace('ckpt', 'log')}.jsonl")
     params = [p for p in model.to(device).train().parameters() if p.requires_grad]
@@ -478,7 +483,14 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
     step = D.load_into(state, path, model, ema, opt)        # 0 if there is none
     if step >= steps:
         return ema, step
+    if cfg.init and not step:
+        other = Path(cfg.init, f"{name}.pt")
+        weights, _ = D.averaged_weights(other)
+        D.load_weights(other, "ema", weights, model)
+        ema.load_state_dict(weights)
     if rank == 0:
+        if step:
+            print(f"{name}: going on from step {step} of {steps}", flush=True)
         M.record(cfg, __file__)
         if watch:           # a fault in watch shows now, and not after hours
             watch(ema)
@@ -490,6 +502,7 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
     handlers = [signal.signal(s, lambda number, frame: caught.append(number)) for s in stops]
 
     g, seen, since, began = torch.Generator(device), [], step, time.perf_counter()
+    said = began
     mine = slice(rank * cfg.batch // world, (rank + 1) * cfg.batch // world)
     rows = (D.batch_rows(len(loader), cfg.batch, cfg.seed, k)[mine] for k in range(step, steps))
     bar = tqdm(total=steps, initial=step, desc=name, unit="step", disable=rank > 0 or None)
@@ -530,8 +543,9 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
                                          ema=ema.state_dict(), optimizer=opt.state_dict()))
             if watch:
                 watch(ema)
-            if bar.disable:                 # no terminal: a line per save
-                print(f"{name}: step {step} of {steps}, loss {loss:.4f}, {speed:.4g} images/s", flush=True)
+        if bar.disable and rank == 0 and (due or time.perf_counter() - said > 20):      # no terminal
+            said = time.perf_counter()
+            print(f"{name}: step {step} of {steps}, loss {loss:.4f}, {speed:.4g} images/s", flush=True)
         seen, since, began = [], step, time.perf_counter()
         if stop:
             break
@@ -615,23 +629,23 @@ def age_mean(z, age, rows):
     return lambda a: powers(a) @ weights
 
 
-def deviation(real, drawn, rows):
-    """What a code leaves out, image minus image of the code (N,H,W), in units of what is usual at each pixel.
+def usual_residual(real, drawn):
+    """What a code usually leaves out of the images (n,H,W) of healthy people: the RMS at each pixel. -> (H,W)
 
-    Usual is the RMS over `rows`, the healthy reference; 1 % of the range is added, against division by 0."""
-    residual = real - drawn
-    return residual / (np.sqrt((residual[rows] ** 2).mean(0)) + 0.01)
+    1 % of the range is added: the residual of an image is divided by it."""
+    return np.sqrt(((real - drawn) ** 2).mean(0)) + 0.01
 
 
 def five_scores(z, deviates, age, rows):
     """How healthy is z (N,d)? -> {kind: (N,)}, higher = healthier. rows: the healthy reference.
 
     cosine: with their mean z, whatever the age (the paper). age_matched, l2, mahalanobis: a cosine with, or
-    minus a distance from, their mean at this age. residual: minus the mean square of deviation()."""
+    minus a distance from, their mean at this age. residual: minus `deviates` (N,), the mean square over an
+    image of what its code leaves out, in units of usual_residual()."""
     at_age = age_mean(z, age, rows)(age)
     norm = lambda a: np.linalg.norm(a, axis=-1)
     cosine = lambda a, b: (a * b).sum(-1) / (norm(a) * norm(b))
-    return {"residual": -(deviates ** 2).mean((1, 2)), "cosine": cosine(z, z[rows].mean(0)),
+    return {"residual": -deviates, "cosine": cosine(z, z[rows].mean(0)),
             "age_matched": cosine(z, at_age), "l2": -norm(z - at_age),
             "mahalanobis": -M.mahalanobis(z - at_age, rows)}
 
@@ -644,7 +658,8 @@ def latent_deviation(mean, logvar, rows):
 
 
 def all_scores(cfg, data, part, models, codes, loader):
-    """-> {row: (N,) scores}, and deviation() of our code. Only part "val", the reference, says what is usual.
+    """-> {row: (N,) scores}; what our code leaves out, (N,H,W), in units of its usual_residual(); the latter.
+    Only part "val", the reference, says what is usual.
 
     Rows KIND and CODE_KIND: the scores of our code and of others, as in ROWS. "" and CODE: only cfg.score."""
     age, real = data.columns["age"].astype(np.float64), data.image[np.arange(len(data))] / np.float32(255)
@@ -657,9 +672,11 @@ def all_scores(cfg, data, part, models, codes, loader):
     z = pca.transform(flat(np.arange(len(data))))
     drawn["pca"] = pca.inverse_transform(z).reshape(real.shape).clip(0, 1)
     codes["pca"] = z + pca.components_ @ pca.mean_        # not centred: a cosine with the mean needs a mean
-    scores, left_out = {}, {row: deviation(real, images, rows) for row, images in drawn.items()}
+    scores = {}
+    usual = {row: usual_residual(real[rows], images[rows]) for row, images in drawn.items()}
+    left_out = {row: (real - images) / usual[row] for row, images in drawn.items()}
     for row in drawn:
-        kinds = five_scores(codes[row], left_out[row], age, rows)
+        kinds = five_scores(codes[row], (left_out[row] ** 2).mean((1, 2)), age, rows)
         scores |= {row: kinds[cfg.score]} | {f"{row}_{kind}".strip("_"): kinds[kind] for kind in kinds}
     every = torch.arange(len(data), device=loader.device)
     logvar = in_batches(lambda few: models["vae"].posterior(loader.batch(few)["image"])[1], every)
@@ -668,7 +685,7 @@ def all_scores(cfg, data, part, models, codes, loader):
     scores["brain_age_gap"] = -M.brain_age_gap(z, age, train, rows, data.subject)[1]
     if "factor_severity" in data.columns:       # a phantom: the score of somebody who knows
         scores["planted"] = -data.columns["factor_severity"].astype(np.float64)
-    return {row: scores[row] for row in ROWS if row in scores}, left_out[""]
+    return {row: scores[row] for row in ROWS if row in scores}, left_out[""], usual[""]
 
 
 def lesion_gain(change, lesion, brain, age, ill):
@@ -721,7 +738,14 @@ def evaluate(cfg, data, part, models, device):
     age, ill = data.columns["age"].astype(np.float64), data.columns[cfg.target] > 0
     reference, tested = np.flatnonzero(part == "val"), np.flatnonzero(part == "test")
     patients = tested[ill[tested]]
-    scores, left_out = all_scores(cfg, data, part, models, codes, loader)
+    scores, left_out, usual = all_scores(cfg, data, part, models, codes, loader)
+    M.save_codes(out / "codes.csv", data.subject, part, codes[""].cpu())
+    columns = {"age": age, "ill": ill, **{row or cfg.score: score for row, score in scores.items()}}
+    M.save_scores(out / "scores.csv", data.subject, part, columns)
+    # All that --apply needs of the healthy reference. Their images are not among it.
+    of_healthy = {"z": codes[""][reference].double().cpu().numpy(), "age": age[reference], "usual": usual,
+                  "deviates": (left_out[reference] ** 2).mean((1, 2))}
+    M.save_arrays(out / "reference.npz", of_healthy)
     for row, score in scores.items():
         dot, beyond = f".{row}" if row else "", age_mean(score[:, None], age, reference)(age)[:, 0] - score
         metrics["auroc" + dot] = M.row_of(M.auroc, data.subject[tested], beyond[tested], ill[tested])
@@ -789,6 +813,70 @@ def signed(x):
 
 
 # --------------------------------------------------------------------------------------------------------
+# Using a trained model
+
+def load(out, name="ckpt", device=""):
+    """A network that a run has trained in the folder `out`, ready to use. -> (network, Config)
+
+    name: ckpt, the diffusion autoencoder; ckpt_vae, the VAE. device: "" is the first of cuda, mps, cpu that
+    is there. A file that is damaged or of another network exits 2."""
+    return D.trained(Path(out, f"{name}.pt"), Config, VAE if name == "ckpt_vae" else Model, device)
+
+
+def apply(out, path, device):
+    """Scores of the people in `path` by the model in the folder `out`, among healthy people of their age.
+
+    Nothing is trained, and nothing is written but OUT/apply/NAME/: codes.csv; scores.csv, each score and its
+    percentile; twins.h5 and .png, the healthy twins and the differences from them; results.json."""
+    began, (model, cfg) = time.perf_counter(), load(out, device=device)
+    data, folder = D.load(path, cfg.size), Path(out, "apply", Path(path).stem)
+    healthy = M.read_arrays(Path(out, "reference.npz"), ("z", "age", "usual", "deviates"))
+    age = D.numbers(data, "age")
+    folder.mkdir(parents=True, exist_ok=True)
+    loader, part = D.Loader({"image": data.image, "age": age}, cfg.device), M.known_part(out, data.subject)
+    real, n, g = data.image[np.arange(len(data))] / 255, len(healthy["age"]), torch.Generator(cfg.device)
+    z = semantic_codes(model, loader)
+    M.save_codes(folder / "codes.csv", data.subject, part, z)
+
+    # The reference comes first, the people in question after it: one scale for both.
+    left_out = (real - image_of_code(model, z, g.manual_seed(cfg.seed))) / healthy["usual"]
+    deviates = np.concatenate([healthy["deviates"], (left_out ** 2).mean((1, 2))])
+    ages = np.concatenate([healthy["age"], age])
+    everyone, rows = np.concatenate([healthy["z"], z.double().cpu()]), np.arange(n)
+    columns, metrics, ill = {"age": age}, {}, data.columns.get(cfg.target)
+    for kind, score in five_scores(everyone, deviates, ages, rows).items():
+        beyond = score - age_mean(score[:, None], ages, rows)(ages)[:, 0]       # of the age
+        columns[kind] = score[n:]
+        columns[f"{kind}_percentile"] = 100 * (beyond[:n] < beyond[n:, None]).mean(1)
+        if ill is not None:
+            known = ~np.isnan(ill)
+            metrics[f"auroc.{kind}"] = M.row_of(M.auroc, data.subject[known], -beyond[n:][known], ill[known])
+    M.save_scores(folder / "scores.csv", data.subject, part, columns)
+
+    typical, twins = age_mean(healthy["z"], healthy["age"], rows), []
+    for some in tqdm(np.array_split(np.arange(len(data)), len(data) // 64 + 1), "twins", unit="batch"):
+        x_T = encode_noise(model, loader.batch(some)["image"], z[some])
+        healthy_z = torch.as_tensor(typical(age[some]), dtype=torch.float32, device=cfg.device)
+        twins.append(M.to_image(decode(model, x_T, healthy_z)))
+    twins, few = np.concatenate(twins), columns[f"{cfg.score}_percentile"].argsort()[:8]
+    D.write(folder / "twins.h5", [dict(image=D.to_uint8(255 * twins), subject=data.subject, age=age,
+                                       difference=(real - twins).astype(np.float32))],
+            dict(source=f"healthy twins of {path} by the model in {out}"))
+    rows = {"image": real, "healthy twin": twins, "image - twin": signed((real - twins) / 0.3),
+            "what z_sem leaves out, in healthy SDs": signed(left_out / 6)}
+    M.grid(folder / "twins.png", [images[few] for images in rows.values()], list(rows),
+           [f"{data.subject[k]}, {columns[f'{cfg.score}_percentile'][k]:.0f} %" for k in few],
+           f"The lowest percentiles of {cfg.score} among healthy people of the same age.")
+    count = {p: len(np.unique(data.subject[part == p])) for p in np.unique(part).tolist()}
+    seconds = time.perf_counter() - began
+    M.save_results(folder / "results.json", "normative --apply", path, count, seconds,
+                   dataclasses.asdict(cfg), metrics, cfg.device)
+    if metrics:
+        print(M.table(metrics, {"auroc": SHOWN["auroc"]}, ROWS))
+    print(f"{len(data)} images of {count} subjects, {seconds:.0f} s: {folder}/")
+
+
+# --------------------------------------------------------------------------------------------------------
 # The command
 
 # The table that ends a run: the numbers that answer the question, and the rows beside them.
@@ -822,26 +910,11 @@ def best_score(metrics, planted):
     return text + "."
 
 
-def start(argv):
-    """The flags, and the device made ready. Under torchrun each process takes one GPU. -> Config, device"""
-    cfg, _ = D.parse(Config, PRESETS, RECIPES, __doc__, argv)
-    device = torch.device(cfg.device)
-    if "RANK" in os.environ:       # hours, since all processes wait for the one that draws or reads
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=6))
-        if cfg.batch % dist.get_world_size():
-            D.fail(f"--batch {cfg.batch}: must be a multiple of the {dist.get_world_size()} processes")
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")      # TF32
-        torch.backends.cudnn.benchmark = True
-    return cfg, device
-
-
 def main(argv):
     began = time.perf_counter()
-    cfg, device = start(argv)
+    cfg, device = D.start(Config, PRESETS, RECIPES, __doc__, argv)
+    if cfg.apply:
+        return apply(cfg.out, cfg.apply, cfg.device)
     out, (rank, world) = Path(cfg.out), ranks()
     try:        # settings that do not fit each other are an error before anything is read or written
         times(cfg.S, cfg.T, cfg.stride)
@@ -860,7 +933,7 @@ def main(argv):
         D.phantom_cohort(path)
     if world > 1:
         dist.barrier()
-    data, part = D.load_study(path, cfg.test, cfg.size, cfg.seed, fractions=(0.6, 0.2, 0.2))
+    data, part = D.load_study(path, cfg.test, cfg.size, cfg.seed, (0.6, 0.2, 0.2), cfg.fold)
     part = D.cohort(data, part, cfg.target, bool(cfg.test))
     count, facts = D.describe(data, part)
     count["patients"] = len(np.unique(data.subject[(part == "test") & (data.columns[cfg.target] > 0)]))

@@ -308,8 +308,8 @@ def test_a_run_learns_from_training_and_chooses_on_validation_rows(tiny, tmp_pat
         f["edges"] = D.edges(columns["image"][test])
         f["mask"], f["view"] = columns["mask"][test], columns["view"][test]
         f.attrs.update(D.CINE_NAMES)
-    main("--data", tiny, "--out", out, *FLAGS, "--draw", tmp_path / "mine.h5")
-    drawn = D.load(out / "drawn.h5")
+    main("--out", out, "--apply", tmp_path / "mine.h5", "--device=cpu")
+    drawn = D.load(out / "apply" / "mine" / "drawn.h5")
     assert abs(drawn.image / 255 - made[seen["at"]]).max() < 0.003
     assert np.array_equal(drawn.mask, columns["mask"][test])
 
@@ -370,7 +370,7 @@ def test_the_papers_recipe_on_images_alone(tmp_path, capsys):
     ("--size=17", "no such network"), ("--groups=7", "no such network"), ("--S=2000", "--S 2000"),
     ("--unet=16", "no such network"), ("--unet=21,42", "no such network"), ("--eval_images=1", "at least 2"),
     ("--channels=8,8,8,8,8,8", "no such network"), ("--inception=/no/such.pt", "--inception"),
-    ("--data=/no/such.h5", "no such file"), ("--draw=/no/such.h5", "no such file"),
+    ("--data=/no/such.h5", "no such file"), ("--apply=/no/such.h5", "leave this flag away"),
 ])
 def test_bad_flags(flag, word, tiny, tmp_path, capsys):
     assert word in error_of(capsys, "--data", tiny, "--out", tmp_path / "out", *FLAGS, flag)

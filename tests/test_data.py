@@ -88,6 +88,25 @@ def test_split_of_few_subjects_of_other_fractions_and_as_stored():
 
 # ---------------------------------------------------------------- load
 
+def test_folds_test_every_subject_once(capsys):
+    """Whatever split is stored; a subject is on one side, and each fold has its share of the ill."""
+    subject, label = np.repeat([f"p{i:02d}" for i in range(23)], 3), np.repeat(np.arange(23) % 3 == 0, 3).astype(int)
+    whole = table(subject, label, np.full(69, "train"))
+    tested = []
+    for k in range(5):
+        part = data.split(whole, seed=1, fold=f"{k}/5")
+        people = {p: set(subject[part == p]) for p in ("train", "val", "test")}
+        assert not set.intersection(people["train"], people["test"] | people["val"]) | people["val"] & people["test"]
+        assert len(people["test"]) in (4, 5) and len(people["val"]) == 2
+        assert len(set(subject[(part == "test") & (label == 1)])) in (1, 2)
+        tested += people["test"]
+    assert sorted(tested) == sorted(set(subject)) and data.split(whole, fold="")[0] == "train"
+    assert (data.split(whole, 0, fold="0/5") != data.split(whole, 1, fold="0/5")).any()
+    for fold in ("5/5", "1", "a/b", "0/1", "0/24", "-1/5"):
+        one_error(capsys, lambda: data.split(whole, fold=fold), f"--fold {fold}")
+    one_error(capsys, lambda: data.load_study("a.h5", "b.h5", fold="0/5"), "--fold", "--test")
+
+
 def test_folder_equals_file_and_floats_equal_uint8(tmp_path):
     whole, c = data.load(make(tmp_path / "all.h5")), columns()
     (tmp_path / "parts").mkdir()

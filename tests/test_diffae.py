@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import pandas
 import pytest
 import torch
 import torch.nn.functional as F
@@ -356,6 +357,52 @@ def test_whole_run_leaves_results_and_pictures(tiny, tmp_path, capsys, monkeypat
         assert (out / f"{name}.png").stat().st_size > 1000, name
     assert (out / "diffae.py").read_text() == (ROOT / "diffae.py").read_text()
     assert json.loads((out / "config.json").read_text())["z_dim"] == 8
+
+
+def test_a_trained_model_is_loaded_and_applied(tiny, tmp_path, capsys):
+    """On the run's own data --apply says what the run said; nothing else in the folder changes."""
+    out, new = tmp_path / "out", tmp_path / "new.h5"
+    main("--data", tiny, "--out", out, *FLAGS, "--fold=1/3")
+    model, cfg = m.load(out, device="cpu")
+    data, part = D.load_study(tiny, "", 16, 0, fold="1/3")
+    codes = pandas.read_csv(out / "codes.csv")
+    assert np.array_equal(codes["part"], part) and (part == "test").sum() == len(part) / 3
+    z = m.semantic_codes(model, D.Loader({"image": data.image}, "cpu"))
+    assert np.allclose(codes.filter(regex="z[0-9]"), z, rtol=1e-4, atol=1e-5) and not z.requires_grad
+    state = torch.load(out / "ckpt_vae.pt", weights_only=True)["ema"]
+    vae, prior = m.load(out, "ckpt_vae")[0], m.load(out, "ckpt_prior_12")[0]
+    assert all(torch.equal(v, state[k]) for k, v in vae.state_dict().items())
+    assert prior.sample(3, torch.Generator().manual_seed(0)).shape == (3, 8)
+
+    D.write(str(new), [dict(image=data.image, subject=data.subject, has_infarct=data.columns["has_infarct"])], {})
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    capsys.readouterr()
+    main("--out", out, "--apply", new, "--device=cpu")
+    said = capsys.readouterr()
+    assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
+    assert "subjects were trained on" in said.err and "AUROC" in said.out
+    wanted = {"codes": ["subject", "part", "z0", "z7"], "predictions": ["part", "truth", "score", "cut"]}
+    for name, columns in wanted.items():
+        ours, runs = (pandas.read_csv(folder / f"{name}.csv")[columns] for folder in (out / "apply" / "new", out))
+        pandas.testing.assert_frame_equal(ours, runs, rtol=1e-4, atol=1e-4)
+    results = json.loads((out / "apply" / "new" / "results.json").read_text())
+    run = json.loads((out / "results.json").read_text())["metrics"]
+    assert results["metrics"]["probe_auroc"]["value"] == pytest.approx(run["probe_auroc"]["value"])
+    images = D.load(out / "apply" / "new" / "reconstructions.h5").image
+    x0 = D.Loader({"image": data.image}, "cpu").batch(np.arange(len(data)))["image"]
+    again = M.to_image(m.decode(model, m.encode_noise(model, x0, z), z))
+    assert abs(images / 255 - again).max() < 0.003
+
+    # Another run starts from these weights, and says so. Another network cannot.
+    main("--data", tiny, "--out", tmp_path / "b", *FLAGS, "--steps=1", "--lr=1e-9", "--init", out)
+    for name in ("ckpt", "ckpt_vae"):
+        tuned, first = (torch.load(f / f"{name}.pt", weights_only=True) for f in (tmp_path / "b", out))
+        assert all(torch.allclose(tuned["model"][k], v, atol=1e-6) for k, v in first["ema"].items())
+    assert json.loads((tmp_path / "b" / "results.json").read_text())["config"]["init"] == str(out)
+    other = error_of(capsys, "--data", tiny, "--out", tmp_path / "c", *FLAGS, "--z_dim=5", "--init", out)
+    assert "out.weight is (8, 512)" in other and "(5, 512) in this network" in other
+    assert "leave this flag away" in error_of(capsys, "--out", out, "--apply", new, "--lr=1")
+    assert "no such file" in error_of(capsys, "--out", tmp_path / "none", "--apply", new)
 
 
 def test_the_untrained_row_is_the_same_network_at_step_0(tiny, tmp_path, monkeypatch):

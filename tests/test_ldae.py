@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 import torch
 
@@ -241,6 +242,23 @@ def test_results_have_all_rows_and_the_same_command_changes_nothing(finished, ti
     again = read()
     assert before == {p: p.read_bytes() for p in out.glob("*.pt")}
     assert all(metrics[k] == again[k] for k in ("recon_ssim", "semantic_mse", "age_mae", "interp_6m_mse"))
+
+
+def test_a_trained_model_is_loaded_and_applied(finished, tiny, capsys):
+    out, before = finished[0], {p.name: p.read_bytes() for p in finished[0].iterdir() if p.is_file()}
+    main("--out", out, "--apply", tiny, "--device=cpu")
+    assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
+    for name, columns in (("codes", ["part", "z0", "z7"]), ("predictions", ["key", "truth", "score"])):
+        ours, run = (pandas.read_csv(f / f"{name}.csv")[columns] for f in (out / "apply" / "tiny", out))
+        pandas.testing.assert_frame_equal(ours, run, rtol=1e-3, atol=1e-3)
+    model, cfg = m.load(out, device="cpu")
+    data = D.load(tiny)
+    loader, ldm = D.Loader({"image": data.image}, "cpu"), model.ldm.net
+    z, x = m.codes_of(model, loader)[:12], loader.batch(np.arange(12))["image"]
+    z0 = m.in_batches(lambda x: (model.ae.net.posterior(x)[0] - ldm.shift) / ldm.scale, x, batch=4)
+    images = m.render(model, m.travel(m.ddim_encode, model, z0, z), z)
+    assert abs(D.load(out / "apply" / "tiny" / "reconstructions.h5").image[:12] / 255 - images).max() < 0.003
+    assert "subjects were trained on" in capsys.readouterr().err
 
 
 def test_stages_a_and_b_serve_another_encoder(finished, tiny, capsys, tmp_path, monkeypatch):

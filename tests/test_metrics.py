@@ -6,6 +6,7 @@ from unittest.mock import Mock
 import warnings
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from PIL import Image
@@ -16,6 +17,7 @@ from skimage.metrics import structural_similarity
 from sklearn.metrics import f1_score, precision_score, recall_score, roc_auc_score
 
 import metrics as M
+from conftest import one_error
 
 
 def smooth(shape, seed):
@@ -204,8 +206,11 @@ def test_direction_recovers_a_planted_shift():
     y = rng.integers(0, 2, 80)[subject]
     z = spread * rng.normal(size=(len(subject), 32)) + 6 * y[:, None] * u
     for task in ("class", "regression"):
-        v = M.direction(M.probe(task, z, y, subject))
-        assert np.linalg.norm(v) == pytest.approx(1) and v @ u > 0.9
+        model = M.probe(task, z, y, subject)
+        v, (weights, intercept) = M.direction(model, z), M.linear(model)
+        assert np.linalg.norm(v) == pytest.approx((z @ v).std() / np.linalg.norm(v)) and v @ u > 0.9 * np.linalg.norm(v)
+        read = model.decision_function if task == "class" else model.predict
+        assert np.allclose(z @ weights + intercept, read(z), atol=1e-9)
 
 
 def study(n=60, seed=0):
@@ -220,7 +225,8 @@ def study(n=60, seed=0):
 
 def test_probe_numbers_find_what_is_there_and_only_that():
     subject, part, y, codes = study()
-    got, fitted = M.probe_numbers(codes, y, part, subject)
+    table, probes = M.predict(codes, y, part, subject)
+    got, fitted = M.probe_numbers(table), probes[""]
     kinds = ("probe_auroc", "patient_auroc", "probe_f1", "probe_precision", "probe_recall")
     rows = {k + name for k in kinds for name in ("", ".noise", ".all_positive")}
     assert set(got) == rows | {"probe_auroc_gain.noise"}
@@ -230,23 +236,23 @@ def test_probe_numbers_find_what_is_there_and_only_that():
     score = fitted.decision_function(codes[""][test])
     assert value["probe_auroc"] == pytest.approx(roc_auc_score(y[test], score))
     patients = roc_auc_score(y[test][::3], score.reshape(-1, 3).mean(1))
-    assert value["patient_auroc"] == pytest.approx(patients) and abs(M.direction(fitted)[0]) > 0.8
+    assert value["patient_auroc"] == pytest.approx(patients) and np.argmax(abs(M.linear(fitted)[0])) == 0
     assert got["patient_auroc"]["n"] == 14 and value["probe_f1.all_positive"] == 2 * p / (1 + p)
-    same, _ = M.probe_numbers({"": codes[""], "copy": codes[""]}, y, part, subject)
+    same = M.probe_numbers(M.predict({"": codes[""], "copy": codes[""]}, y, part, subject)[0])
     assert same["probe_auroc_gain.copy"]["ci"] == [0, 0]  # paired: the same resamples for both
 
 
 def test_probe_numbers_regress_and_refuse():
     subject, part, y, codes = study()
     y = codes[""][:, 0] * 3 + 50
-    got, _ = M.probe_numbers(codes, y, part, subject)
+    got = M.probe_numbers(M.predict(codes, y, part, subject)[0])
     factors = M.factor_numbers(codes, {"factor_size": y, "age": y}, part, subject)
     assert factors == {"factor_r2_size": got["probe_r2"], "factor_r2_size.noise": got["probe_r2.noise"]}
     assert got["probe_r2"]["value"] > 0.8 and got["probe_mae"]["value"] < got["probe_mae.mean"]["value"]
     assert got["probe_r2.mean"]["value"] <= 0 and got["probe_r2_gain.noise"]["ci"][0] > 0
     for bad, why in ((0 * y, "one value"), (np.where(part == "test", np.nan, y), "no test row")):
         with pytest.raises(ValueError, match=why):
-            M.probe_numbers(codes, bad, part, subject)
+            M.predict(codes, bad, part, subject)
 
 
 @pytest.mark.parametrize("task", ["class", "regression", "factor"])
@@ -270,18 +276,49 @@ def test_which_rows_fit_cut_and_are_scored(monkeypatch, task):
     if task == "factor":
         M.factor_numbers(codes, {"factor_size": y, "age": y}, part, subject)
     else:
-        _, fitted = M.probe_numbers(codes, y, part, subject)
+        table, probes = M.predict(codes, y, part, subject)
+        M.probe_numbers(table)
     assert fits and all(set(rows) <= set(train) for rows in fits)
     for rows in fits:  # an inner fold holds out whole subjects
         assert not set(subject[rows]) & set(subject[np.setdiff1d(train, rows)])
     assert sum(np.array_equal(rows, train) for rows in fits) == len(codes)
     assert len(cuts) == (len(codes) if task == "class" else 0)
     if task == "class":
-        assert np.array_equal(cuts[0][0], fitted.decision_function(codes[""][val]))
+        assert np.array_equal(cuts[0][0], probes[""].decision_function(codes[""][val]))
         assert np.array_equal(cuts[0][1], y[val])
     slices = [entry for entry in scored if len(entry[0]) == len(test)]
     assert slices and len(scored) - len(slices) == (3 if task == "class" else 0)  # those of patients
-    assert all(np.array_equal(who, subject[test]) and np.array_equal(t, y[test]) for who, *_, t in slices)
+    assert all(np.array_equal(who, subject[test]) and any(np.array_equal(a, y[test]) for a in arrays)
+               for who, *arrays in slices)
+
+
+def test_folds_are_pooled_and_saved_probes_read_like_the_fitted_ones(tmp_path, capsys):
+    """Two folds, each with its own probe: the AUROC of all their test rows. A subject may be called NA."""
+    subject, part, y, codes = study()
+    subject = np.where(subject == "s00", "NA", subject)
+    at, score, names = [], [], np.random.default_rng(1).permutation(np.unique(subject))
+    for k in range(2):
+        part = np.where(np.isin(subject, names[k::2]), "test", "train")
+        table, probes = M.predict(codes, y, part, subject)
+        M.save_predictions(tmp_path / f"{k}.csv", {("probe", "label"): table})
+        at += [np.flatnonzero(part == "test")]
+        score += [probes[""].decision_function(codes[""][at[-1]])]
+    got = M.pooled([tmp_path / "0.csv", tmp_path / "1.csv"])
+    assert got["probe_auroc"]["value"] == pytest.approx(roc_auc_score(y[np.concatenate(at)], np.concatenate(score)))
+    assert got["probe_auroc"]["n"] == 60 and {"probe_f1.noise", "probe_auroc_gain.noise"} <= set(got)
+
+    # New data: the saved probe reads what the fitted one does, and nobody who was trained on is counted.
+    M.save_probes(tmp_path / "probes.json", {"probe": ("label", table, probes[""])}, codes[""])
+    M.save_codes(tmp_path / "codes.csv", subject, part, codes[""])
+    data = Mock(subject=np.append(subject, "new"), columns={"label": np.append(y, 1)}, __len__=lambda _: len(y) + 1)
+    known = M.known_part(tmp_path, data.subject)
+    assert np.array_equal(known, np.append(part, "new")) and "30 subjects were trained on" in capsys.readouterr().err
+    numbers = M.apply_probes(tmp_path, tmp_path, data, known, np.append(codes[""], codes[""][:1], 0))
+    read = pandas.read_csv(tmp_path / "predictions.csv")
+    assert np.allclose(read["score"][:-1], probes[""].decision_function(codes[""]), atol=1e-4)
+    assert np.array_equal(read["part"], known) and numbers["probe_auroc"]["n"] == 31
+    (tmp_path / "probes.json").write_text('{"probe": {"weights": 3}}')
+    one_error(capsys, lambda: M.read_probes(tmp_path), "probes.json", "damaged")
 
 
 def test_brain_age_gap_is_what_was_planted():

@@ -1,9 +1,12 @@
 """normative.py: what the scores are, whose images decide them, where the age enters, and whole runs."""
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
+import h5py
 import numpy as np
+import pandas
 import pytest
 import torch
 from sklearn.covariance import LedoitWolf
@@ -48,7 +51,7 @@ def results_of(out):
 def test_five_scores_against_their_definitions():
     rng = np.random.default_rng(0)
     z, age, left = rng.normal(3, 1, (60, 5)), rng.uniform(20, 80, 60), rng.normal(size=(60, 4, 4))
-    got = m.five_scores(z, left, age, np.arange(40))
+    got = m.five_scores(z, (left ** 2).mean((1, 2)), age, np.arange(40))
     powers = lambda a: np.clip(a, age[:40].min(), age[:40].max())[:, None] ** np.arange(3)
     at_age = powers(age) @ np.linalg.lstsq(powers(age[:40]), z[:40], rcond=None)[0]
     beyond, cos = z - at_age, lambda a, b: a @ b / np.linalg.norm(a) / np.linalg.norm(b)
@@ -90,7 +93,7 @@ def test_image_of_code_is_what_the_code_draws_at_the_noisiest_level():
 
 
 def test_deviation_counts_a_lesion_more_where_healthy_people_are_alike():
-    rng, size = np.random.default_rng(0), lambda x: (m.deviation(x, drawn, np.arange(40)) ** 2).mean((1, 2))
+    rng, size = np.random.default_rng(0), lambda x: (((x - drawn) / m.usual_residual(x[:40], drawn[:40])) ** 2).mean((1, 2))
     drawn = np.full((80, 16, 16), 0.5)
     real = drawn + rng.normal(0, 1, (80, 16, 16)) * np.where(np.arange(16) < 8, 0.2, 0.02)
     healthy = ((0.2 / 0.21) ** 2 + (0.02 / 0.03) ** 2) / 2      # the 1 % counts where they are alike
@@ -191,6 +194,27 @@ def test_a_run_on_phantoms_leaves_everything(tmp_path, capsys):
     assert max(map(len, table.splitlines())) <= 100
     for name in ("twins", "trajectory", "age", "survival", "curves", "preview"):
         assert (out / f"{name}.png").stat().st_size > 1000, name
+
+
+def test_new_people_get_their_percentile_among_healthy_people_of_their_age(tmp_path, capsys):
+    """The run's own people: their scores are those of the run, and the reference fills the percentiles evenly."""
+    path, out = file_of(tmp_path), tmp_path / "out"
+    main("--data", path, "--out", out, *FLAGS, "--steps=2", "--recipe=paper")
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    main("--out", out, "--apply", path, "--device=cpu")
+    assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
+    folder = out / "apply" / Path(path).stem
+    run, ours = (pandas.read_csv(f / "scores.csv") for f in (out, folder))
+    for kind in ("cosine", "age_matched", "l2", "mahalanobis"):
+        assert np.allclose(run[kind], ours[kind], rtol=1e-4, atol=1e-4), kind
+    reference = (run["part"] == "val").to_numpy()
+    n = reference.sum()
+    assert sorted(ours["l2_percentile"][reference]) == pytest.approx(100 * np.arange(n) / n, abs=1e-3)
+    with h5py.File(folder / "twins.h5") as f:
+        assert np.allclose(f["image"][:] / 255 + f["difference"][:], D.load(path).image / 255, atol=0.01)
+    assert (folder / "twins.png").stat().st_size > 1000 and "subjects were trained on" in capsys.readouterr().err
+    (out / "reference.npz").write_bytes(b"PK")
+    assert "reference.npz" in error_of(capsys, "--out", out, "--apply", path)
 
 
 def test_the_best_score_has_the_highest_c_index():
