@@ -349,8 +349,8 @@ def execute(run, held, caught):
 # The report: blocks (kind, text, ..), written as Markdown and as one page of HTML
 
 SMOKE = "smoke test: no verdicts"
-FOLDS = ("All folds together: each subject is tested once, by a run that has not seen them, with one interval "
-         "over all subjects. Any other number is a mean over the folds, and so are the ends of its interval.")
+FOLDS = ("All folds together: each subject is tested once, by a run that has not seen them. One interval "
+         "for all. Other numbers are means over the folds, as are the ends of their intervals.")
 CSS = """:root{color-scheme:light dark}body{margin:auto;max-width:72rem;padding:1rem;font:1rem/1.5 system-ui}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.86rem}img{max-width:100%;background:#fff}
 th,td{padding:.3rem .6rem .3rem 0;min-width:6rem;text-align:left;vertical-align:top;

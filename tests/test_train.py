@@ -61,7 +61,7 @@ if __name__ == "__main__":
             sys.exit(128 + stop[0])
     row = lambda v: {"value": v, "ci": [v - 0.01, v + 0.01], "n": 20, "unit": "", "better": "higher"}
     ours = 0.8 + 0.1 * (cfg.recipe == "ours") + 0.02 * cfg.seed + 0.01 * int(cfg.fold[:1] or 0)
-    metrics = {"recon_ssim": row(ours), "recon_ssim.vae": row(0.85)}
+    metrics = {"recon_ssim": row(ours), "recon_ssim.vae": row(0.85), "probe_auroc": row(0.1)}
     results = dict(data="d/hearts.h5", n={"train": 80, "test": 20}, device="cpu", torch="2", git="abc")
     results |= dict(seconds=time.time() - began, config=asdict(cfg), metrics=metrics)
     if cfg.does not in ("nothing", cfg.fold or None):       # of a fold: this one leaves nothing
@@ -175,6 +175,9 @@ def test_dry_run_lists_the_commands_of_the_four_scripts(capsys, tmp_path, monkey
     assert "50" in found["--out=out/ldae"] and "50" not in found["--out=out/diffae"]
     t.main(["diffae", "--dry-run", "--", "--recipe=paper"])
     assert capsys.readouterr().out.count("\n") == 1
+    t.main(["--quick", "--dry-run", "--", "--diffae.steps=7"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and lines[0].index("--steps=60") < lines[0].index("--steps=7")   # the later counts
 
 
 # ------------------------------------------------------------------------------------ studies
