@@ -247,7 +247,7 @@ def plan(args):
                 D.fail(f"{script}.py: --{key} {getattr(cfg, key)}: must be a multiple of --gpus {args.gpus}")
         variants = {"ours": ["--recipe=ours"], "paper": ["--recipe=paper"]}
         if args.quick:
-            flags = QUICK[script][-1].split() + flags       # the later of two flags counts: the user's
+            flags = ["--preset=demo", *QUICK[script][-1].split(), *flags]   # the last counts: the user's
             del variants["paper"]
         if "recipe" in given:
             variants = {cfg.recipe: []}
