@@ -1,14 +1,15 @@
 """The whole study: the four scripts as programs, in both recipes and with any seeds, then one report.
 
     python train.py                                   # everything on phantoms, then out/report.html
-    python train.py diffae --seeds 3 -- --data emidec.h5 --steps 9000    # after --: flags of the scripts,
-    python train.py diffae ldae --gpus 8 -- --ldae.data brains.h5        # .. or of one of them
+    python train.py --quick                           # does everything run? A smoke test in out/quick
+    python train.py diffae --folds 5 -- --data emidec.h5 --steps 9000    # after --: flags of the scripts,
+    python train.py diffae ldae --gpus 2 -- --ldae.data brains.h5        # .. or of one of them
 
 Every script runs as it would by hand: our recipe in OUT/NAME, the published one in OUT/NAME_paper, seed 1 in
-OUT/NAME_s1 and OUT/NAME_paper_s1. What a script prints is in train.log there. The same command again goes on
-where it was stopped, and passes over what is finished. The report sets both recipes beside the rows that need
-no training, and judges what the papers claim by the rules in CLAIMS. Exit code: 0; 1, a script failed and the
-others ran all the same; 2, one line says what to do; 130 or 143, stopped and saved.
+OUT/NAME_s1, fold 2 in OUT/NAME_f2. What it prints is in train.log there. The same command again goes on where
+it was stopped, and passes over what is finished. The report (RESULTS.md, report.html) sets the recipes beside
+rows that need no training, and judges what the papers claim by the rules in CLAIMS. Exit code: 0; 1, a script
+failed and the others ran all the same; 2, one line says what to do; 130 or 143, stopped and saved.
 """
 import argparse, base64, contextlib, html, importlib, io, itertools, json, math, os, re, shlex
 import signal, statistics, subprocess, sys, time
@@ -24,6 +25,14 @@ ROOT = Path(__file__).resolve().parent
 # Further runs, which some claims need. script: {label: flags beside the user's}; long trains 5 times longer
 MORE = {"diffae": {"long": ["--recipe=paper"], "scaled": ["--recipe=paper", "--z_scale=3"]},
         "cond_ldm": {"SA": ["--recipe=paper", "--view=SA"]}}
+# What --quick trains on, and how long. script: (what draws the phantoms, how many and how large, flags)
+QUICK = {"diffae": (D.phantom_hearts, dict(subjects=30, size=48), "--steps=60 --draws=2 --S=10"),
+         "normative": (D.phantom_cohort, dict(subjects=150, patients=40, size=48),
+                       "--steps=60 --draws=2 --S=10"),
+         "cond_ldm": (D.phantom_views, dict(subjects=20, size=64),
+                      "--vq_steps=60 --steps=60 --S=5 --eval_images=24"),
+         "ldae": (D.phantom_brains, dict(subjects=24, size=32),
+                  "--ae_steps=40 --ldm_steps=20 --steps=40 --S=5 --eval_images=4")}
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -100,7 +109,7 @@ def greater(a, b):
 
 
 def judge(rule, recipe, seeds):
-    """-> (verdict, the numbers that decided or why there is none). seeds: of each {label: results}"""
+    """-> (verdict, the numbers that decided or why there is none). seeds: of each {label: as_one()}"""
     rule, _, preset = rule.partition(", preset ")
     if not re.search("[<>]", rule) or not seeds:
         return "not tested", "no run has finished" if seeds == [] else rule
@@ -108,9 +117,12 @@ def judge(rule, recipe, seeds):
     for runs in seeds:
         for name in used:
             label, _, key = name.rpartition(":")
-            m = runs.get(label or recipe, {"metrics": {}})["metrics"].get(key, {"value": None})
+            results = runs.get(label or recipe, {"metrics": {}})
+            m = results["metrics"].get(key, {"value": None})
             if m["value"] is None:
                 return "not tested", f"no {name}"
+            if results["undertrained"]:
+                return "undertrained", results["undertrained"]
             used[name].append(m)
         if preset and runs[recipe]["config"]["preset"] != preset:
             return "not tested", f"needs --preset {preset}"
@@ -124,12 +136,44 @@ def judge(rule, recipe, seeds):
     return verdict or "undecided", "; ".join(f"{name} {cell(found)}" for name, found in used.items())
 
 
+def mean(found):
+    """Entries of a number in several runs -> one: the means of the values and of the intervals' ends."""
+    def average(values):
+        known = [v for v in values if v is not None]
+        return statistics.fmean(known) if known else None
+    ends = [average(m["ci"][i] for m in found) for i in (0, 1)]
+    return found[0] | {"value": average(m["value"] for m in found), "ci": ends}
+
+
+def too_short(script, config):
+    """Which training steps of a run are fewer than its preset has, as text; "" if none are."""
+    module = importlib.import_module(script)
+    preset = vars(module.Config) | module.PRESETS[config["preset"]]
+    return ", ".join(f"{key} {config[key]} of {least}" for key, least in preset.items()
+                     if key.endswith("steps") and config[key] < least)
+
+
+def as_one(script, folds):
+    """[(run, results)] of the folds of one recipe and seed -> results as of one run, and two entries more.
+    pooled: what M.pooled makes of the scores of all subjects, each tested in one fold; it replaces what the
+    folds have. The other numbers are means over the folds. undertrained: too_short() of a fold."""
+    every, pooled = [results for _, results in folds], {}
+    metrics = every[0]["metrics"]
+    if len(folds) > 1:
+        paths = [run.out / "predictions.csv" for run, _ in folds]
+        pooled = M.pooled(paths) if all(path.exists() for path in paths) else {}
+        means = {key: mean([r["metrics"][key] for r in every if key in r["metrics"]]) for key in metrics}
+        metrics = means | pooled
+    short = max(too_short(script, r["config"]) for r in every)
+    return every[0] | {"metrics": metrics, "pooled": pooled, "undertrained": short}
+
+
 # --------------------------------------------------------------------------------------------------------
 # The command line -> runs
 
 @dataclass
 class Run:
-    """One script with one seed. label: ours, paper or one of MORE; cfg: the script's Config"""
+    """One script with one seed and fold. label: ours, paper or one of MORE; cfg: the script's Config"""
     script: str
     label: str
     out: Path
@@ -144,17 +188,20 @@ def parse(argv):
                                 allow_abbrev=False, usage="train.py [NAME ..] [flags] [-- flags of scripts]")
     p.error = D.fail
     p.add_argument("names", nargs="*", metavar="NAME", help=", ".join(CLAIMS) + "; default: all")
-    p.add_argument("--out", default="out", help="folder for everything")
+    p.add_argument("--out", help="folder for everything; default: out, or out/quick")
     p.add_argument("--seeds", type=int, default=1, help="runs of each script, with --seed 0, 1, ..")
+    p.add_argument("--folds", type=int, default=1, help="runs of each seed: each tests other subjects")
     p.add_argument("--gpus", type=int, default=1, help="processes of a run, through torchrun")
     p.add_argument("--more", action="store_true", help="also the runs that some claims need: see MORE")
-    p.add_argument("--dry-run", action="store_true", help="print the commands and do nothing")
+    p.add_argument("--quick", action="store_true", help="a smoke test: small phantoms, few steps, our recipe")
+    p.add_argument("--dry-run", action="store_true", help="check everything and print the commands")
     args = p.parse_args(argv[:cut])
-    args.flags = argv[cut + 1:]
+    args.flags, args.command = argv[cut + 1:], shlex.join(["python", "train.py", *argv])
+    args.out = args.out or ("out/quick" if args.quick else "out")
     if unknown := set(args.names) - set(CLAIMS):
         D.fail(f"{', '.join(unknown)}: no such script; choose from {', '.join(CLAIMS)}")
-    if min(args.seeds, args.gpus) < 1:
-        D.fail("--seeds and --gpus must be at least 1")
+    if min(args.seeds, args.folds, args.gpus) < 1:
+        D.fail("--seeds, --folds and --gpus must be at least 1")
     return args
 
 
@@ -172,13 +219,20 @@ def flags_for(script, words):
 
 
 def config_of(script, flags):
-    """What the script itself makes of its flags -> Config, set of the keys that were given."""
+    """What the script itself makes of its flags -> Config, set of the keys that were given. A flag, a value
+    or a file that it would refuse is one line, exit 2."""
     module, said = importlib.import_module(script), io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
-            return D.parse(module.Config, module.PRESETS, module.RECIPES, module.__doc__, flags)
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            cfg, given = D.parse(module.Config, module.PRESETS, module.RECIPES, module.__doc__, flags)
     except SystemExit:
-        D.fail(f"{script}.py: {said.getvalue().removeprefix('error: ')}")
+        why = said.getvalue().removeprefix("error: ") or "--help is a flag of the script alone"
+        D.fail(f"{script}.py: {why}")
+    for key in {"data", "test", "inception", "init"} & given:
+        path = getattr(cfg, key)
+        if path and not os.path.exists(path):
+            D.fail(f"{script}.py: --{key} {path}: no such file or folder")
+    return cfg, given
 
 
 def plan(args):
@@ -187,19 +241,33 @@ def plan(args):
     for script in [name for name in CLAIMS if name in args.names or not args.names]:
         flags = flags_for(script, args.flags)
         cfg, given = config_of(script, flags)
-        if {"out", "seed"} & given:
-            D.fail("--out and --seeds come before the --: each run has a folder and a seed of its own")
+        if {"out", "seed", "fold"} & given:
+            D.fail("--out, --seeds and --folds come before the --: each run has its own")
+        for key in ("batch", "ae_batch"):
+            if getattr(cfg, key, 0) % args.gpus:
+                D.fail(f"{script}.py: --{key} {getattr(cfg, key)}: must be a multiple of --gpus {args.gpus}")
         variants = {"ours": ["--recipe=ours"], "paper": ["--recipe=paper"]}
+        if args.quick:
+            flags = ["--preset=demo", *QUICK[script][-1].split(), *flags]   # the last counts: the user's
+            del variants["paper"]
         if "recipe" in given:
             variants = {cfg.recipe: []}
         elif args.more:
             variants |= MORE.get(script, {})
-        for seed, (label, own) in itertools.product(range(args.seeds), variants.items()):
+        every = itertools.product(range(args.seeds), variants.items(), range(args.folds))
+        for seed, (label, own), fold in every:
             name = script + (f"_{label}" if label != "ours" else "") + (f"_s{seed}" if seed else "")
-            own = [*own, f"--seed={seed}", f"--out={Path(args.out, name)}"]
+            own = [*own, f"--seed={seed}"]
+            if args.folds > 1:
+                name += f"_f{fold}"
+                own.append(f"--fold={fold}/{args.folds}")
             if label == "long":
                 own.append(f"--steps={5 * config_of(script, flags + own)[0].steps}")
+            own.append(f"--out={Path(args.out, name)}")
             cfg, _ = config_of(script, flags + own)
+            if args.quick and not cfg.data:
+                cfg.data = str(Path(args.out, f"{script}.h5"))
+                own.append(f"--data={cfg.data}")
             start = [sys.executable]
             if args.gpus > 1:
                 start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.gpus}"]
@@ -216,19 +284,23 @@ def receipt(run):
     return [*run.command, run.cfg.preset, run.cfg.device, Path(run.out, "results.json").stat().st_mtime]
 
 
+def read(run):
+    """results.json, with the receipt and the memory from done.json"""
+    results, done = (json.loads((run.out / f"{name}.json").read_text()) for name in ("results", "done"))
+    return results | done
+
+
 def finished(run):
-    """Its results if they are whole, are of this command and newer than code and data; else None."""
+    """Are its results whole, of this command, and newer than code and data?"""
     code = [ROOT / name for name in (f"{run.script}.py", "data.py", "metrics.py")]
     data = [Path(path) for path in (run.cfg.data, run.cfg.test) if path]
     data += [file for path in data for file in path.rglob("*")]
     try:
-        results = json.loads(Path(run.out, "results.json").read_text())
-        done = json.loads(Path(run.out, "done.json").read_text())
-        began = done[-1] - results["seconds"]
-        if done == receipt(run) and began > max(path.stat().st_mtime for path in code + data):
-            return results
+        results = read(run)
+        began = results["receipt"][-1] - results["seconds"]
+        return results["receipt"] == receipt(run) and began > max(x.stat().st_mtime for x in code + data)
     except (OSError, ValueError, KeyError, TypeError, IndexError):
-        return None
+        return False
 
 
 def reason(code, log):
@@ -237,6 +309,15 @@ def reason(code, log):
         return f"killed by {signal.Signals(-code).name}" + "; out of memory?" * (code == -signal.SIGKILL)
     errors = re.findall(r"\berror: .+|\b\w+Error: .+", log.read_text(errors="replace"))
     return f"exit code {code}: {errors[-1] if errors else f'see {log}'}"
+
+
+def ended(child):
+    """-> None while it runs, then its exit code and its peak memory in GB (Windows does not tell: nan)"""
+    if not hasattr(os, "wait4"):
+        return None if child.poll() is None else (child.returncode, math.nan)
+    pid, status, used = os.wait4(child.pid, os.WNOHANG)
+    child.returncode = os.waitstatus_to_exitcode(status) if pid else None
+    return (child.returncode, used.ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)) if pid else None
 
 
 def execute(run, held, caught):
@@ -250,14 +331,15 @@ def execute(run, held, caught):
         child = subprocess.Popen(run.command, stdin=subprocess.DEVNULL, stdout=f, stderr=f,
                                  start_new_session=True,
                                  pass_fds=[held.fileno()] if os.name == "posix" else [])
-    while child.poll() is None:
+    while (end := ended(child)) is None:
         for number in caught[passed_on:]:
-            child.send_signal(number)
+            os.kill(child.pid, number)      # child.send_signal would lose what ended() asks for
             passed_on += 1
         time.sleep(0.1)
-    why = reason(child.returncode, log) if child.returncode else "left no new results.json"
-    if not child.returncode and os.path.exists(run.out / "results.json") and receipt(run)[-1] > began:
-        M.write_atomically(run.out / "done.json", json.dumps(receipt(run)).encode())
+    why = reason(end[0], log) if end[0] else "left no new results.json"
+    if not end[0] and os.path.exists(run.out / "results.json") and receipt(run)[-1] > began:
+        done = {"receipt": receipt(run), "gigabytes": end[1]}
+        M.write_atomically(run.out / "done.json", json.dumps(done).encode())
         why = None
     state = "stopped" if caught else f"FAILED, {why}" if why else "done"
     print(f"{run.out.name}: {state} after {time.time() - began:.0f} s", flush=True)
@@ -267,19 +349,22 @@ def execute(run, held, caught):
 # --------------------------------------------------------------------------------------------------------
 # The report: blocks (kind, text, ..), written as Markdown and as one page of HTML
 
-CSS = """:root{color-scheme:light dark}body{margin:auto;max-width:64rem;padding:1rem;font:1rem/1.5 system-ui}
+SMOKE = "smoke test: no verdicts"
+FOLDS = ("All folds together: each subject is tested once, by a run that has not seen them. One interval "
+         "for all. Other numbers are means over the folds, as are the ends of their intervals.")
+CSS = """:root{color-scheme:light dark}body{margin:auto;max-width:72rem;padding:1rem;font:1rem/1.5 system-ui}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.86rem}img{max-width:100%;background:#fff}
-th,td{padding:.3rem 1rem .3rem 0;text-align:left;vertical-align:top;border-bottom:1px solid #8886}"""
+th,td{padding:.3rem .6rem .3rem 0;min-width:6rem;text-align:left;vertical-align:top;
+border-bottom:1px solid #8886}"""
 
 
 def cell(found):
     """The entries of a number in all seeds -> text: mean ± SD over seeds [interval, the mean of its ends]"""
-    found = [m for m in found if m and m["value"] is not None]
-    values, ends = [m["value"] for m in found], [m["ci"] for m in found if None not in m["ci"]]
-    text = M.number(statistics.fmean(values)) if values else "-"
-    text += f" ± {M.number(statistics.stdev(values))}" if len(values) > 1 else ""
-    low_high = ", ".join(M.number(statistics.fmean(end)) for end in zip(*ends))
-    return text + (f" [{low_high}]" if ends else "")
+    if not (found := [m for m in found if m and m["value"] is not None]):
+        return "-"
+    value, *interval = M.cell(mean(found)).partition(" [")
+    spread = f" ± {M.number(statistics.stdev(m['value'] for m in found))}" if len(found) > 1 else ""
+    return "".join([value, spread, *interval])
 
 
 def system(script, runs, seeds):
@@ -290,92 +375,97 @@ def system(script, runs, seeds):
         return blocks
     first = next(iter(seeds[0].values()))
     subjects = ", ".join(f"{k} {n}" for k, n in first["n"].items())
-    blocks.append(("p", f"Data: {Path(first['data']).name}; subjects: {subjects}. Preset "
+    blocks.append(("p", f"Data: {Path(first['data']).name}; subjects of a run: {subjects}. Preset "
                         f"{first['config']['preset']}, {first['device']}, torch {first['torch']}."))
 
     labels = [label for label in dict.fromkeys(run.label for run in runs) if any(label in s for s in seeds)]
     every = {k: m for s in seeds for results in s.values() for k, m in results["metrics"].items()}
     value = lambda label, key: cell([s[label]["metrics"].get(key) for s in seeds if label in s])
-    arrow = lambda key: f"{'↓' if every[key]['better'] == 'lower' else '↑'} {every[key]['unit']}".strip()
-    shown = {key: words for key, words in module.SHOWN.items() if key in every}
-    rows = [[label, *(value(label, key) for key in shown)] for label in labels]
-    for row in filter(None, module.ROWS):
-        if any(f"{key}.{row}" in every for key in shown):
-            rows.append([module.ROWS[row], *(value(labels[0], f"{key}.{row}") for key in shown)])
-    blocks.append(("table", "", ["", *(f"{words} {arrow(key)}" for key, words in shown.items())], rows))
+    arrow = lambda key: (f"{'↓' if every[key]['better'] == 'lower' else '↑'} {every[key]['unit']}".strip()
+                         + ", all folds together" * (key in first["pooled"]))
+    shown, rows = [key for key in module.SHOWN if key in every], []
+    for label, (row, words) in itertools.product(labels, module.ROWS.items()):
+        numbers = [value(label, f"{key}.{row}" if row else key) for key in shown]
+        if set(numbers) != {"-"}:
+            rows.append([f"{label}: {words}" if row else label, *numbers])
+    blocks.append(("table", "", ["", *(f"{module.SHOWN[key]} {arrow(key)}" for key in shown)], rows))
     rows = [[f"{key} {arrow(key)}", *(value(label, key) for label in labels)] for key in every]
     blocks.append(("table", f"All {len(rows)} numbers", ["", *labels], rows))
     folder = next(run.out for run in runs if run.label in seeds[0])
     for path in sorted(folder.glob("*.png")):
-        if path.stem != "preview":      # that one was for watching the training
+        if not path.stem.startswith("preview"):     # these were for watching the training
             blocks.append(("image", Image.open(path).info.get("Description", path.stem), path))
     return blocks
 
 
-def report(out, runs, done, failures):
-    """Writes OUT/report.html and OUT/report.md. done: folder name -> results; failures: folder name -> why"""
+def report(args, runs, done, failures):
+    """Writes report.html and RESULTS.md. done: folder name -> read(); failures: folder name -> why"""
     seeds = {run.script: [] for run in runs}
     for (script, _), group in itertools.groupby(runs, lambda run: (run.script, run.cfg.seed)):
-        found = {run.label: done[run.out.name] for run in group if run.out.name in done}
+        found = {}
+        for label, folds in itertools.groupby(group, lambda run: run.label):
+            folds = [(run, done.get(run.out.name)) for run in folds]
+            if all(results for _, results in folds):
+                found[label] = as_one(script, folds)
         seeds[script] += [found] if found else []
+    minutes = sum(results["seconds"] for results in done.values()) / 60
     blocks = [
         ("h1", "Study report"),
         ("p", "For research and teaching only. Phantoms are drawings: on them a verdict is about the method, "
               "not about patients. ours is our recipe, paper is the published one. In brackets is the 95 % "
               "interval over subjects, after ± the standard deviation over seeds."),
+        ("p", f"{args.command} (seeds: {args.seeds}, folds: {args.folds}, minutes: {minutes:.1f})"),
+        *([("p", f"This is a {SMOKE}.")] if args.quick else []),
+        *([("p", FOLDS)] if args.folds > 1 else []),
         *(("p", f"{name} did not finish. {why}") for name, why in failures.items()),
         ("h2", "What the papers claim, and what this study found"),
         ("p", "A claim holds if its rule is true over the whole 95 % interval of the difference, in every "
               "seed. It does not hold if the rule is false in the same way. It is undecided if an interval, "
-              "or the seeds, lie on both sides. Two numbers count as independent; a gain is paired.")]
+              "or the seeds, lie on both sides. Two numbers count as independent; a gain is paired. Runs of "
+              "fewer training steps than their preset has are undertrained: they judge no claim.")]
     for script, found in seeds.items():
         rows = []
         for claim, rule in CLAIMS[script]:
             both = judge(rule, "paper", found), ("", "") if ":" in rule else judge(rule, "ours", found)
+            both = [(SMOKE, "")] * 2 if args.quick else both
             rows.append([claim, rule, *(". ".join(filter(None, verdict)) for verdict in both)])
         blocks += [("h3", script), ("table", "", ["claim", "rule", "published recipe", "ours"], rows)]
     for script, found in seeds.items():
         blocks += system(script, [run for run in runs if run.script == script], found)
-    rows = [[run.out.name, f"{done[run.out.name]['seconds']:.0f}", done[run.out.name]["git"] or "unknown",
-             shlex.join(run.command)] for run in runs if run.out.name in done]
-    blocks += [("h2", "Commands"), ("table", "", ["run", "seconds, last start", "commit", "command"], rows)]
-    M.write_atomically(out / "report.md", as_markdown(blocks).encode())
-    M.write_atomically(out / "report.html", as_html(blocks).encode())
+    rows = [[run.out.name, r["device"], f"{r['seconds'] / 60:.1f}", M.number(r["gigabytes"]),
+             r["git"] or "unknown", shlex.join(run.command)] for run in runs if (r := done.get(run.out.name))]
+    head = ["run", "device", "minutes, last start", "GB at most, not GPU", "commit", "command"]
+    blocks += [("h2", "Runs"), ("table", "", head, rows)]
+    for name, text in zip(("RESULTS.md", "report.html"), pages(blocks)):
+        M.write_atomically(Path(args.out, name), text.encode())
 
 
-def as_markdown(blocks):
-    """-> text; pictures are links"""
-    out = []
-    for kind, text, *rest in blocks:
+def pages(blocks):
+    """-> Markdown, in which pictures are links; HTML, in which they are inside: it needs no other file and no
+    script. A picture shows its own caption."""
+    text, page = [], []
+    for kind, words, *rest in blocks:
+        safe = html.escape(words)
         if kind == "table":
-            rows = [rest[0], ["---"] * len(rest[0]), *rest[1]]
-            table = "\n".join("| " + " | ".join(t.replace("|", "/") for t in row) + " |" for row in rows)
-            out.append(f"**{text}**\n\n{table}" if text else table)
-        elif kind == "image":
-            out.append(f"![{text}]({rest[0].parent.name}/{rest[0].name})\n\n*{text}*")
-        else:
-            out.append({"h1": "# ", "h2": "## ", "h3": "### ", "p": ""}[kind] + text)
-    return "\n\n".join(out) + "\n"
-
-
-def as_html(blocks):
-    """-> a page that needs no network and no script; pictures are inside"""
-    out = []
-    for kind, text, *rest in blocks:
-        text = html.escape(text)
-        if kind == "table":
+            head, rows = rest
+            lines = ["| " + " | ".join(t.replace("|", "/") for t in row) + " |" for row in (head, *rows)]
+            lines.insert(1, "| --- " * len(head) + "|")
+            text.append("\n".join([f"**{words}**\n"] * bool(words) + lines))
             line = lambda tag, row: "<tr>" + "".join(f"<{tag}>{html.escape(t)}" for t in row)
-            rows = [line("th", rest[0]), *(line("td", row) for row in rest[1])]
-            table = '<div class="scroll"><table>' + "\n".join(rows) + "</table></div>"
-            out.append(f"<details><summary>{text}</summary>{table}</details>" if text else table)
+            lines = [line("th", head), *(line("td", row) for row in rows)]
+            table = '<div class="scroll"><table>' + "\n".join(lines) + "</table></div>"
+            page.append(f"<details><summary>{safe}</summary>{table}</details>" if words else table)
         elif kind == "image":
+            text.append(f"![{words}]({rest[0].parent.name}/{rest[0].name})")
             picture = base64.b64encode(rest[0].read_bytes()).decode()
-            out.append(f'<p><img alt="" src="data:image/png;base64,{picture}"><br><small>{text}</small></p>')
+            page.append(f'<p><img alt="{safe}" src="data:image/png;base64,{picture}"></p>')
         else:
-            out.append(f"<{kind}>{text}</{kind}>")
-    return ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Study report</title>'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<style>{CSS}</style></head>\n<body>\n" + "\n".join(out) + "\n</body></html>\n")
+            text.append({"h1": "# ", "h2": "## ", "h3": "### ", "p": ""}[kind] + words)
+            page.append(f"<{kind}>{safe}</{kind}>")
+    start = ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Study report</title>'
+             '<meta name="viewport" content="width=device-width, initial-scale=1">'
+             f"<style>{CSS}</style></head>\n<body>\n")
+    return "\n\n".join(text) + "\n", start + "\n".join(page) + "\n</body></html>\n"
 
 
 def main(argv):
@@ -390,6 +480,9 @@ def main(argv):
         signal.signal(number, lambda number, frame: caught.append(number))
     for run in runs:
         name = run.out.name
+        if args.quick and not os.path.exists(run.cfg.data):
+            draw, size, _ = QUICK[run.script]
+            draw(run.cfg.data, **size)
         if finished(run):
             print(f"{name}: finished before", flush=True)
         elif why := execute(run, held, caught):
@@ -398,9 +491,9 @@ def main(argv):
             print("stopped; the same command goes on")
             sys.exit(128 + caught[0])
         if name not in failures:
-            done[name] = json.loads((run.out / "results.json").read_text())
-    report(out, runs, done, failures)
-    print(f"report: {out}/report.html, {out}/report.md")
+            done[name] = read(run)
+    report(args, runs, done, failures)
+    print(f"report: {out}/report.html, {out}/RESULTS.md")
     sys.exit(bool(failures))
 
 

@@ -32,13 +32,15 @@ class Config:
     recipe: str = "ours"
     device: str = "cpu"
     seed: int = 0
+    fold: str = ""
+    batch: int = 4
     size: int = 8
     steps: int = 3
     nap: float = 0.0
     does: str = ""
 
-PRESETS, RECIPES = {"demo": {}, "paper": {}}, {"ours": {}, "paper": {}}
-SHOWN, ROWS = {"recon_ssim": "SSIM"}, {"": "ours", "vae": "VAE"}
+PRESETS, RECIPES = {"demo": {"steps": 2}, "paper": {}}, {"ours": {}, "paper": {}}
+SHOWN, ROWS = {"recon_ssim": "SSIM", "probe_auroc": "AUROC"}, {"": "ours", "vae": "VAE"}
 
 if __name__ == "__main__":
     began, stop = time.time(), []
@@ -58,11 +60,11 @@ if __name__ == "__main__":
         if stop:
             sys.exit(128 + stop[0])
     row = lambda v: {"value": v, "ci": [v - 0.01, v + 0.01], "n": 20, "unit": "", "better": "higher"}
-    ours = 0.8 + 0.1 * (cfg.recipe == "ours") + 0.02 * cfg.seed
-    metrics = {"recon_ssim": row(ours), "recon_ssim.vae": row(0.85)}
+    ours = 0.8 + 0.1 * (cfg.recipe == "ours") + 0.02 * cfg.seed + 0.01 * int(cfg.fold[:1] or 0)
+    metrics = {"recon_ssim": row(ours), "recon_ssim.vae": row(0.85), "probe_auroc": row(0.1)}
     results = dict(data="d/hearts.h5", n={"train": 80, "test": 20}, device="cpu", torch="2", git="abc")
     results |= dict(seconds=time.time() - began, config=asdict(cfg), metrics=metrics)
-    if cfg.does != "nothing":
+    if cfg.does not in ("nothing", cfg.fold or None):       # of a fold: this one leaves nothing
         (out / "results.json").write_text(json.dumps(results))
 '''
 
@@ -94,7 +96,7 @@ def starts(folder):
 def world(values, width=0.0, n=9):
     """The runs of one seed, in which each name of a rule has its value and an interval of that half width."""
     labels = ("ours", "paper", "long", "scaled", "SA")
-    runs = {label: {"config": {"preset": "paper"}, "metrics": {}} for label in labels}
+    runs = {label: dict(config={"preset": "paper"}, metrics={}, undertrained="") for label in labels}
     for name, v in values.items():
         label, _, key = name.rpartition(":")
         runs[label or "ours"]["metrics"][key] = {"value": v, "ci": [v - width, v + width], "n": n}
@@ -128,6 +130,9 @@ def test_seeds_intervals_and_single_subjects():
     demo = world({"a": 2.0})
     demo["ours"]["config"]["preset"] = "demo"
     assert t.judge("a > 1, preset paper", "ours", [demo]) == ("not tested", "needs --preset paper")
+    short = world({"a": 2.0})
+    short["ours"]["undertrained"] = "steps 1 of 2"
+    assert t.judge("a > 1", "ours", [high, short]) == ("undertrained", "steps 1 of 2")
 
 
 def test_the_interval_of_a_difference_against_a_simulation():
@@ -143,29 +148,36 @@ def test_the_interval_of_a_difference_against_a_simulation():
 
 @pytest.mark.parametrize("flags, word", [
     ("diffusion", "diffusion: no such script"), ("--seeds 0", "at least 1"), ("--gpus two", "two"),
-    ("--bogus", "--bogus"),
-    ("-- --seed 4", "--out and --seeds"), ("-- --diffusion.steps 4", "diffusion is no script"),
+    ("--bogus", "--bogus"), ("--folds 0", "at least 1"), ("-- --fold=1/3", "--out, --seeds and --folds"),
+    ("-- --seed 4", "--out, --seeds and --folds"), ("-- --diffusion.steps 4", "diffusion is no script"),
     ("-- steps=4", "diffae.py: unknown flag steps=4"), ("-- --stepz 4", "diffae.py: unknown flag --stepz"),
-    ("-- --ldae.steps many", "ldae.py: argument --steps"), ("-- --lr 1", "diffae.py: unknown flag --lr")])
+    ("-- --ldae.steps many", "ldae.py: argument --steps"), ("-- --lr 1", "diffae.py: unknown flag --lr"),
+    ("-- --ldae.data=no.h5", "ldae.py: --data no.h5: no such file"), ("-- --ldae.help", "ldae.py: --help"),
+    ("-- --cond_ldm.test no.h5", "cond_ldm.py: --test no.h5: no such file"),
+    ("--gpus 3", "diffae.py: --batch 4: must be a multiple of --gpus 3")])
 def test_errors_are_one_line_and_leave_nothing(flags, word, stubs, capsys, tmp_path):
-    assert stubs(*flags.split()) == 2
-    printed = capsys.readouterr()
-    assert word in printed.err and printed.err.count("\n") == 1
-    assert not printed.out and not (tmp_path / "out").exists()
+    for more in ((), ("--dry-run",)):
+        assert stubs(*more, *flags.split()) == 2
+        printed = capsys.readouterr()
+        assert word in printed.err and printed.err.count("\n") == 1
+        assert not printed.out and not (tmp_path / "out").exists()
 
 
 def test_dry_run_lists_the_commands_of_the_four_scripts(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    flags = ["--dry-run", "--more", "--seeds", "2", "--gpus", "4"]
+    flags = ["--dry-run", "--more", "--seeds", "2", "--gpus", "2"]
     t.main([*flags, "--", "--steps=9", "--ldae.S", "50", "--diffae.z_dim=4"])
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
     assert len(lines) == 2 * (4 + 2 + 3 + 2) and not list(tmp_path.iterdir())
     found = {next(w for w in words if w.startswith("--out=")): words for words in lines}
     long = set(found["--out=out/diffae_long_s1"])
-    assert {"--nproc_per_node=4", "--recipe=paper", "--z_dim=4", "--seed=1", "--steps=45"} <= long
+    assert {"--nproc_per_node=2", "--recipe=paper", "--z_dim=4", "--seed=1", "--steps=45"} <= long
     assert "50" in found["--out=out/ldae"] and "50" not in found["--out=out/diffae"]
     t.main(["diffae", "--dry-run", "--", "--recipe=paper"])
     assert capsys.readouterr().out.count("\n") == 1
+    t.main(["--quick", "--dry-run", "--", "--diffae.steps=7"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and lines[0].index("--steps=60") < lines[0].index("--steps=7")   # the later counts
 
 
 # ------------------------------------------------------------------------------------ studies
@@ -173,9 +185,9 @@ def test_dry_run_lists_the_commands_of_the_four_scripts(capsys, tmp_path, monkey
 def test_what_is_finished_is_passed_over_and_what_is_not_is_started_again(stubs, tmp_path, capsys):
     once = dict(diffae=1, diffae_paper=1, ldae=1, ldae_paper=1)
     assert stubs("diffae", "ldae") == 0 and starts(tmp_path) == once
-    report = (tmp_path / "out" / "report.md").read_text()
+    report = (tmp_path / "out" / "RESULTS.md").read_text()
     assert stubs("diffae", "ldae") == 0 and starts(tmp_path) == once
-    assert (tmp_path / "out" / "report.md").read_text() == report
+    assert (tmp_path / "out" / "RESULTS.md").read_text() == report
     results = tmp_path / "out" / "diffae" / "results.json"
     results.write_bytes(results.read_bytes()[:100])                             # half a file
     (tmp_path / "ldae.py").write_text(STUB)                                     # newer code
@@ -191,7 +203,7 @@ def test_what_is_finished_is_passed_over_and_what_is_not_is_started_again(stubs,
 def test_a_script_that_fails_does_not_stop_the_others(stubs, tmp_path, capsys):
     assert stubs("diffae", "ldae", "--", "--diffae.does=fail") == 1 and starts(tmp_path)["ldae"] == 1
     assert stubs("diffae", "ldae", "--", "--ldae.does=die") == 1
-    said, report = capsys.readouterr().out, (tmp_path / "out" / "report.md").read_text()
+    said, report = capsys.readouterr().out, (tmp_path / "out" / "RESULTS.md").read_text()
     assert "diffae: FAILED, exit code 1: error: because after" in said
     assert "ldae_paper did not finish. killed by SIGKILL; out of memory?" in report
     assert "diffae did not" not in report
@@ -199,7 +211,7 @@ def test_a_script_that_fails_does_not_stop_the_others(stubs, tmp_path, capsys):
 
 def test_the_report_sets_both_recipes_side_by_side(stubs, tmp_path):
     assert stubs("diffae", "--seeds", "2") == 0
-    text, page = ((tmp_path / "out" / f"report.{kind}").read_text() for kind in ("md", "html"))
+    text, page = ((tmp_path / "out" / name).read_text() for name in ("RESULTS.md", "report.html"))
     vae = "recon_ssim.vae 0.850 ± 0.000 [0.840, 0.860]"
     verdicts = [f"does not hold. recon_ssim 0.810 ± 0.014 [0.800, 0.820]; {vae}",
                 f"holds. recon_ssim 0.910 ± 0.014 [0.900, 0.920]; {vae}"]
@@ -208,6 +220,48 @@ def test_the_report_sets_both_recipes_side_by_side(stubs, tmp_path):
     assert "does it <count> & stop?" in text and "does it &lt;count&gt; &amp; stop?" in page
     assert "--recipe=paper --seed=1 --out=out/diffae_paper_s1" in text
     assert not re.search(r'(src|href)="(?!data:)|<script', page)        # it needs no other file
+
+
+def test_folds_are_pooled_by_recipe_and_seed(stubs, tmp_path, monkeypatch):
+    asked = []
+
+    def pooled(paths):
+        asked.append([str(path) for path in paths])
+        entry = dict(value=0.5 + 0.1 * len(asked), ci=[0.4, 0.95], n=60, unit="", better="higher")
+        return {"probe_auroc": entry}
+    monkeypatch.setattr(t.M, "pooled", pooled, raising=False)
+    assert stubs("ldae", "--folds", "3", "--seeds", "2") == 0
+    names = ("ldae", "ldae_paper", "ldae_s1", "ldae_paper_s1")      # each a recipe and a seed
+    assert asked == [[f"out/{name}_f{k}/predictions.csv" for k in range(3)] for name in names]
+    text = (tmp_path / "out" / "RESULTS.md").read_text()
+    # ours pooled: .6 and .8 in seeds 0 and 1. SSIM: the mean of three folds, then of two seeds
+    assert "| ours | 0.920 ± 0.014 [0.910, 0.930] | 0.700 ± 0.141 [0.400, 0.950] |" in text
+    assert "AUROC ↑, all folds together" in text and "each subject is tested once" in text
+    holds = "| probe_auroc > 0.5 | undecided. probe_auroc 0.800 ± 0.141 [0.400, 0.950] |"
+    assert holds in text and "--seed=1 --fold=2/3 --out=out/ldae_s1_f2" in text
+    asked.clear()
+    assert stubs("ldae", "--folds", "3", "--", "--does=1/3") == 1 and asked == []       # two folds of three
+
+
+def test_quick_draws_small_phantoms_and_gives_no_verdict(stubs, tmp_path, monkeypatch):
+    draw = lambda path, subjects: (tmp_path / path).write_text(str(subjects))
+    monkeypatch.setattr(t, "QUICK", {"diffae": (draw, dict(subjects=7), "--steps=1 --nap=0.01")})
+    assert stubs("diffae", "--quick") == 0
+    out = tmp_path / "out" / "quick"
+    assert (out / "diffae.h5").read_text() == "7" and list(out.glob("*/step")) == [out / "diffae" / "step"]
+    text = (out / "RESULTS.md").read_text()
+    assert text.count("smoke test: no verdicts |") == 2 * len(t.CLAIMS["diffae"]) and "holds." not in text
+    assert "--steps=1 --nap=0.01" in text and "--data=out/quick/diffae.h5" in text
+    (tmp_path / "mine.h5").write_text("mine")
+    assert stubs("diffae", "--quick", "--out=b", "--", "--data=mine.h5", "--steps=2") == 0
+    assert not (tmp_path / "b" / "diffae.h5").exists() and (tmp_path / "b/diffae/step").read_text() == "2"
+
+
+def test_a_claim_needs_the_steps_of_the_preset(stubs, tmp_path):
+    for steps, verdict in ((1, "undertrained. steps 1 of 2"), (2, "holds. recon_ssim 0.900 [0.890, 0.910]")):
+        assert stubs("diffae", "--", "--recipe=ours", f"--steps={steps}") == 0
+        text = (tmp_path / "out" / "RESULTS.md").read_text()
+        assert f"| recon_ssim > recon_ssim.vae | not tested. no recon_ssim | {verdict}" in text
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
