@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import subprocess
+import sys
 import textwrap
 import warnings
 import zipfile
@@ -40,8 +41,9 @@ import data as D
 
 try:
     import fcntl
+    import resource
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = resource = None
 
 
 def to_numpy(x):
@@ -626,9 +628,16 @@ def save_results(path, script, data, n, seconds, config, metrics, device="cpu"):
     metrics: key -> row(...). device: "cpu", "mps", "cuda" (the card's name is added). Strict JSON, atomic."""
     git = subprocess.run("git rev-parse --short HEAD", shell=True, cwd=Path(__file__).resolve().parent,
                          capture_output=True, text=True).stdout.strip()  # "" without git
-    name = f" ({torch.cuda.get_device_name(device)})" if str(device).startswith("cuda") else ""
+    name, memory = "", None  # the peak: of the GPU, else of the process (in kB, on a Mac in bytes)
+    if str(device).startswith("cuda"):
+        name = f" ({torch.cuda.get_device_name(device)})"
+        memory = torch.cuda.max_memory_allocated(device) / 1e9
+    elif resource:
+        unit = 1e9 if sys.platform == "darwin" else 1e6
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     results = {"script": script, "data": data, "n": n, "seconds": seconds, "device": f"{device}{name}",
-               "torch": torch.__version__, "git": git, "config": config, "metrics": metrics}
+               "memory_gb": memory, "torch": torch.__version__, "git": git, "config": config,
+               "metrics": metrics}
     # Numbers of numpy become Python's, paths text; then nan and inf, which strict JSON does not know, null.
     text = json.dumps(results, default=lambda v: v.item() if isinstance(v, np.generic) else str(v))
     results = json.loads(text, parse_constant=lambda constant: None)

@@ -284,23 +284,18 @@ def receipt(run):
     return [*run.command, run.cfg.preset, run.cfg.device, Path(run.out, "results.json").stat().st_mtime]
 
 
-def read(run):
-    """results.json, with the receipt and the memory from done.json"""
-    results, done = (json.loads((run.out / f"{name}.json").read_text()) for name in ("results", "done"))
-    return results | done
-
-
 def finished(run):
-    """Are its results whole, of this command, and newer than code and data?"""
+    """Its results if they are whole, are of this command and newer than code and data; else None."""
     code = [ROOT / name for name in (f"{run.script}.py", "data.py", "metrics.py")]
     data = [Path(path) for path in (run.cfg.data, run.cfg.test) if path]
     data += [file for path in data for file in path.rglob("*")]
     try:
-        results = read(run)
-        began = results["receipt"][-1] - results["seconds"]
-        return results["receipt"] == receipt(run) and began > max(x.stat().st_mtime for x in code + data)
+        results, done = (json.loads((run.out / f"{name}.json").read_text()) for name in ("results", "done"))
+        began = done[-1] - results["seconds"]
+        if done == receipt(run) and began > max(path.stat().st_mtime for path in code + data):
+            return results
     except (OSError, ValueError, KeyError, TypeError, IndexError):
-        return False
+        return None
 
 
 def reason(code, log):
@@ -309,15 +304,6 @@ def reason(code, log):
         return f"killed by {signal.Signals(-code).name}" + "; out of memory?" * (code == -signal.SIGKILL)
     errors = re.findall(r"\berror: .+|\b\w+Error: .+", log.read_text(errors="replace"))
     return f"exit code {code}: {errors[-1] if errors else f'see {log}'}"
-
-
-def ended(child):
-    """-> None while it runs, then its exit code and its peak memory in GB (Windows does not tell: nan)"""
-    if not hasattr(os, "wait4"):
-        return None if child.poll() is None else (child.returncode, math.nan)
-    pid, status, used = os.wait4(child.pid, os.WNOHANG)
-    child.returncode = os.waitstatus_to_exitcode(status) if pid else None
-    return (child.returncode, used.ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)) if pid else None
 
 
 def execute(run, held, caught):
@@ -331,15 +317,14 @@ def execute(run, held, caught):
         child = subprocess.Popen(run.command, stdin=subprocess.DEVNULL, stdout=f, stderr=f,
                                  start_new_session=True,
                                  pass_fds=[held.fileno()] if os.name == "posix" else [])
-    while (end := ended(child)) is None:
+    while child.poll() is None:
         for number in caught[passed_on:]:
-            os.kill(child.pid, number)      # child.send_signal would lose what ended() asks for
+            child.send_signal(number)
             passed_on += 1
         time.sleep(0.1)
-    why = reason(end[0], log) if end[0] else "left no new results.json"
-    if not end[0] and os.path.exists(run.out / "results.json") and receipt(run)[-1] > began:
-        done = {"receipt": receipt(run), "gigabytes": end[1]}
-        M.write_atomically(run.out / "done.json", json.dumps(done).encode())
+    why = reason(child.returncode, log) if child.returncode else "left no new results.json"
+    if not child.returncode and os.path.exists(run.out / "results.json") and receipt(run)[-1] > began:
+        M.write_atomically(run.out / "done.json", json.dumps(receipt(run)).encode())
         why = None
     state = "stopped" if caught else f"FAILED, {why}" if why else "done"
     print(f"{run.out.name}: {state} after {time.time() - began:.0f} s", flush=True)
@@ -399,7 +384,7 @@ def system(script, runs, seeds):
 
 
 def report(args, runs, done, failures):
-    """Writes report.html and RESULTS.md. done: folder name -> read(); failures: folder name -> why"""
+    """Writes report.html and RESULTS.md. done: folder name -> results; failures: folder name -> why"""
     seeds = {run.script: [] for run in runs}
     for (script, _), group in itertools.groupby(runs, lambda run: (run.script, run.cfg.seed)):
         found = {}
@@ -432,17 +417,17 @@ def report(args, runs, done, failures):
         blocks += [("h3", script), ("table", "", ["claim", "rule", "published recipe", "ours"], rows)]
     for script, found in seeds.items():
         blocks += system(script, [run for run in runs if run.script == script], found)
-    rows = [[run.out.name, r["device"], f"{r['seconds'] / 60:.1f}", M.number(r["gigabytes"]),
+    rows = [[run.out.name, r["device"], f"{r['seconds'] / 60:.1f}", M.number(r["memory_gb"]),
              r["git"] or "unknown", shlex.join(run.command)] for run in runs if (r := done.get(run.out.name))]
-    head = ["run", "device", "minutes, last start", "GB at most, not GPU", "commit", "command"]
+    head = ["run", "device", "minutes, last start", "GB at most", "commit", "command"]
     blocks += [("h2", "Runs"), ("table", "", head, rows)]
     for name, text in zip(("RESULTS.md", "report.html"), pages(blocks)):
         M.write_atomically(Path(args.out, name), text.encode())
 
 
 def pages(blocks):
-    """-> Markdown, in which pictures are links; HTML, in which they are inside: it needs no other file and no
-    script. A picture shows its own caption."""
+    """-> Markdown, without pictures and long tables (those with a title); HTML, which needs no other file and
+    no script. A picture shows its own caption."""
     text, page = [], []
     for kind, words, *rest in blocks:
         safe = html.escape(words)
@@ -450,13 +435,12 @@ def pages(blocks):
             head, rows = rest
             lines = ["| " + " | ".join(t.replace("|", "/") for t in row) + " |" for row in (head, *rows)]
             lines.insert(1, "| --- " * len(head) + "|")
-            text.append("\n".join([f"**{words}**\n"] * bool(words) + lines))
+            text += [] if words else ["\n".join(lines)]
             line = lambda tag, row: "<tr>" + "".join(f"<{tag}>{html.escape(t)}" for t in row)
             lines = [line("th", head), *(line("td", row) for row in rows)]
             table = '<div class="scroll"><table>' + "\n".join(lines) + "</table></div>"
             page.append(f"<details><summary>{safe}</summary>{table}</details>" if words else table)
         elif kind == "image":
-            text.append(f"![{words}]({rest[0].parent.name}/{rest[0].name})")
             picture = base64.b64encode(rest[0].read_bytes()).decode()
             page.append(f'<p><img alt="{safe}" src="data:image/png;base64,{picture}"></p>')
         else:
@@ -491,7 +475,7 @@ def main(argv):
             print("stopped; the same command goes on")
             sys.exit(128 + caught[0])
         if name not in failures:
-            done[name] = read(run)
+            done[name] = json.loads((run.out / "results.json").read_text())
     report(args, runs, done, failures)
     print(f"report: {out}/report.html, {out}/RESULTS.md")
     sys.exit(bool(failures))
