@@ -6,7 +6,7 @@
     python data.py emidec  ROOT OUT.h5                     EMIDEC's NIfTI folders -> HDF5
     python data.py acdc    ROOT OUTDIR                     ACDC's -> one HDF5 per subject, 256 x 256
     python data.py mms     ROOT OUTDIR                     M&Ms-2's -> the same
-    python data.py volumes TABLE.csv OUT.h5 [--spacing 1.5] [--shape 128,160,128] [--slice axial:mid]
+    python data.py volumes TABLE.csv OUT.h5 [--spacing 1.5] [--shape 128,160,128]
                                                            head scans that a CSV lists -> HDF5
 
     image    (N,H,W) or (N,D,H,W)  uint8, or float in [0,1]                             required
@@ -568,8 +568,8 @@ def load(path, size=None, max_gb=4.0):
             if its != others:
                 fail(f"{p}: {what} {its} but {others} in {paths[0]}; all files need the same")
     if size and len(shape) == 3:
-        fail(f"{path}: image: volumes of {shape}, but slices are needed; cut them with `python data.py "
-             "volumes TABLE.csv OUT.h5 --slice axial:mid`")
+        fail(f"{path}: image: volumes of {shape}, but slices are needed; cut the scans with `python data.py "
+             "images FOLDER_OR_CSV OUT.h5 --slice axial:mid`")
     if size and shape[0] != shape[1]:
         print(f"{path}: images of {shape[0]}x{shape[1]} are padded to squares and resized to {size}x{size}")
     size = None if shape == (size, size) else size
@@ -1861,50 +1861,35 @@ def read_brain(path, spacing, shape):
     return to_uint8(255 * rows @ np.tensordot(depth, x, 1) @ columns.T)
 
 
-def volumes(path, out, spacing=1.5, shape=(), slice=""):
-    """Convert the head scans of a CSV into frames of shape (D,H,W) voxels of `spacing` mm; slice="axial:mid"
-    or "coronal:40" keeps one of each. Without a shape: 128,160,128, and 128,128,128 for a slice.
+def volumes(path, out, spacing=1.5, shape=(128, 160, 128)):
+    """Convert the head scans of a CSV into frames of shape (D,H,W) voxels of `spacing` mm.
 
     Columns: path, subject; age, sex, diagnosis or label, session, time, event, split; other numeric ones
     become probe targets. One volume is in memory at a time. Rows that cannot be read are listed with line and
     reason; a table that is wrong in itself exits 2 before any volume is read."""
-    shape = shape or ((128, 128, 128) if slice else (128, 160, 128))
     if len(shape) != 3 or not all(8 <= n <= 1024 for n in shape) or not 0.01 <= spacing <= 100:
         fail(f"--shape {shape}, --spacing {spacing}: expected three lengths of 8 to 1024, and mm")
-    axis, frame = None, shape
-    if slice:
-        plane, _, row = slice.partition(":")
-        axis = PLANES.index(plane) if plane in PLANES else 0
-        index = shape[axis] // 2 if row == "mid" else int(row) if row.isdecimal() else -1
-        frame = tuple(np.delete(shape, axis).tolist())
-        if plane not in PLANES or not 0 <= index < shape[axis]:
-            fail(f"--slice {slice}: expected axial, coronal or sagittal, then :mid or 0 to {shape[axis] - 1}")
     table, skipped, kept = read_table(path, ("path", "subject")), [], []
     columns, names = table_columns(path, table)
     scans = table["path"].fillna("")
     rows = {f"line {line}: {scan}": i for i, (line, scan) in enumerate(scans.items())}
 
     def read(row):
-        image = read_brain(os.path.join(os.path.dirname(path), scans.iloc[rows[row]]), spacing, shape)
-        if slice:  # superior on top
-            image = np.take(image, index, axis)[::-1 if axis else 1]
-        if not image.any():
-            raise ValueError("nothing of the brain in this slice")
-        return image
+        return read_brain(os.path.join(os.path.dirname(path), scans.iloc[rows[row]]), spacing, shape)
 
-    attrs = dict(source=f"python data.py volumes {os.path.basename(path)}, {shape}, slice {slice}",
-                 licence="as the source's", spacing_mm=[spacing] * len(frame))
+    attrs = dict(source=f"python data.py volumes {os.path.basename(path)}, {shape}",
+                 licence="as the source's", spacing_mm=[spacing] * 3)
     attrs |= {"label_names": names} if names else {}
     with replacing(out) as part, h5py.File(part, "w") as file:
-        pixels = file.create_dataset("image", (len(table), *frame), np.uint8, maxshape=(None, *frame),
-                                     chunks=(1, *frame), **PACKED)
+        pixels = file.create_dataset("image", (len(table), *shape), np.uint8, maxshape=(None, *shape),
+                                     chunks=(1, *shape), **PACKED)
         for row, image in attempt(path, rows, read, skipped):
             pixels[len(kept)] = image
             kept.append(rows[row])
         pixels.resize(len(kept), 0)
         fill(file, {k: x[kept] for k, x in columns.items()}, attrs)
     print(f"{out}: {len(np.unique(columns['subject'][kept]))} subjects, {len(kept)} images of "
-          f"{' x '.join(map(str, frame))} at {spacing:g} mm, {len(skipped)} rows skipped")
+          f"{' x '.join(map(str, shape))} at {spacing:g} mm, {len(skipped)} rows skipped")
 
 
 # ---------------------------------------------------------------------------------------------------

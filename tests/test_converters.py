@@ -284,20 +284,6 @@ def test_grey_window(tmp_path):
     assert (scored[:2] == 0).all() and np.corrcoef(scored.ravel(), plain.ravel())[0, 1] > 0.9
 
 
-def test_a_slice_is_a_slice_of_the_volume(tmp_path, capsys):
-    save(tmp_path / "a.nii", head())
-    rows = ["path,subject", ["a.nii,s"]]
-    whole = convert(tmp_path, *rows).image[0]
-    for plane, expected in (("axial:mid", whole[16]), ("coronal:mid", whole[::-1, 20]),
-                            ("sagittal:11", whole[::-1, :, 11])):
-        d = convert(tmp_path, *rows, slice=plane)
-        assert d.image.shape[1:] == expected.shape and (d.image[0] == expected).all(), plane
-    data.check(str(tmp_path / "out.h5"))
-    for plane, words in (("axial", "expected"), ("axial:32", "0 to 31"), ("top:mid", "coronal")):
-        one_error(capsys, lambda: convert(tmp_path, *rows, slice=plane), "--slice", words)
-    one_error(capsys, lambda: convert(tmp_path, *rows, slice="axial:1"), "none of 1 could", "slice")
-
-
 def test_columns_of_the_table(tmp_path, capsys):
     save(tmp_path / "a.nii", head())
     table = ("\ufeffPath ; SUBJECT; Age;Diagnosis;session;sex;time;event;MMSE;site;A/B;empty;\n"
