@@ -8,6 +8,8 @@
     python data.py mms     ROOT OUTDIR                     M&Ms-2's -> the same
     python data.py volumes TABLE.csv OUT.h5 [--spacing 1.5] [--shape 128,160,128]
                                                            head scans that a CSV lists -> HDF5
+    python data.py images  FOLDER_OR_CSV OUT.h5 [--size 128] [--spacing MM] [--slice axial:20:40]
+                                                           your own images, or slices of your scans -> HDF5
 
     image    (N,H,W) or (N,D,H,W)  uint8, or float in [0,1]                             required
     subject  (N,) utf-8            the unit of every split, test and interval           required
@@ -21,7 +23,9 @@
 import argparse, difflib, glob, hashlib, inspect, io, os, re, shutil, sys, typing, zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from types import SimpleNamespace
+from warnings import catch_warnings, simplefilter
 
 import h5py
 import numpy as np
@@ -762,6 +766,26 @@ def write(path, parts, attrs):
     """Write column dicts {name: (n,...)}, one after the other, as schema v1: complete or not at all."""
     with replacing(path) as part, h5py.File(part, "w") as file:
         fill(file, {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}, attrs)
+
+
+def write_as_read(out, shape, found, columns, attrs):
+    """Write schema v1 while its images are found -> number of subjects, of images.
+
+    found: (row of columns, (n,*shape) uint8, numbers of these n slices in their volume), for n >= 0."""
+    kept, slices = [], []
+    with replacing(out) as part, h5py.File(part, "w") as file:
+        pixels = file.create_dataset("image", (0, *shape), np.uint8, maxshape=(None, *shape),
+                                     chunks=(1, *shape), **PACKED)
+        for row, images, numbers in found:
+            pixels.resize(len(kept) + len(images), 0)
+            pixels[len(kept):] = images
+            kept += [row] * len(images)
+            slices += list(numbers)
+        if not kept:
+            fail(f"{out}: not written, every image is of one grey value in {' x '.join(map(str, shape))} pixels")
+        columns = {k: x[kept] for k, x in columns.items()}
+        fill(file, columns | ({"slice": np.array(slices)} if any(slices) else {}), attrs)
+    return len(np.unique(columns["subject"])), len(kept)
 
 
 def fill(file, columns, attrs):
@@ -1590,8 +1614,8 @@ def attempt(path, cases, read, skipped):
         fail(f"{path}: none of {len(cases)} could be converted; the first: {skipped[0]}")
 
 
-def read_voxels(path):
-    """.nii or .nii.gz -> (X,Y,Z) float32 as stored, (3,) mm per voxel, affine.
+def read_header(path):
+    """.nii or .nii.gz -> nibabel's image, whose voxels are not read yet, and (3,) mm per voxel.
 
     ValueError says why not; nibabel raises others."""
     import nibabel
@@ -1605,7 +1629,13 @@ def read_voxels(path):
         raise ValueError(f"{path}: shape {shape}, expected one volume of up to 1e9 voxels")
     if not (np.isfinite(zooms).all() and (zooms > 0).all()):
         raise ValueError(f"{path}: spacing {zooms} mm")
-    voxels = volume.get_fdata(dtype=np.float32).reshape(shape[:3])
+    return volume, zooms
+
+
+def read_voxels(path):
+    """.nii or .nii.gz -> (X,Y,Z) float32 as stored, (3,) mm per voxel, affine."""
+    volume, zooms = read_header(path)
+    voxels = volume.get_fdata(dtype=np.float32).reshape(volume.shape[:3])
     if not np.isfinite(voxels).all():
         raise ValueError(f"{path}: NaN or Inf")
     return voxels, zooms, volume.affine
@@ -1632,9 +1662,11 @@ def read_pair(image, labels, allowed):
     return x, label.astype(np.uint8), zooms
 
 
-def window(x):
-    """Grey window of one volume: its percentiles 0 to 99.5 -> float in [0,255], the same for all slices."""
-    low, high = np.percentile(x, [0, 99.5])
+def window(x, least=0):
+    """Grey window of one volume, the same for all slices: percentiles `least` to 99.5 -> float in [0,255]."""
+    low, high = np.percentile(x, [least, 99.5]).tolist()
+    if high <= low:     # a few bright pixels on plain ground
+        low, high = float(x.min()), float(x.max())
     if high <= low:
         raise ValueError(f"an image of one grey value, {low:g}")
     return 255 * np.clip((x - low) / (high - low), 0, 1)
@@ -1796,11 +1828,11 @@ HEALTHY = {"CN", "NC", "NL", "HC", "CONTROL", "CONTROLS", "HEALTHY", "NORMAL"}
 PLANES = ("axial", "coronal", "sagittal")
 
 
-def table_columns(path, table):
+def table_columns(path, table, one_each=True):
     """DataFrame of texts -> {name: (n,) array of the schema}, label names, by the rules of check_column.
 
     The texts of diagnosis become label: 0 is healthy, the others are sorted and count from 1. Fails, naming
-    the line, on a value that its column cannot hold and on a repeated subject and session."""
+    the line, on a value that its column cannot hold and, if one_each, on a repeated subject and session."""
     columns, names = {}, []
     if "diagnosis" in table and "label" not in table:
         text = table["diagnosis"].str.upper()
@@ -1824,7 +1856,7 @@ def table_columns(path, table):
                 continue
         columns[name] = check_column(path, name, x, table.index)
     visits = pd.DataFrame({k: columns.get(k, "") for k in ("subject", "session")}, table.index)
-    for line in table.index[visits.duplicated()]:
+    for line in table.index[visits.duplicated() & one_each]:
         fail(f"{path}: line {line}: subject {visits['subject'][line]} has this session already; keep one, or "
              "tell them apart in a column session, in months")
     if "split" in columns:
@@ -1832,18 +1864,40 @@ def table_columns(path, table):
     return columns, names
 
 
+def list_table(path, one_each=True):
+    """CSV with columns path, subject -> {"line 2: a.nii": path of that file}, columns of the schema, attrs."""
+    table = read_table(path, ("path", "subject"))
+    columns, names = table_columns(path, table, one_each)
+    files = {f"line {line}: {name}": os.path.join(os.path.dirname(path), name)
+             for line, name in table["path"].fillna("").items()}
+    return files, columns, {"licence": "as the source's"} | ({"label_names": names} if names else {})
+
+
+def upright_sides(path):
+    """Header of .nii or .nii.gz -> (D,H,W) voxels as of upright(), (3,) mm per voxel."""
+    import nibabel
+    volume, zooms = read_header(path)
+    order = np.argsort(nibabel.io_orientation(volume.affine)[:, 0])[::-1]
+    return np.array(volume.shape)[order], zooms[order]
+
+
+def upright(path):
+    """.nii or .nii.gz -> (D,H,W) float32 in the order of axes told above, (3,) mm per voxel."""
+    import nibabel
+    x, zooms, affine = read_voxels(path)
+    turn = nibabel.io_orientation(affine)
+    x, zooms = nibabel.apply_orientation(x, turn), zooms[np.argsort(turn[:, 0])]
+    return x.transpose(2, 1, 0)[:, ::-1], zooms[::-1]
+
+
 def read_brain(path, spacing, shape):
     """-> (D,H,W) uint8 around the head at one isotropic spacing. A head taller than the frame keeps its top.
 
     Grey window: percentiles 0.5-99.5 of what stands out from the corners (air) by a tenth of the 98th
     percentile. ValueError, or one of nibabel's many errors, says why not."""
-    import nibabel
     if not os.path.isfile(path):
         raise ValueError("no such file")
-    x, zooms, affine = read_voxels(path)
-    turn = nibabel.io_orientation(affine)
-    x, zooms = nibabel.apply_orientation(x, turn), zooms[np.argsort(turn[:, 0])]
-    x, zooms = x.transpose(2, 1, 0)[:, ::-1], zooms[::-1]
+    x, zooms = upright(path)
     corners = x[::x.shape[0] - 1, ::x.shape[1] - 1, ::x.shape[2] - 1]
     far = abs(x - np.median(corners))
     head = far > 0.1 * np.percentile(far[far > 0], 98) if far.any() else far > 0
@@ -1869,27 +1923,154 @@ def volumes(path, out, spacing=1.5, shape=(128, 160, 128)):
     reason; a table that is wrong in itself exits 2 before any volume is read."""
     if len(shape) != 3 or not all(8 <= n <= 1024 for n in shape) or not 0.01 <= spacing <= 100:
         fail(f"--shape {shape}, --spacing {spacing}: expected three lengths of 8 to 1024, and mm")
-    table, skipped, kept = read_table(path, ("path", "subject")), [], []
-    columns, names = table_columns(path, table)
-    scans = table["path"].fillna("")
-    rows = {f"line {line}: {scan}": i for i, (line, scan) in enumerate(scans.items())}
+    files, columns, attrs = list_table(path)
+    rows, skipped = {case: i for i, case in enumerate(files)}, []
+    found = attempt(path, files, lambda case: read_brain(files[case], spacing, shape), skipped)
+    n, images = write_as_read(out, shape, ((rows[case], x[None], [0]) for case, x in found), columns, dict(
+        attrs, source=f"python data.py volumes {os.path.basename(path)}, {shape}", spacing_mm=[spacing] * 3))
+    print(f"{out}: {n} subjects, {images} images of {' x '.join(map(str, shape))} at {spacing:g} mm, "
+          f"{len(skipped)} rows skipped")
 
-    def read(row):
-        return read_brain(os.path.join(os.path.dirname(path), scans.iloc[rows[row]]), spacing, shape)
 
-    attrs = dict(source=f"python data.py volumes {os.path.basename(path)}, {shape}",
-                 licence="as the source's", spacing_mm=[spacing] * 3)
-    attrs |= {"label_names": names} if names else {}
-    with replacing(out) as part, h5py.File(part, "w") as file:
-        pixels = file.create_dataset("image", (len(table), *shape), np.uint8, maxshape=(None, *shape),
-                                     chunks=(1, *shape), **PACKED)
-        for row, image in attempt(path, rows, read, skipped):
-            pixels[len(kept)] = image
-            kept.append(rows[row])
-        pixels.resize(len(kept), 0)
-        fill(file, {k: x[kept] for k, x in columns.items()}, attrs)
-    print(f"{out}: {len(np.unique(columns['subject'][kept]))} subjects, {len(kept)} images of "
-          f"{' x '.join(map(str, shape))} at {spacing:g} mm, {len(skipped)} rows skipped")
+# ---------------------------------------------------------------------------------------------------
+# Images: anyone's own, and slices of anyone's own volumes
+
+NIFTI = (".nii", ".nii.gz")
+IMAGES = (*NIFTI, ".npy", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+
+
+def list_images(root):
+    """Image files below a folder -> {name: path}, subject of each, number of other and of hidden files.
+
+    subject: the first folder below root, else the file's name up to "_". Links to folders are not followed."""
+    files, subjects, others = {}, [], 0
+    for folder, inner, names in os.walk(root, onerror=lambda e: warn(f"{e.filename}: {e.strerror}")):
+        inner[:] = sorted(d for d in inner if not d.startswith("."))
+        for path in (os.path.join(folder, name) for name in sorted(names)):
+            if os.path.basename(path).startswith(".") or not path.lower().endswith(IMAGES):
+                others += 1
+                continue
+            name = os.fsencode(os.path.relpath(path, root)).decode("utf-8", "backslashreplace")
+            first, *below = name.split(os.sep)
+            stem = re.sub(r"(\.nii)?\.\w+$", "", first)
+            subjects.append(first if below else stem.partition("_")[0] or stem)
+            files[name] = path
+    if not files:
+        fail(f"{root}: no images ({' '.join(IMAGES)}), {others} other files")
+    return files, check_column(root, "subject", np.array(subjects)), others
+
+
+def read_image(path, plane, cut):
+    """An image file -> (n,H,W) float32, numbers of these slices in their volume, (2,) mm per pixel or None.
+
+    cut(n): which of n slices. Colours become grey (ITU-R 601). An error of any kind says why not."""
+    kind, mm = path.lower(), None
+    if kind.endswith(NIFTI):
+        x, mm = upright(path)
+        axis = PLANES.index(plane)
+        x, mm = np.moveaxis(x, axis, 0)[:, ::-1 if axis else 1], np.delete(mm, axis)    # superior on top
+        slices = cut(len(x))
+        x = x[slices]
+    elif kind.endswith(".npy"):
+        x = np.lib.format.open_memmap(path, mode="r")       # nothing is read or reserved yet
+        colours = x.ndim == 3 and {x.shape[0], x.shape[2]} & {3, 4}
+        if x.dtype.kind not in "biuf" or x.ndim not in (2, 3) or colours or x.size > 1e9:
+            raise ValueError(f"{x.dtype} {x.shape}, expected numbers (H,W) or (slices,H,W), without colours")
+        x = x.reshape(-1, *x.shape[-2:])
+        slices = cut(len(x))
+        x = x[slices].astype(np.float32)
+    else:
+        with Image.open(path, formats=("PNG", "JPEG", "TIFF", "BMP")) as file:
+            slices, shape, pages = cut(file.n_frames if file.format == "TIFF" else 1), file.size, []
+            for page in slices:
+                file.seek(page)
+                if file.size != shape or len(slices) * shape[0] * shape[1] > 1e9:
+                    raise ValueError("pages of several sizes, or more than 1e9 pixels")
+                pages.append(np.asarray(file if file.mode[0] in "IF" else file.convert("L"), np.float32))
+        x = np.stack(pages)
+    if min(x.shape[1:]) < 2 or x.min() == x.max():
+        raise ValueError(f"{x.shape[1]} x {x.shape[2]} pixels of one grey value")
+    if not (abs(x) < 1e30).all():
+        raise ValueError("NaN, Inf or beyond 1e30")
+    return x, slices, mm
+
+
+def images(path, out, size=128, spacing=0.0, slice="axial:all"):
+    """Convert images, or volumes cut into slices, of a folder or a CSV into frames of size x size pixels.
+
+    A CSV has the columns path and subject, and any of those of volumes(). Without one, list_images() says who
+    is the subject. slice: axial, coronal or sagittal, then :all, :mid or :a:b as in Python; of .npy the first
+    axis, of TIFF the pages, whatever the plane. A pixel of NIfTI becomes `spacing` mm; 0: the median field of
+    view fills the frame. What is larger is cropped. Others are padded to a square and resized. Grey window:
+    percentiles 0.5 to 99.5 of all images of a subject. One subject is in memory at a time. Files that cannot
+    be read are listed with the reason."""
+    plane, _, which = slice.partition(":")
+    if plane not in PLANES or not re.fullmatch(r"all|mid|-?\d{0,6}:-?\d{0,6}", which):
+        fail(f"--slice {slice}: expected axial, coronal or sagittal, then :all, :mid or as :20:40")
+    if not (16 <= size <= 4096 and 0 <= spacing <= 100):
+        fail(f"--size {size}, --spacing {spacing}: expected 16 to 4096 pixels, and 0 to 100 mm")
+    is_folder, attrs, others = os.path.isdir(path), {"licence": "as the source's"}, 0
+    if is_folder:
+        files, subject, others = list_images(path)
+        columns = {"subject": subject}
+    else:
+        files, columns, attrs = list_table(path, one_each=False)
+        subject = columns["subject"]
+    row = {list(files)[i]: i for i in np.argsort(subject, kind="stable")}
+    count, missing, skipped = dict(padded=0, cropped=0, blank=0), [], []
+
+    def view(case):
+        """The longer side of a NIfTI file's slices in mm, from its header; None of other files."""
+        file = os.path.realpath(files[case])
+        if is_folder and not file.startswith(os.path.join(os.path.realpath(path), "")):
+            raise ValueError("a link that leads out of the folder")
+        if not os.path.isfile(file):        # a pipe would block
+            raise ValueError("no such file")
+        return np.delete(np.prod(upright_sides(file), 0), PLANES.index(plane)).max() \
+            if case.lower().endswith(NIFTI) else None
+
+    def cut(n):
+        ends = {"all": ":", "mid": f"{n // 2}:{n // 2 + 1}"}.get(which, which).split(":")
+        first, last = (int(end) if end else None for end in ends)
+        chosen = range(n)[first:last] if n > 1 else range(1)        # an image alone is not cut
+        if not chosen:
+            raise ValueError(f"--slice {slice}: none of its {n} slices")
+        return chosen
+
+    def frames():
+        """The images of one subject after the other, for write_as_read."""
+        found = attempt(path, views, lambda case: read_image(files[case], plane, cut), skipped)
+        for _, group in groupby(found, lambda pair: subject[row[pair[0]]]):
+            group = list(group)
+            grey = window(np.concatenate([x.ravel() for _, (x, *_) in group]), 0.5)
+            for case, (x, numbers, mm) in group:
+                x, grey = grey[:x.size].reshape(x.shape), grey[x.size:]
+                step = np.repeat(max(x.shape[1:]) / size, 2) if mm is None else spacing / mm
+                sides = x.shape[1:] / step          # in pixels of the frame
+                x = to_uint8(resample(x, np.floor((x.shape[1:] - step * size) / 2), step, size))
+                good = x.min((1, 2)) < x.max((1, 2))
+                count["padded"] += good.sum() * (sides.min() < 0.999 * sides.max())
+                count["cropped"] += good.sum() * (sides.max() > 1.001 * size)
+                count["blank"] += (~good).sum()
+                yield row[case], x[good], np.array(numbers)[good]
+
+    views = dict(attempt(path, row, view, missing))
+    known = [mm for mm in views.values() if mm]
+    if spacing and not known:
+        fail(f"--spacing {spacing}: no file of {path} tells its mm, only NIfTI's headers do")
+    spacing = spacing or float(np.median(known or [0])) / size
+    attrs |= {"source": f"python data.py images --slice {slice}"}
+    attrs |= {"spacing_mm": [spacing] * 2} if len(known) == len(views) else {}
+    people, n = write_as_read(out, (size, size), frames(), columns, attrs)
+    if count["padded"]:
+        print(f"{count['padded']} images that are not square were padded with black")
+    if count["cropped"]:
+        print(f"{count['cropped']} images were cropped to {spacing * size:.4g} mm; "
+              f"--spacing {max(known) / size:.4g} keeps them whole")
+    if is_folder and people < 3:
+        warn(f"{path}: only {people} subjects; if its first folders are no people, list path, subject in a CSV")
+    print(f"{out}: {people} subjects, {n} images of {size} x {size}, {len(missing) + len(skipped)} skipped; "
+          f"left out: {count['blank']} blank slices, {others} files of other types")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1938,7 +2119,8 @@ def show(path, out="sheet.png"):
     print(out)
 
 
-COMMANDS = dict(check=summary, show=show, emidec=emidec, acdc=acdc, mms=mms, volumes=volumes)
+COMMANDS = dict(check=summary, show=show, emidec=emidec, acdc=acdc, mms=mms, volumes=volumes,
+                images=images)
 
 
 def main(flags=None):
