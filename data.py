@@ -21,11 +21,12 @@
     anything else (N,) numeric is a probe target; factor_* are the known causes of a phantom
 """
 import argparse, difflib, glob, hashlib, inspect, io, os, re, shutil, sys, typing, zipfile
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from types import SimpleNamespace
-from warnings import catch_warnings, simplefilter
+from warnings import catch_warnings
 
 import h5py
 import numpy as np
@@ -772,6 +773,8 @@ def write_as_read(out, shape, found, columns, attrs):
     """Write schema v1 while its images are found -> number of subjects, of images.
 
     found: (row of columns, (n,*shape) uint8, numbers of these n slices in their volume), for n >= 0."""
+    if os.path.lexists(out) and not (os.path.isfile(out) and h5py.is_hdf5(out)):
+        fail(f"{out}: is there and is no HDF5 file; choose another name")
     kept, slices = [], []
     with replacing(out) as part, h5py.File(part, "w") as file:
         pixels = file.create_dataset("image", (0, *shape), np.uint8, maxshape=(None, *shape),
@@ -782,7 +785,7 @@ def write_as_read(out, shape, found, columns, attrs):
             kept += [row] * len(images)
             slices += list(numbers)
         if not kept:
-            fail(f"{out}: not written, every image is of one grey value in {' x '.join(map(str, shape))} pixels")
+            fail(f"{out}: not written: every image is of one grey value in a frame of {shape}")
         columns = {k: x[kept] for k, x in columns.items()}
         fill(file, columns | ({"slice": np.array(slices)} if any(slices) else {}), attrs)
     return len(np.unique(columns["subject"])), len(kept)
@@ -1602,7 +1605,8 @@ def attempt(path, cases, read, skipped):
     Exits if no case of `path` can be read."""
     for case in tqdm(cases, "reading", disable=None):
         try:
-            result = read(case)
+            with catch_warnings(action="ignore"):       # of libraries, about metadata
+                result = read(case)
         except ImportError:
             fail("NIfTI files are read by nibabel: pip install nibabel")
         except Exception as why:  # of a dozen types: files are damaged in many ways
@@ -1865,7 +1869,7 @@ def table_columns(path, table, one_each=True):
 
 
 def list_table(path, one_each=True):
-    """CSV with columns path, subject -> {"line 2: a.nii": path of that file}, columns of the schema, attrs."""
+    """CSV with columns path, subject -> {"line 2: a.nii": its path}, columns of the schema, attributes."""
     table = read_table(path, ("path", "subject"))
     columns, names = table_columns(path, table, one_each)
     files = {f"line {line}: {name}": os.path.join(os.path.dirname(path), name)
@@ -1873,21 +1877,16 @@ def list_table(path, one_each=True):
     return files, columns, {"licence": "as the source's"} | ({"label_names": names} if names else {})
 
 
-def upright_sides(path):
-    """Header of .nii or .nii.gz -> (D,H,W) voxels as of upright(), (3,) mm per voxel."""
+def upright(path, header_only=False):
+    """.nii or .nii.gz -> (D,H,W) float32, axes as told above (header_only: D, H, W), (3,) mm per voxel."""
     import nibabel
     volume, zooms = read_header(path)
-    order = np.argsort(nibabel.io_orientation(volume.affine)[:, 0])[::-1]
-    return np.array(volume.shape)[order], zooms[order]
-
-
-def upright(path):
-    """.nii or .nii.gz -> (D,H,W) float32 in the order of axes told above, (3,) mm per voxel."""
-    import nibabel
-    x, zooms, affine = read_voxels(path)
-    turn = nibabel.io_orientation(affine)
-    x, zooms = nibabel.apply_orientation(x, turn), zooms[np.argsort(turn[:, 0])]
-    return x.transpose(2, 1, 0)[:, ::-1], zooms[::-1]
+    turn = nibabel.io_orientation(volume.affine)
+    order = np.argsort(turn[:, 0])[::-1]
+    if header_only:
+        return np.array(volume.shape)[order], zooms[order]
+    x = nibabel.apply_orientation(read_voxels(path)[0], turn)
+    return x.transpose(2, 1, 0)[:, ::-1], zooms[order]
 
 
 def read_brain(path, spacing, shape):
@@ -1940,43 +1939,38 @@ IMAGES = (*NIFTI, ".npy", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 
 
 def list_images(root):
-    """Image files below a folder -> {name: path}, subject of each, number of other and of hidden files.
+    """Image files below a folder, but for hidden ones -> {name: path}, {"subject": of each}, attributes.
 
     subject: the first folder below root, else the file's name up to "_". Links to folders are not followed."""
-    files, subjects, others = {}, [], 0
-    for folder, inner, names in os.walk(root, onerror=lambda e: warn(f"{e.filename}: {e.strerror}")):
-        inner[:] = sorted(d for d in inner if not d.startswith("."))
-        for path in (os.path.join(folder, name) for name in sorted(names)):
-            if os.path.basename(path).startswith(".") or not path.lower().endswith(IMAGES):
-                others += 1
-                continue
-            name = os.fsencode(os.path.relpath(path, root)).decode("utf-8", "backslashreplace")
-            first, *below = name.split(os.sep)
-            stem = re.sub(r"(\.nii)?\.\w+$", "", first)
-            subjects.append(first if below else stem.partition("_")[0] or stem)
-            files[name] = path
+    paths = sorted(os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names)
+    names = [os.fsencode(os.path.relpath(path, root)).decode("utf-8", "backslashreplace") for path in paths]
+    files = {name: path for name, path in zip(names, paths)
+             if name.lower().endswith(IMAGES) and not f"{os.sep}{name}".count(f"{os.sep}.")}
+    others = f"{len(paths) - len(files)} other or hidden files"
     if not files:
-        fail(f"{root}: no images ({' '.join(IMAGES)}), {others} other files")
-    return files, check_column(root, "subject", np.array(subjects)), others
+        fail(f"{root}: no images ({' '.join(IMAGES)}), {others}")
+    print(f"{root}: {len(files)} images; {others} are passed over")
+    subjects = [name.split(os.sep)[0] if os.sep in name else
+                re.match(r"(.[^_]*?)(_|(\.nii)?\.\w+$)", name, re.S | re.I)[1] for name in files]
+    columns = {"subject": check_column(root, "subject", np.array(subjects))}
+    return files, columns, {"licence": "as the source's"}
 
 
 def read_image(path, plane, cut):
-    """An image file -> (n,H,W) float32, numbers of these slices in their volume, (2,) mm per pixel or None.
+    """An image file -> (n,H,W) float32, the numbers of these slices, (2,) mm per pixel or None.
 
     cut(n): which of n slices. Colours become grey (ITU-R 601). An error of any kind says why not."""
-    kind, mm = path.lower(), None
+    kind, axis, mm = path.lower(), PLANES.index(plane), None
     if kind.endswith(NIFTI):
         x, mm = upright(path)
-        axis = PLANES.index(plane)
         x, mm = np.moveaxis(x, axis, 0)[:, ::-1 if axis else 1], np.delete(mm, axis)    # superior on top
-        slices = cut(len(x))
-        x = x[slices]
     elif kind.endswith(".npy"):
         x = np.lib.format.open_memmap(path, mode="r")       # nothing is read or reserved yet
         colours = x.ndim == 3 and {x.shape[0], x.shape[2]} & {3, 4}
         if x.dtype.kind not in "biuf" or x.ndim not in (2, 3) or colours or x.size > 1e9:
             raise ValueError(f"{x.dtype} {x.shape}, expected numbers (H,W) or (slices,H,W), without colours")
         x = x.reshape(-1, *x.shape[-2:])
+    if kind.endswith((*NIFTI, ".npy")):
         slices = cut(len(x))
         x = x[slices].astype(np.float32)
     else:
@@ -2009,25 +2003,22 @@ def images(path, out, size=128, spacing=0.0, slice="axial:all"):
         fail(f"--slice {slice}: expected axial, coronal or sagittal, then :all, :mid or as :20:40")
     if not (16 <= size <= 4096 and 0 <= spacing <= 100):
         fail(f"--size {size}, --spacing {spacing}: expected 16 to 4096 pixels, and 0 to 100 mm")
-    is_folder, attrs, others = os.path.isdir(path), {"licence": "as the source's"}, 0
-    if is_folder:
-        files, subject, others = list_images(path)
-        columns = {"subject": subject}
-    else:
-        files, columns, attrs = list_table(path, one_each=False)
-        subject = columns["subject"]
-    row = {list(files)[i]: i for i in np.argsort(subject, kind="stable")}
-    count, missing, skipped = dict(padded=0, cropped=0, blank=0), [], []
+    is_folder = os.path.isdir(path)
+    files, columns, attrs = list_images(path) if is_folder else list_table(path, one_each=False)
+    subject = columns["subject"]
+    cases = list(files)
+    row = {cases[i]: i for i in np.argsort(subject, kind="stable")}
+    missing, skipped, count = [], [], Counter()
 
     def view(case):
-        """The longer side of a NIfTI file's slices in mm, from its header; None of other files."""
+        """The longer side of the slices of a NIfTI file in mm, from its header; 0 of other files."""
         file = os.path.realpath(files[case])
         if is_folder and not file.startswith(os.path.join(os.path.realpath(path), "")):
             raise ValueError("a link that leads out of the folder")
         if not os.path.isfile(file):        # a pipe would block
             raise ValueError("no such file")
-        return np.delete(np.prod(upright_sides(file), 0), PLANES.index(plane)).max() \
-            if case.lower().endswith(NIFTI) else None
+        sides = np.prod(upright(file, header_only=True), 0) if case.lower().endswith(NIFTI) else [0] * 3
+        return np.delete(sides, PLANES.index(plane)).max()
 
     def cut(n):
         ends = {"all": ":", "mid": f"{n // 2}:{n // 2 + 1}"}.get(which, which).split(":")
@@ -2049,9 +2040,9 @@ def images(path, out, size=128, spacing=0.0, slice="axial:all"):
                 sides = x.shape[1:] / step          # in pixels of the frame
                 x = to_uint8(resample(x, np.floor((x.shape[1:] - step * size) / 2), step, size))
                 good = x.min((1, 2)) < x.max((1, 2))
-                count["padded"] += good.sum() * (sides.min() < 0.999 * sides.max())
-                count["cropped"] += good.sum() * (sides.max() > 1.001 * size)
-                count["blank"] += (~good).sum()
+                count["are not square and were padded"] += good.sum() * (sides.min() < 0.999 * sides.max())
+                count["were cropped; a larger --spacing keeps all"] += good.sum() * (sides.max() > 1.001 * size)
+                count["are of one grey value and were left out"] += (~good).sum()
                 yield row[case], x[good], np.array(numbers)[good]
 
     views = dict(attempt(path, row, view, missing))
@@ -2062,15 +2053,11 @@ def images(path, out, size=128, spacing=0.0, slice="axial:all"):
     attrs |= {"source": f"python data.py images --slice {slice}"}
     attrs |= {"spacing_mm": [spacing] * 2} if len(known) == len(views) else {}
     people, n = write_as_read(out, (size, size), frames(), columns, attrs)
-    if count["padded"]:
-        print(f"{count['padded']} images that are not square were padded with black")
-    if count["cropped"]:
-        print(f"{count['cropped']} images were cropped to {spacing * size:.4g} mm; "
-              f"--spacing {max(known) / size:.4g} keeps them whole")
+    for what, some in (+count).items():
+        print(f"{some} images {what}")
     if is_folder and people < 3:
-        warn(f"{path}: only {people} subjects; if its first folders are no people, list path, subject in a CSV")
-    print(f"{out}: {people} subjects, {n} images of {size} x {size}, {len(missing) + len(skipped)} skipped; "
-          f"left out: {count['blank']} blank slices, {others} files of other types")
+        warn(f"{path}: only {people} subjects; if its folders are no people, list path, subject in a CSV")
+    print(f"{out}: {people} subjects, {n} images of {size} x {size}, {len(missing) + len(skipped)} skipped")
 
 
 # ---------------------------------------------------------------------------------------------------
