@@ -511,11 +511,11 @@ def check_storage(path, name, x, shape):
 def check_column(path, name, x, lines=None):
     """Check the values of one (N,) column -> the column in its schema type. NaN and "" are missing.
 
-    An error names the row, or its line in a table when those are given."""
+    An error names the row, or the line of a table or the file that `lines` gives."""
     def refuse(bad, why):
         if bad.any():
             row = int(np.argmax(bad))
-            where = f"{name}[{row}]" if lines is None else f"line {lines[row]}: {name}"
+            where = f"{name}[{row}]" if lines is None else f"{lines[row]}: {name}"
             fail(f"{path}: {where}: {x[row]!s:.40} {why} ({int(bad.sum())} such rows)")
 
     if name in TEXTS:
@@ -1610,7 +1610,8 @@ def attempt(path, cases, read, skipped):
         except ImportError:
             fail("NIfTI files are read by nibabel: pip install nibabel")
         except Exception as why:  # of a dozen types: files are damaged in many ways
-            skipped.append(f"{case}: {' '.join(str(why).split()) or type(why).__name__}")
+            reason = why if isinstance(why, (OSError, ValueError)) else f"{type(why).__name__} {why}"
+            skipped.append(" ".join(f"{case}: {reason}".split()))
             tqdm.write(f"skipped {skipped[-1]}")
         else:
             yield case, result
@@ -1673,7 +1674,7 @@ def window(x, least=0):
         low, high = float(x.min()), float(x.max())
     if high <= low:
         raise ValueError(f"an image of one grey value, {low:g}")
-    return 255 * np.clip((x - low) / (high - low), 0, 1)
+    return 255 * ((np.clip(x, low, high) - low) / (high - low))
 
 
 def subfolders(root, pattern, example):
@@ -1694,6 +1695,8 @@ def read_table(path, needed):
     try:
         with open(path, encoding="utf-8-sig", errors="replace") as file:
             text = file.read()
+        if "\0" in text:
+            raise ValueError("it is not text")
         comma = max(",;\t", key=text.strip().partition("\n")[0].count)
         table = pd.read_csv(io.StringIO(text), sep=comma, header=None, dtype=str, skip_blank_lines=False,
                             skipinitialspace=True, na_values=["?", "na", "none"])
@@ -1858,7 +1861,7 @@ def table_columns(path, table, one_each=True):
                     fail(why + "; names of classes go into a column diagnosis" * (name == "label"))
                 warn(f"{why}: column ignored")
                 continue
-        columns[name] = check_column(path, name, x, table.index)
+        columns[name] = check_column(path, name, x, "line " + table.index.astype(str))
     visits = pd.DataFrame({k: columns.get(k, "") for k in ("subject", "session")}, table.index)
     for line in table.index[visits.duplicated() & one_each]:
         fail(f"{path}: line {line}: subject {visits['subject'][line]} has this session already; keep one, or "
@@ -1939,20 +1942,20 @@ IMAGES = (*NIFTI, ".npy", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 
 
 def list_images(root):
-    """Image files below a folder, but for hidden ones -> {name: path}, {"subject": of each}, attributes.
+    """Images below a folder, but for hidden ones -> {name: path}, columns with just subject, attributes.
 
     subject: the first folder below root, else the file's name up to "_". Links to folders are not followed."""
     paths = sorted(os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names)
     names = [os.fsencode(os.path.relpath(path, root)).decode("utf-8", "backslashreplace") for path in paths]
     files = {name: path for name, path in zip(names, paths)
-             if name.lower().endswith(IMAGES) and not f"{os.sep}{name}".count(f"{os.sep}.")}
-    others = f"{len(paths) - len(files)} other or hidden files"
+             if name.lower().endswith(IMAGES) and os.sep + "." not in os.sep + name}
+    others = f"{len(paths) - len(files)} hidden files and files of other types"
     if not files:
-        fail(f"{root}: no images ({' '.join(IMAGES)}), {others}")
+        fail(f"{root}: no images ({' '.join(IMAGES)}), but {others}")
     print(f"{root}: {len(files)} images; {others} are passed over")
     subjects = [name.split(os.sep)[0] if os.sep in name else
                 re.match(r"(.[^_]*?)(_|(\.nii)?\.\w+$)", name, re.S | re.I)[1] for name in files]
-    columns = {"subject": check_column(root, "subject", np.array(subjects))}
+    columns = {"subject": check_column(root, "subject", np.array(subjects), list(files))}
     return files, columns, {"licence": "as the source's"}
 
 
@@ -1975,10 +1978,10 @@ def read_image(path, plane, cut):
         x = x[slices].astype(np.float32)
     else:
         with Image.open(path, formats=("PNG", "JPEG", "TIFF", "BMP")) as file:
-            slices, shape, pages = cut(file.n_frames if file.format == "TIFF" else 1), file.size, []
+            slices, size, pages = cut(file.n_frames if file.format == "TIFF" else 1), file.size, []
             for page in slices:
                 file.seek(page)
-                if file.size != shape or len(slices) * shape[0] * shape[1] > 1e9:
+                if file.size != size or len(slices) * size[0] * size[1] > 1e9:
                     raise ValueError("pages of several sizes, or more than 1e9 pixels")
                 pages.append(np.asarray(file if file.mode[0] in "IF" else file.convert("L"), np.float32))
         x = np.stack(pages)
@@ -1992,33 +1995,33 @@ def read_image(path, plane, cut):
 def images(path, out, size=128, spacing=0.0, slice="axial:all"):
     """Convert images, or volumes cut into slices, of a folder or a CSV into frames of size x size pixels.
 
-    A CSV has the columns path and subject, and any of those of volumes(). Without one, list_images() says who
-    is the subject. slice: axial, coronal or sagittal, then :all, :mid or :a:b as in Python; of .npy the first
-    axis, of TIFF the pages, whatever the plane. A pixel of NIfTI becomes `spacing` mm; 0: the median field of
-    view fills the frame. What is larger is cropped. Others are padded to a square and resized. Grey window:
-    percentiles 0.5 to 99.5 of all images of a subject. One subject is in memory at a time. Files that cannot
-    be read are listed with the reason."""
+    A CSV has the columns path and subject, and any of those of volumes(). In a folder, see list_images().
+    slice: axial, coronal or sagittal, then :all, :mid or :20:40 as in Python. Slices of .npy are its first
+    axis and those of TIFF its pages, whatever the plane. A pixel of NIfTI gets `spacing` mm, or as many as let
+    the median field of view fill the frame (0); what is larger is cropped. Others are padded to a square and
+    resized. Grey window: percentiles 0.5 to 99.5 of all images of a subject. One subject is in memory at a
+    time. Files that cannot be read are listed with the reason."""
     plane, _, which = slice.partition(":")
     if plane not in PLANES or not re.fullmatch(r"all|mid|-?\d{0,6}:-?\d{0,6}", which):
         fail(f"--slice {slice}: expected axial, coronal or sagittal, then :all, :mid or as :20:40")
     if not (16 <= size <= 4096 and 0 <= spacing <= 100):
         fail(f"--size {size}, --spacing {spacing}: expected 16 to 4096 pixels, and 0 to 100 mm")
-    is_folder = os.path.isdir(path)
-    files, columns, attrs = list_images(path) if is_folder else list_table(path, one_each=False)
-    subject = columns["subject"]
-    cases = list(files)
+    root = os.path.join(os.path.realpath(path), "") if os.path.isdir(path) else ""
+    files, columns, attrs = list_images(path) if root else list_table(path, one_each=False)
+    cases, subject = list(files), columns["subject"]
     row = {cases[i]: i for i in np.argsort(subject, kind="stable")}
     missing, skipped, count = [], [], Counter()
 
     def view(case):
         """The longer side of the slices of a NIfTI file in mm, from its header; 0 of other files."""
         file = os.path.realpath(files[case])
-        if is_folder and not file.startswith(os.path.join(os.path.realpath(path), "")):
+        if not file.startswith(root):
             raise ValueError("a link that leads out of the folder")
         if not os.path.isfile(file):        # a pipe would block
             raise ValueError("no such file")
-        sides = np.prod(upright(file, header_only=True), 0) if case.lower().endswith(NIFTI) else [0] * 3
-        return np.delete(sides, PLANES.index(plane)).max()
+        if not case.lower().endswith(NIFTI):
+            return 0.0
+        return np.delete(np.prod(upright(file, header_only=True), 0), PLANES.index(plane)).max()
 
     def cut(n):
         ends = {"all": ":", "mid": f"{n // 2}:{n // 2 + 1}"}.get(which, which).split(":")
@@ -2029,7 +2032,7 @@ def images(path, out, size=128, spacing=0.0, slice="axial:all"):
         return chosen
 
     def frames():
-        """The images of one subject after the other, for write_as_read."""
+        """Of one subject after the other, what write_as_read takes."""
         found = attempt(path, views, lambda case: read_image(files[case], plane, cut), skipped)
         for _, group in groupby(found, lambda pair: subject[row[pair[0]]]):
             group = list(group)
@@ -2040,9 +2043,9 @@ def images(path, out, size=128, spacing=0.0, slice="axial:all"):
                 sides = x.shape[1:] / step          # in pixels of the frame
                 x = to_uint8(resample(x, np.floor((x.shape[1:] - step * size) / 2), step, size))
                 good = x.min((1, 2)) < x.max((1, 2))
-                count["are not square and were padded"] += good.sum() * (sides.min() < 0.999 * sides.max())
-                count["were cropped; a larger --spacing keeps all"] += good.sum() * (sides.max() > 1.001 * size)
-                count["are of one grey value and were left out"] += (~good).sum()
+                count["that are not square were padded"] += good.sum() * (sides.min() < 0.999 * sides.max())
+                count["were cropped; give a larger --spacing"] += good.sum() * (sides.max() > 1.001 * size)
+                count["of one grey value were left out"] += (~good).sum()
                 yield row[case], x[good], np.array(numbers)[good]
 
     views = dict(attempt(path, row, view, missing))
@@ -2055,7 +2058,7 @@ def images(path, out, size=128, spacing=0.0, slice="axial:all"):
     people, n = write_as_read(out, (size, size), frames(), columns, attrs)
     for what, some in (+count).items():
         print(f"{some} images {what}")
-    if is_folder and people < 3:
+    if root and people < 3:
         warn(f"{path}: only {people} subjects; if its folders are no people, list path, subject in a CSV")
     print(f"{out}: {people} subjects, {n} images of {size} x {size}, {len(missing) + len(skipped)} skipped")
 
