@@ -1696,7 +1696,7 @@ def read_table(path, needed):
         with open(path, encoding="utf-8-sig", errors="replace") as file:
             text = file.read()
         if "\0" in text:
-            raise ValueError("it is not text")
+            raise ValueError("it is not text, expected a CSV")
         comma = max(",;\t", key=text.strip().partition("\n")[0].count)
         table = pd.read_csv(io.StringIO(text), sep=comma, header=None, dtype=str, skip_blank_lines=False,
                             skipinitialspace=True, na_values=["?", "na", "none"])
@@ -1872,9 +1872,13 @@ def table_columns(path, table, one_each=True):
 
 
 def list_table(path, one_each=True):
-    """CSV with columns path, subject -> {"line 2: a.nii": its path}, columns of the schema, attributes."""
+    """CSV with columns path, subject -> {"line 2: a.nii": its path}, columns of the schema, attributes.
+
+    one_each: a row of its own for each subject and session; else for each path."""
     table = read_table(path, ("path", "subject"))
     columns, names = table_columns(path, table, one_each)
+    for line in table.index[table["path"].duplicated() & table["path"].notna() & (not one_each)]:
+        fail(f"{path}: line {line}: path: {table['path'][line]} is listed twice; keep one of these lines")
     files = {f"line {line}: {name}": os.path.join(os.path.dirname(path), name)
              for line, name in table["path"].fillna("").items()}
     return files, columns, {"licence": "as the source's"} | ({"label_names": names} if names else {})
@@ -1942,14 +1946,14 @@ IMAGES = (*NIFTI, ".npy", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 
 
 def list_images(root):
-    """Images below a folder, but for hidden ones -> {name: path}, columns with just subject, attributes.
+    """Images below a folder, but no hidden ones -> {name: path}, columns (just subject), attributes.
 
-    subject: the first folder below root, else the file's name up to "_". Links to folders are not followed."""
+    subject: the first folder below root, else a file's name up to "_". Links to folders are not followed."""
     paths = sorted(os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names)
     names = [os.fsencode(os.path.relpath(path, root)).decode("utf-8", "backslashreplace") for path in paths]
     files = {name: path for name, path in zip(names, paths)
              if name.lower().endswith(IMAGES) and os.sep + "." not in os.sep + name}
-    others = f"{len(paths) - len(files)} hidden files and files of other types"
+    others = f"{len(paths) - len(files)} hidden files or other types"
     if not files:
         fail(f"{root}: no images ({' '.join(IMAGES)}), but {others}")
     print(f"{root}: {len(files)} images; {others} are passed over")
@@ -1997,10 +2001,10 @@ def images(path, out, size=128, spacing=0.0, slice="axial:all"):
 
     A CSV has the columns path and subject, and any of those of volumes(). In a folder, see list_images().
     slice: axial, coronal or sagittal, then :all, :mid or :20:40 as in Python. Slices of .npy are its first
-    axis and those of TIFF its pages, whatever the plane. A pixel of NIfTI gets `spacing` mm, or as many as let
-    the median field of view fill the frame (0); what is larger is cropped. Others are padded to a square and
-    resized. Grey window: percentiles 0.5 to 99.5 of all images of a subject. One subject is in memory at a
-    time. Files that cannot be read are listed with the reason."""
+    axis and those of TIFF its pages, whatever the plane. A pixel of NIfTI gets `spacing` mm; 0: the median
+    field of view fills the frame. What is larger is cropped. Others are padded to a square and resized. Grey
+    window: percentiles 0.5 to 99.5 of all images of a subject. One subject is in memory at a time. Files that
+    cannot be read are listed with the reason."""
     plane, _, which = slice.partition(":")
     if plane not in PLANES or not re.fullmatch(r"all|mid|-?\d{0,6}:-?\d{0,6}", which):
         fail(f"--slice {slice}: expected axial, coronal or sagittal, then :all, :mid or as :20:40")
@@ -2040,8 +2044,9 @@ def images(path, out, size=128, spacing=0.0, slice="axial:all"):
             for case, (x, numbers, mm) in group:
                 x, grey = grey[:x.size].reshape(x.shape), grey[x.size:]
                 step = np.repeat(max(x.shape[1:]) / size, 2) if mm is None else spacing / mm
-                sides = x.shape[1:] / step          # in pixels of the frame
-                x = to_uint8(resample(x, np.floor((x.shape[1:] - step * size) / 2), step, size))
+                sides, start = x.shape[1:] / step, (x.shape[1:] - step * size) / 2
+                start = np.where(np.isclose(step, 1), np.floor(start), start)       # half a pixel would blur
+                x = to_uint8(resample(x, start, step, size))
                 good = x.min((1, 2)) < x.max((1, 2))
                 count["that are not square were padded"] += good.sum() * (sides.min() < 0.999 * sides.max())
                 count["were cropped; give a larger --spacing"] += good.sum() * (sides.max() > 1.001 * size)
