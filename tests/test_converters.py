@@ -405,15 +405,18 @@ def test_greys_of_a_folder(tmp_path, capsys):
     a.save(folder / "ramp" / "deep" / "pages.tif", save_all=True, append_images=[b])
     np.save(folder / "ramp" / "z.npy", ramp * -1.5)
     colours = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 4), np.uint8))
-    rows = {"p_1.png": colours, "q.bmp": colours.convert("RGB"), "r_x_y.tif": colours.convert("P")}
-    for name, picture in (rows | {".hidden.png": a, "other.gif": colours.convert("P")}).items():
-        picture.save(folder / name)
-    d = images(folder, 20)
+    rows = {b"\xff_1.png": colours, b"q.bmp": colours.convert("RGB"), b"r_x_y.tif": colours.convert("P")}
+    for name, picture in (rows | {b".hidden.png": a, b"other.gif": colours.convert("P")}).items():
+        picture.save(folder / os.fsdecode(name))
+    a.save(tmp_path / "outside.png")
+    (folder / "link.png").symlink_to(tmp_path / "outside.png")
+    d = images(folder, 20, slice="axial:1:")        # of the pages, not of what is an image alone
     said = capsys.readouterr().out
-    assert "6 images; 2 hidden" in said and "4 subjects, 7 images of 20 x 20, 0 skipped" in said
-    assert d.subject.tolist() == ["p", "q", "r", *["ramp"] * 4] and "spacing_mm" not in d.attrs
-    assert d.columns["slice"].tolist() == [0, 0, 0, 0, 0, 1, 0]
-    assert (d.image[3:] == windowed([ramp, ramp, ramp // 2, ramp * -1.5])).all()
+    assert "7 images; 2 hidden" in said and "4 subjects, 6 images of 20 x 20, 1 skipped" in said
+    assert "skipped link.png: a link that leads out" in said
+    assert d.subject.tolist() == ["\\xff", "q", "r", *["ramp"] * 3] and "spacing_mm" not in d.attrs
+    assert d.columns["slice"].tolist() == [0, 0, 0, 0, 1, 0]
+    assert (d.image[3:] == windowed([ramp, ramp // 2, ramp * -1.5])).all()
     for image, picture in zip(d.image, rows.values()):
         assert (image == windowed(picture.convert("RGB").convert("L"))).all()
 
@@ -425,8 +428,8 @@ def test_slices_of_a_volume_stand_upright(tmp_path, axes):
     save(tmp_path / "in" / "s.nii.gz", x, 2.0, axes)
     for cut, number, expected in (("axial:mid", 8, x[:, ::-1, 8]), ("axial:-1:", 15, x[:, ::-1, 15]),
                                   ("coronal:3:4", 3, x[:, 12, ::-1]), ("sagittal:3:4", 3, x[3, ::-1, ::-1])):
-        d = images(tmp_path / "in", 16, slice=cut)
-        assert (d.image[0] == windowed(expected.T)).all() and d.columns["slice"].tolist() == [number], cut
+        d = images(tmp_path / "in", 17, slice=cut, spacing=2.0)     # pixels stay as sharp as they were
+        assert (d.image[0, 1:, 1:] == windowed(expected.T)).all() and d.columns["slice"] == [number], cut
         assert d.attrs["spacing_mm"] == [2.0, 2.0]
 
 
@@ -434,17 +437,21 @@ def test_images_of_a_table(tmp_path, capsys):
     """NIfTI keeps its mm whatever its pixels, a picture fills the frame; slices have their line's columns."""
     for name, shape, zooms in (("a.nii", (90, 70), (1.0, 1.4)), ("b.nii", (60, 40), (2.0, 3.0))):
         mm = np.meshgrid(*((np.arange(n) - (n - 1) / 2) * z for n, z in zip(shape, zooms)), indexing="ij")
-        save(tmp_path / name, np.repeat(7.0 * (np.hypot(*mm) < 25)[..., None], 2, 2), (*zooms, 9.0))
-    Image.new("L", (50, 20), 9).save(tmp_path / "flat.png")
+        save(tmp_path / name, (np.hypot(*mm) < 25)[..., None] * [7.0, 0, 7], (*zooms, 9.0))
+    wrong = dict(flat=np.ones((20, 50)), nan=np.diag([np.nan] * 9), rgb=np.random.rand(9, 9, 3))
+    for name, x in wrong.items():
+        np.save(tmp_path / f"{name}.npy", x)
     np.save(tmp_path / "c.npy", np.arange(2000).reshape(50, 40) % 2 + np.eye(50, 40))
-    rows = "path,subject,diagnosis,dose", "a.nii,s1,AD,1", "c.npy,s2,CN,2", "b.nii,s1,CN,3", "flat.png,s,CN,4"
-    (tmp_path / "t.csv").write_text("\n".join(rows))
+    rows = "path,subject,diagnosis,dose", "a.nii,s1,AD,1", "c.npy,s2,CN,2", "b.nii,s1,CN,3"
+    (tmp_path / "t.csv").write_text("\n".join([*rows, *(f"{name}.npy,s,CN,4" for name in wrong)]))
     for spacing, mm in ((0.0, (98 + 120) / 2 / 64), (2.5, 2.5)):
         d = images(tmp_path / "t.csv", 64, spacing=spacing)
         said = capsys.readouterr().out
         assert d.subject.tolist() == ["s1"] * 4 + ["s2"] and d.columns["dose"].tolist() == [1, 1, 3, 3, 2]
         assert d.columns["label"].tolist() == [1, 1, 0, 0, 0] and d.label_names == ["healthy", "AD"]
-        assert "skipped line 5: flat.png: 20 x 50" in said and "3 images that are not square were" in said
+        for text in ("line 5: flat.npy: 20 x 50", "line 6: nan.npy: NaN", "line 7: rgb.npy: float64 (9,",
+                     "3 images that are not square were", "2 images of one grey value were left out"):
+            assert text in said
         assert ("2 images were cropped" in said) == (spacing == 0)      # b.nii is 120 mm wide
         for x in d.image[:4]:
             assert abs(np.sqrt((x / 255.0).sum() / np.pi) * mm - 25) < 0.6
