@@ -1955,7 +1955,7 @@ def list_images(root):
              if name.lower().endswith(IMAGES) and os.sep + "." not in os.sep + name}
     others = f"{len(paths) - len(files)} hidden files or other types"
     if not files:
-        fail(f"{root}: no images ({' '.join(IMAGES)}), but {others}")
+        fail(f"{root}: no images ({' '.join(IMAGES)}), but {others}; dcm2niix makes NIfTI of DICOM")
     print(f"{root}: {len(files)} images; {others} are passed over")
     subjects = [name.split(os.sep)[0] if os.sep in name else
                 re.match(r"(.[^_]*?)(_|(\.nii)?\.\w+$)", name, re.S | re.I)[1] for name in files]
@@ -1997,16 +1997,16 @@ def read_image(path, plane, cut):
 
 
 def images(path, out, size=128, spacing=0.0, slice="axial:all"):
-    """Convert images, or volumes cut into slices, of a folder or a CSV into frames of size x size pixels.
+    """Convert the images, or the slices of volumes, of a folder or a CSV into frames of size x size pixels.
 
-    A CSV has the columns path and subject, and any of those of volumes(). In a folder, see list_images().
-    slice: axial, coronal or sagittal, then :all, :mid or :20:40 as in Python. Slices of .npy are its first
-    axis and those of TIFF its pages, whatever the plane. A pixel of NIfTI gets `spacing` mm; 0: the median
-    field of view fills the frame. What is larger is cropped. Others are padded to a square and resized. Grey
-    window: percentiles 0.5 to 99.5 of all images of a subject. One subject is in memory at a time. Files that
-    cannot be read are listed with the reason."""
+    A folder: list_images() tells who is the subject. A CSV: columns path, subject, others as of volumes().
+    slice: axial, coronal or sagittal, then :all, :mid or, as in Python, :20:40. Whatever the plane, .npy is
+    cut along its first axis, TIFF into its pages. A pixel of NIfTI gets `spacing` mm; 0: such that the median
+    field of view fills the frame. What is larger is cropped. Other images are padded to a square and resized.
+    Grey window: percentiles 0.5 to 99.5 of all images of a subject. One subject is in memory at a time. Files
+    that cannot be read are listed with the reason."""
     plane, _, which = slice.partition(":")
-    if plane not in PLANES or not re.fullmatch(r"all|mid|-?\d{0,6}:-?\d{0,6}", which):
+    if plane not in PLANES or not re.fullmatch(r"all|mid|(-?\d{1,6})?:(-?\d{1,6})?", which):
         fail(f"--slice {slice}: expected axial, coronal or sagittal, then :all, :mid or as :20:40")
     if not (16 <= size <= 4096 and 0 <= spacing <= 100):
         fail(f"--size {size}, --spacing {spacing}: expected 16 to 4096 pixels, and 0 to 100 mm")

@@ -457,6 +457,10 @@ def test_images_of_a_table(tmp_path, capsys):
             assert abs(np.sqrt((x / 255.0).sum() / np.pi) * mm - 25) < 0.6
             assert abs(np.argwhere(x > 127).mean(0) - 31.5).max() < 1.1
         assert d.image[4, :, :6].max() == 0 and d.image[4, :, 7:57].max(0).min() > 0
+    for flags, words in (({"slice": "axial:-"}, "--slice axial:-"), ({"spacing": np.nan}, "--spacing nan"),
+                         ({"out": str(tmp_path / "a.nii")}, "a.nii: is there and is no HDF5 file")):
+        flags = dict(path=str(tmp_path / "t.csv"), out=str(tmp_path / "new.h5")) | flags
+        one_error(capsys, lambda: data.images(**flags), words)
     (tmp_path / "t.csv").write_text("path,subject\na.nii,s\na.nii,t\n")
     one_error(capsys, lambda: images(tmp_path / "t.csv", 64), "line 3", "a.nii is listed twice")
 
