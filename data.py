@@ -6,8 +6,10 @@
     python data.py emidec  ROOT OUT.h5                     EMIDEC's NIfTI folders -> HDF5
     python data.py acdc    ROOT OUTDIR                     ACDC's -> one HDF5 per subject, 256 x 256
     python data.py mms     ROOT OUTDIR                     M&Ms-2's -> the same
-    python data.py volumes TABLE.csv OUT.h5 [--spacing 1.5] [--shape 128,160,128] [--slice axial:mid]
+    python data.py volumes TABLE.csv OUT.h5 [--spacing 1.5] [--shape 128,160,128]
                                                            head scans that a CSV lists -> HDF5
+    python data.py images  FOLDER_OR_CSV OUT.h5 [--size 128] [--spacing MM] [--slice axial:20:40]
+                                                           your own images, or slices of your scans -> HDF5
 
     image    (N,H,W) or (N,D,H,W)  uint8, or float in [0,1]                             required
     subject  (N,) utf-8            the unit of every split, test and interval           required
@@ -19,9 +21,12 @@
     anything else (N,) numeric is a probe target; factor_* are the known causes of a phantom
 """
 import argparse, datetime, difflib, glob, hashlib, inspect, io, os, re, shutil, sys, typing, zipfile
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from types import SimpleNamespace
+from warnings import catch_warnings
 
 import h5py
 import numpy as np
@@ -575,11 +580,11 @@ def check_storage(path, name, x, shape):
 def check_column(path, name, x, lines=None):
     """Check the values of one (N,) column -> the column in its schema type. NaN and "" are missing.
 
-    An error names the row, or its line in a table when those are given."""
+    An error names the row, or the line of a table or the file that `lines` gives."""
     def refuse(bad, why):
         if bad.any():
             row = int(np.argmax(bad))
-            where = f"{name}[{row}]" if lines is None else f"line {lines[row]}: {name}"
+            where = f"{name}[{row}]" if lines is None else f"{lines[row]}: {name}"
             fail(f"{path}: {where}: {x[row]!s:.40} {why} ({int(bad.sum())} such rows)")
 
     if name in TEXTS:
@@ -637,8 +642,8 @@ def load(path, size=None, max_gb=4.0):
             if its != others:
                 fail(f"{p}: {what} {its} but {others} in {paths[0]}; all files need the same")
     if size and len(shape) == 3:
-        fail(f"{path}: image: volumes of {shape}, but slices are needed; cut them with `python data.py "
-             "volumes TABLE.csv OUT.h5 --slice axial:mid`")
+        fail(f"{path}: image: volumes of {shape}, but slices are needed; cut the scans with `python data.py "
+             "images FOLDER_OR_CSV OUT.h5 --slice axial:mid`")
     if size and shape[0] != shape[1]:
         print(f"{path}: images of {shape[0]}x{shape[1]} are padded to squares and resized to {size}x{size}")
     size = None if shape == (size, size) else size
@@ -858,6 +863,28 @@ def write(path, parts, attrs):
     """Write column dicts {name: (n,...)}, one after the other, as schema v1: complete or not at all."""
     with replacing(path) as part, h5py.File(part, "w") as file:
         fill(file, {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}, attrs)
+
+
+def write_as_read(out, shape, found, columns, attrs):
+    """Write schema v1 while its images are found -> number of subjects, of images.
+
+    found: (row of columns, (n,*shape) uint8, numbers of these n slices in their volume), for n >= 0."""
+    if os.path.lexists(out) and not (os.path.isfile(out) and h5py.is_hdf5(out)):
+        fail(f"{out}: is there and is no HDF5 file; choose another name")
+    kept, slices = [], []
+    with replacing(out) as part, h5py.File(part, "w") as file:
+        pixels = file.create_dataset("image", (0, *shape), np.uint8, maxshape=(None, *shape),
+                                     chunks=(1, *shape), **PACKED)
+        for row, images, numbers in found:
+            pixels.resize(len(kept) + len(images), 0)
+            pixels[len(kept):] = images
+            kept += [row] * len(images)
+            slices += list(numbers)
+        if not kept:
+            fail(f"{out}: not written: every image is of one grey value in a frame of {shape}")
+        columns = {k: x[kept] for k, x in columns.items()}
+        fill(file, columns | ({"slice": np.array(slices)} if any(slices) else {}), attrs)
+    return len(np.unique(columns["subject"])), len(kept)
 
 
 def fill(file, columns, attrs):
@@ -1674,11 +1701,13 @@ def attempt(path, cases, read, skipped):
     Exits if no case of `path` can be read."""
     for case in tqdm(cases, "reading", disable=None):
         try:
-            result = read(case)
+            with catch_warnings(action="ignore"):       # of libraries, about metadata
+                result = read(case)
         except ImportError:
             fail("NIfTI files are read by nibabel: pip install nibabel")
         except Exception as why:  # of a dozen types: files are damaged in many ways
-            skipped.append(f"{case}: {' '.join(str(why).split()) or type(why).__name__}")
+            reason = why if isinstance(why, (OSError, ValueError)) else f"{type(why).__name__} {why}"
+            skipped.append(" ".join(f"{case}: {reason}".split()))
             tqdm.write(f"skipped {skipped[-1]}")
         else:
             yield case, result
@@ -1686,8 +1715,8 @@ def attempt(path, cases, read, skipped):
         fail(f"{path}: none of {len(cases)} could be converted; the first: {skipped[0]}")
 
 
-def read_voxels(path):
-    """.nii or .nii.gz -> (X,Y,Z) float32 as stored, (3,) mm per voxel, affine.
+def read_header(path):
+    """.nii or .nii.gz -> nibabel's image, whose voxels are not read yet, and (3,) mm per voxel.
 
     ValueError says why not; nibabel raises others."""
     import nibabel
@@ -1701,7 +1730,13 @@ def read_voxels(path):
         raise ValueError(f"{path}: shape {shape}, expected one volume of up to 1e9 voxels")
     if not (np.isfinite(zooms).all() and (zooms > 0).all()):
         raise ValueError(f"{path}: spacing {zooms} mm")
-    voxels = volume.get_fdata(dtype=np.float32).reshape(shape[:3])
+    return volume, zooms
+
+
+def read_voxels(path):
+    """.nii or .nii.gz -> (X,Y,Z) float32 as stored, (3,) mm per voxel, affine."""
+    volume, zooms = read_header(path)
+    voxels = volume.get_fdata(dtype=np.float32).reshape(volume.shape[:3])
     if not np.isfinite(voxels).all():
         raise ValueError(f"{path}: NaN or Inf")
     return voxels, zooms, volume.affine
@@ -1728,12 +1763,14 @@ def read_pair(image, labels, allowed):
     return x, label.astype(np.uint8), zooms
 
 
-def window(x):
-    """Grey window of one volume: its percentiles 0 to 99.5 -> float in [0,255], the same for all slices."""
-    low, high = np.percentile(x, [0, 99.5])
+def window(x, least=0):
+    """Grey window of one volume, the same for all slices: percentiles `least` to 99.5 -> float in [0,255]."""
+    low, high = np.percentile(x, [least, 99.5]).tolist()
+    if high <= low:     # a few bright pixels on plain ground
+        low, high = float(x.min()), float(x.max())
     if high <= low:
         raise ValueError(f"an image of one grey value, {low:g}")
-    return 255 * np.clip((x - low) / (high - low), 0, 1)
+    return 255 * ((np.clip(x, low, high) - low) / (high - low))
 
 
 def subfolders(root, pattern, example):
@@ -1754,6 +1791,8 @@ def read_table(path, needed):
     try:
         with open(path, encoding="utf-8-sig", errors="replace") as file:
             text = file.read()
+        if "\0" in text:
+            raise ValueError("it is not text, expected a CSV")
         comma = max(",;\t", key=text.strip().partition("\n")[0].count)
         table = pd.read_csv(io.StringIO(text), sep=comma, header=None, dtype=str, skip_blank_lines=False,
                             skipinitialspace=True, na_values=["?", "na", "none"])
@@ -1892,11 +1931,11 @@ HEALTHY = {"CN", "NC", "NL", "HC", "CONTROL", "CONTROLS", "HEALTHY", "NORMAL"}
 PLANES = ("axial", "coronal", "sagittal")
 
 
-def table_columns(path, table):
+def table_columns(path, table, one_each=True):
     """DataFrame of texts -> {name: (n,) array of the schema}, label names, by the rules of check_column.
 
     The texts of diagnosis become label: 0 is healthy, the others are sorted and count from 1. Fails, naming
-    the line, on a value that its column cannot hold and on a repeated subject and session."""
+    the line, on a value that its column cannot hold and, if one_each, on a repeated subject and session."""
     columns, names = {}, []
     if "diagnosis" in table and "label" not in table:
         text = table["diagnosis"].str.upper()
@@ -1918,9 +1957,9 @@ def table_columns(path, table):
                     fail(why + "; names of classes go into a column diagnosis" * (name == "label"))
                 warn(f"{why}: column ignored")
                 continue
-        columns[name] = check_column(path, name, x, table.index)
+        columns[name] = check_column(path, name, x, "line " + table.index.astype(str))
     visits = pd.DataFrame({k: columns.get(k, "") for k in ("subject", "session")}, table.index)
-    for line in table.index[visits.duplicated()]:
+    for line in table.index[visits.duplicated() & one_each]:
         fail(f"{path}: line {line}: subject {visits['subject'][line]} has this session already; keep one, or "
              "tell them apart in a column session, in months")
     if "split" in columns:
@@ -1928,18 +1967,39 @@ def table_columns(path, table):
     return columns, names
 
 
+def list_table(path, one_each=True):
+    """CSV with columns path, subject -> {"line 2: a.nii": its path}, columns of the schema, attributes.
+
+    one_each: a row of its own for each subject and session; else for each path."""
+    table = read_table(path, ("path", "subject"))
+    columns, names = table_columns(path, table, one_each)
+    for line in table.index[table["path"].duplicated() & table["path"].notna() & (not one_each)]:
+        fail(f"{path}: line {line}: path: {table['path'][line]} is listed twice; keep one of these lines")
+    files = {f"line {line}: {name}": os.path.join(os.path.dirname(path), name)
+             for line, name in table["path"].fillna("").items()}
+    return files, columns, {"licence": "as the source's"} | ({"label_names": names} if names else {})
+
+
+def upright(path, header_only=False):
+    """.nii or .nii.gz -> (D,H,W) float32, axes as told above (header_only: D, H, W), (3,) mm per voxel."""
+    import nibabel
+    volume, zooms = read_header(path)
+    turn = nibabel.io_orientation(volume.affine)
+    order = np.argsort(turn[:, 0])[::-1]
+    if header_only:
+        return np.array(volume.shape)[order], zooms[order]
+    x = nibabel.apply_orientation(read_voxels(path)[0], turn)
+    return x.transpose(2, 1, 0)[:, ::-1], zooms[order]
+
+
 def read_brain(path, spacing, shape):
     """-> (D,H,W) uint8 around the head at one isotropic spacing. A head taller than the frame keeps its top.
 
     Grey window: percentiles 0.5-99.5 of what stands out from the corners (air) by a tenth of the 98th
     percentile. ValueError, or one of nibabel's many errors, says why not."""
-    import nibabel
     if not os.path.isfile(path):
         raise ValueError("no such file")
-    x, zooms, affine = read_voxels(path)
-    turn = nibabel.io_orientation(affine)
-    x, zooms = nibabel.apply_orientation(x, turn), zooms[np.argsort(turn[:, 0])]
-    x, zooms = x.transpose(2, 1, 0)[:, ::-1], zooms[::-1]
+    x, zooms = upright(path)
     corners = x[::x.shape[0] - 1, ::x.shape[1] - 1, ::x.shape[2] - 1]
     far = abs(x - np.median(corners))
     head = far > 0.1 * np.percentile(far[far > 0], 98) if far.any() else far > 0
@@ -1957,50 +2017,151 @@ def read_brain(path, spacing, shape):
     return to_uint8(255 * rows @ np.tensordot(depth, x, 1) @ columns.T)
 
 
-def volumes(path, out, spacing=1.5, shape=(), slice=""):
-    """Convert the head scans of a CSV into frames of shape (D,H,W) voxels of `spacing` mm; slice="axial:mid"
-    or "coronal:40" keeps one of each. Without a shape: 128,160,128, and 128,128,128 for a slice.
+def volumes(path, out, spacing=1.5, shape=(128, 160, 128)):
+    """Convert the head scans of a CSV into frames of shape (D,H,W) voxels of `spacing` mm.
 
     Columns: path, subject; age, sex, diagnosis or label, session, time, event, split; other numeric ones
     become probe targets. One volume is in memory at a time. Rows that cannot be read are listed with line and
     reason; a table that is wrong in itself exits 2 before any volume is read."""
-    shape = shape or ((128, 128, 128) if slice else (128, 160, 128))
     if len(shape) != 3 or not all(8 <= n <= 1024 for n in shape) or not 0.01 <= spacing <= 100:
         fail(f"--shape {shape}, --spacing {spacing}: expected three lengths of 8 to 1024, and mm")
-    axis, frame = None, shape
-    if slice:
-        plane, _, row = slice.partition(":")
-        axis = PLANES.index(plane) if plane in PLANES else 0
-        index = shape[axis] // 2 if row == "mid" else int(row) if row.isdecimal() else -1
-        frame = tuple(np.delete(shape, axis).tolist())
-        if plane not in PLANES or not 0 <= index < shape[axis]:
-            fail(f"--slice {slice}: expected axial, coronal or sagittal, then :mid or 0 to {shape[axis] - 1}")
-    table, skipped, kept = read_table(path, ("path", "subject")), [], []
-    columns, names = table_columns(path, table)
-    scans = table["path"].fillna("")
-    rows = {f"line {line}: {scan}": i for i, (line, scan) in enumerate(scans.items())}
+    files, columns, attrs = list_table(path)
+    rows, skipped = {case: i for i, case in enumerate(files)}, []
+    found = attempt(path, files, lambda case: read_brain(files[case], spacing, shape), skipped)
+    n, images = write_as_read(out, shape, ((rows[case], x[None], [0]) for case, x in found), columns, dict(
+        attrs, source=f"python data.py volumes {os.path.basename(path)}, {shape}", spacing_mm=[spacing] * 3))
+    print(f"{out}: {n} subjects, {images} images of {' x '.join(map(str, shape))} at {spacing:g} mm, "
+          f"{len(skipped)} rows skipped")
 
-    def read(row):
-        image = read_brain(os.path.join(os.path.dirname(path), scans.iloc[rows[row]]), spacing, shape)
-        if slice:  # superior on top
-            image = np.take(image, index, axis)[::-1 if axis else 1]
-        if not image.any():
-            raise ValueError("nothing of the brain in this slice")
-        return image
 
-    attrs = dict(source=f"python data.py volumes {os.path.basename(path)}, {shape}, slice {slice}",
-                 licence="as the source's", spacing_mm=[spacing] * len(frame))
-    attrs |= {"label_names": names} if names else {}
-    with replacing(out) as part, h5py.File(part, "w") as file:
-        pixels = file.create_dataset("image", (len(table), *frame), np.uint8, maxshape=(None, *frame),
-                                     chunks=(1, *frame), **PACKED)
-        for row, image in attempt(path, rows, read, skipped):
-            pixels[len(kept)] = image
-            kept.append(rows[row])
-        pixels.resize(len(kept), 0)
-        fill(file, {k: x[kept] for k, x in columns.items()}, attrs)
-    print(f"{out}: {len(np.unique(columns['subject'][kept]))} subjects, {len(kept)} images of "
-          f"{' x '.join(map(str, frame))} at {spacing:g} mm, {len(skipped)} rows skipped")
+# ---------------------------------------------------------------------------------------------------
+# Images: anyone's own, and slices of anyone's own volumes
+
+NIFTI = (".nii", ".nii.gz")
+IMAGES = (*NIFTI, ".npy", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+
+
+def list_images(root):
+    """Images below a folder, but no hidden ones -> {name: path}, columns (just subject), attributes.
+
+    subject: the first folder below root, else a file's name up to "_". Links to folders are not followed."""
+    paths = sorted(os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names)
+    names = [os.fsencode(os.path.relpath(path, root)).decode("utf-8", "backslashreplace") for path in paths]
+    files = {name: path for name, path in zip(names, paths)
+             if name.lower().endswith(IMAGES) and os.sep + "." not in os.sep + name}
+    others = f"{len(paths) - len(files)} hidden files or other types"
+    if not files:
+        fail(f"{root}: no images ({' '.join(IMAGES)}), but {others}; dcm2niix makes NIfTI of DICOM")
+    print(f"{root}: {len(files)} images; {others} are passed over")
+    subjects = [name.split(os.sep)[0] if os.sep in name else
+                re.match(r"(.[^_]*?)(_|(\.nii)?\.\w+$)", name, re.S | re.I)[1] for name in files]
+    columns = {"subject": check_column(root, "subject", np.array(subjects), list(files))}
+    return files, columns, {"licence": "as the source's"}
+
+
+def read_image(path, plane, cut):
+    """An image file -> (n,H,W) float32, the numbers of these slices, (2,) mm per pixel or None.
+
+    cut(n): which of n slices. Colours become grey (ITU-R 601). An error of any kind says why not."""
+    kind, axis, mm = path.lower(), PLANES.index(plane), None
+    if kind.endswith(NIFTI):
+        x, mm = upright(path)
+        x, mm = np.moveaxis(x, axis, 0)[:, ::-1 if axis else 1], np.delete(mm, axis)    # superior on top
+    elif kind.endswith(".npy"):
+        x = np.lib.format.open_memmap(path, mode="r")       # nothing is read or reserved yet
+        colours = x.ndim == 3 and {x.shape[0], x.shape[2]} & {3, 4}
+        if x.dtype.kind not in "biuf" or x.ndim not in (2, 3) or colours or x.size > 1e9:
+            raise ValueError(f"{x.dtype} {x.shape}, expected numbers (H,W) or (slices,H,W), without colours")
+        x = x.reshape(-1, *x.shape[-2:])
+    if kind.endswith((*NIFTI, ".npy")):
+        slices = cut(len(x))
+        x = x[slices].astype(np.float32)
+    else:
+        with Image.open(path, formats=("PNG", "JPEG", "TIFF", "BMP")) as file:
+            slices, size, pages = cut(file.n_frames if file.format == "TIFF" else 1), file.size, []
+            for page in slices:
+                file.seek(page)
+                if file.size != size or len(slices) * size[0] * size[1] > 1e9:
+                    raise ValueError("pages of several sizes, or more than 1e9 pixels")
+                pages.append(np.asarray(file if file.mode[0] in "IF" else file.convert("L"), np.float32))
+        x = np.stack(pages)
+    if min(x.shape[1:]) < 2 or x.min() == x.max():
+        raise ValueError(f"{x.shape[1]} x {x.shape[2]} pixels of one grey value")
+    if not (abs(x) < 1e30).all():
+        raise ValueError("NaN, Inf or beyond 1e30")
+    return x, slices, mm
+
+
+def images(path, out, size=128, spacing=0.0, slice="axial:all"):
+    """Convert the images, or the slices of volumes, of a folder or a CSV into frames of size x size pixels.
+
+    A folder: list_images() tells who is the subject. A CSV: columns path, subject, others as of volumes().
+    slice: axial, coronal or sagittal, then :all, :mid or, as in Python, :20:40. Whatever the plane, .npy is
+    cut along its first axis, TIFF into its pages. A pixel of NIfTI gets `spacing` mm; 0: such that the median
+    field of view fills the frame. What is larger is cropped. Other images are padded to a square and resized.
+    Grey window: percentiles 0.5 to 99.5 of all images of a subject. One subject is in memory at a time. Files
+    that cannot be read are listed with the reason."""
+    plane, _, which = slice.partition(":")
+    if plane not in PLANES or not re.fullmatch(r"all|mid|(-?\d{1,6})?:(-?\d{1,6})?", which):
+        fail(f"--slice {slice}: expected axial, coronal or sagittal, then :all, :mid or as :20:40")
+    if not (16 <= size <= 4096 and 0 <= spacing <= 100):
+        fail(f"--size {size}, --spacing {spacing}: expected 16 to 4096 pixels, and 0 to 100 mm")
+    root = os.path.join(os.path.realpath(path), "") if os.path.isdir(path) else ""
+    files, columns, attrs = list_images(path) if root else list_table(path, one_each=False)
+    cases, subject = list(files), columns["subject"]
+    row = {cases[i]: i for i in np.argsort(subject, kind="stable")}
+    missing, skipped, count = [], [], Counter()
+
+    def view(case):
+        """The longer side of the slices of a NIfTI file in mm, from its header; 0 of other files."""
+        file = os.path.realpath(files[case])
+        if not file.startswith(root):
+            raise ValueError("a link that leads out of the folder")
+        if not os.path.isfile(file):        # a pipe would block
+            raise ValueError("no such file")
+        if not case.lower().endswith(NIFTI):
+            return 0.0
+        return np.delete(np.prod(upright(file, header_only=True), 0), PLANES.index(plane)).max()
+
+    def cut(n):
+        ends = {"all": ":", "mid": f"{n // 2}:{n // 2 + 1}"}.get(which, which).split(":")
+        first, last = (int(end) if end else None for end in ends)
+        chosen = range(n)[first:last] if n > 1 else range(1)        # an image alone is not cut
+        if not chosen:
+            raise ValueError(f"--slice {slice}: none of its {n} slices")
+        return chosen
+
+    def frames():
+        """Of one subject after the other, what write_as_read takes."""
+        found = attempt(path, views, lambda case: read_image(files[case], plane, cut), skipped)
+        for _, group in groupby(found, lambda pair: subject[row[pair[0]]]):
+            group = list(group)
+            grey = window(np.concatenate([x.ravel() for _, (x, *_) in group]), 0.5)
+            for case, (x, numbers, mm) in group:
+                x, grey = grey[:x.size].reshape(x.shape), grey[x.size:]
+                step = np.repeat(max(x.shape[1:]) / size, 2) if mm is None else spacing / mm
+                sides, start = x.shape[1:] / step, (x.shape[1:] - step * size) / 2
+                start = np.where(np.isclose(step, 1), np.floor(start), start)       # half a pixel would blur
+                x = to_uint8(resample(x, start, step, size))
+                good = x.min((1, 2)) < x.max((1, 2))
+                count["that are not square were padded"] += good.sum() * (sides.min() < 0.999 * sides.max())
+                count["were cropped; give a larger --spacing"] += good.sum() * (sides.max() > 1.001 * size)
+                count["of one grey value were left out"] += (~good).sum()
+                yield row[case], x[good], np.array(numbers)[good]
+
+    views = dict(attempt(path, row, view, missing))
+    known = [mm for mm in views.values() if mm]
+    if spacing and not known:
+        fail(f"--spacing {spacing}: no file of {path} tells its mm, only NIfTI's headers do")
+    spacing = spacing or float(np.median(known or [0])) / size
+    attrs |= {"source": f"python data.py images --slice {slice}"}
+    attrs |= {"spacing_mm": [spacing] * 2} if len(known) == len(views) else {}
+    people, n = write_as_read(out, (size, size), frames(), columns, attrs)
+    for what, some in (+count).items():
+        print(f"{some} images {what}")
+    if root and people < 3:
+        warn(f"{path}: only {people} subjects; if its folders are no people, list path, subject in a CSV")
+    print(f"{out}: {people} subjects, {n} images of {size} x {size}, {len(missing) + len(skipped)} skipped")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -2049,7 +2210,8 @@ def show(path, out="sheet.png"):
     print(out)
 
 
-COMMANDS = dict(check=summary, show=show, emidec=emidec, acdc=acdc, mms=mms, volumes=volumes)
+COMMANDS = dict(check=summary, show=show, emidec=emidec, acdc=acdc, mms=mms, volumes=volumes,
+                images=images)
 
 
 def main(flags=None):

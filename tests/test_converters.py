@@ -1,5 +1,5 @@
 """Converters: layouts and traps of EMIDEC, ACDC and M&Ms-2; head scans of a table, where left stays left and
-a mm stays a mm. What they write passes check."""
+a mm stays a mm; anyone's own images. What they write passes check."""
 import os
 import sys
 import tracemalloc
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import data
 from conftest import one_error
@@ -284,20 +285,6 @@ def test_grey_window(tmp_path):
     assert (scored[:2] == 0).all() and np.corrcoef(scored.ravel(), plain.ravel())[0, 1] > 0.9
 
 
-def test_a_slice_is_a_slice_of_the_volume(tmp_path, capsys):
-    save(tmp_path / "a.nii", head())
-    rows = ["path,subject", ["a.nii,s"]]
-    whole = convert(tmp_path, *rows).image[0]
-    for plane, expected in (("axial:mid", whole[16]), ("coronal:mid", whole[::-1, 20]),
-                            ("sagittal:11", whole[::-1, :, 11])):
-        d = convert(tmp_path, *rows, slice=plane)
-        assert d.image.shape[1:] == expected.shape and (d.image[0] == expected).all(), plane
-    data.check(str(tmp_path / "out.h5"))
-    for plane, words in (("axial", "expected"), ("axial:32", "0 to 31"), ("top:mid", "coronal")):
-        one_error(capsys, lambda: convert(tmp_path, *rows, slice=plane), "--slice", words)
-    one_error(capsys, lambda: convert(tmp_path, *rows, slice="axial:1"), "none of 1 could", "slice")
-
-
 def test_columns_of_the_table(tmp_path, capsys):
     save(tmp_path / "a.nii", head())
     table = ("\ufeffPath ; SUBJECT; Age;Diagnosis;session;sex;time;event;MMSE;site;A/B;empty;\n"
@@ -395,3 +382,133 @@ def test_memory_does_not_grow_with_the_table(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < data.load(str(tmp_path / "o.h5")).image.nbytes / 2
+
+
+# ---------------------------------------------------------------- images
+
+def images(path, size, **options):
+    data.images(str(path), f"{path}.h5", size=size, **options)
+    return data.check(f"{path}.h5")
+
+
+def windowed(x):
+    low, high = np.percentile(x, [0.5, 99.5])
+    return np.rint(255 * np.clip((np.asarray(x) - low) / (high - low), 0, 1))
+
+
+def test_greys_of_a_folder(tmp_path, capsys):
+    """16 bits keep their range, colours become Pillow's grey, all images of a subject share one window."""
+    folder, ramp = tmp_path / "in", np.arange(400, dtype=np.uint16).reshape(20, 20) * 160
+    (folder / "ramp" / "deep").mkdir(parents=True)
+    a, b = Image.fromarray(ramp), Image.fromarray(ramp // 2)
+    a.save(folder / "ramp" / "A.PNG")
+    a.save(folder / "ramp" / "deep" / "pages.tif", save_all=True, append_images=[b])
+    np.save(folder / "ramp" / "z.npy", ramp * -1.5)
+    colours = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 4), np.uint8))
+    rows = {b"\xff_1.png": colours, b"q.bmp": colours.convert("RGB"), b"r_x_y.tif": colours.convert("P")}
+    for name, picture in (rows | {b".hidden.png": a, b"other.gif": colours.convert("P")}).items():
+        picture.save(folder / os.fsdecode(name))
+    a.save(tmp_path / "outside.png")
+    (folder / "link.png").symlink_to(tmp_path / "outside.png")
+    d = images(folder, 20, slice="axial:1:")        # of the pages, not of what is an image alone
+    said = capsys.readouterr().out
+    assert "7 images; 2 hidden" in said and "4 subjects, 6 images of 20 x 20, 1 skipped" in said
+    assert "skipped link.png: a link that leads out" in said
+    assert d.subject.tolist() == ["\\xff", "q", "r", *["ramp"] * 3] and "spacing_mm" not in d.attrs
+    assert d.columns["slice"].tolist() == [0, 0, 0, 0, 1, 0]
+    assert (d.image[3:] == windowed([ramp, ramp // 2, ramp * -1.5])).all()
+    for image, picture in zip(d.image, rows.values()):
+        assert (image == windowed(picture.convert("RGB").convert("L"))).all()
+
+
+@pytest.mark.parametrize("axes", ["RAS", "LAS", "PSR"])
+def test_slices_of_a_volume_stand_upright(tmp_path, axes):
+    x = np.random.default_rng(0).normal(size=(16, 16, 16)).astype(np.float32)       # towards R, A, S
+    (tmp_path / "in").mkdir()
+    save(tmp_path / "in" / "s.nii.gz", x, 2.0, axes)
+    for cut, number, expected in (("axial:mid", 8, x[:, ::-1, 8]), ("axial:-1:", 15, x[:, ::-1, 15]),
+                                  ("coronal:3:4", 3, x[:, 12, ::-1]), ("sagittal:3:4", 3, x[3, ::-1, ::-1])):
+        d = images(tmp_path / "in", 17, slice=cut, spacing=2.0)     # pixels stay as sharp as they were
+        assert (d.image[0, 1:, 1:] == windowed(expected.T)).all() and d.columns["slice"] == [number], cut
+        assert d.attrs["spacing_mm"] == [2.0, 2.0]
+
+
+def test_images_of_a_table(tmp_path, capsys):
+    """NIfTI keeps its mm whatever its pixels, a picture fills the frame; slices have their line's columns."""
+    for name, shape, zooms in (("a.nii", (90, 70), (1.0, 1.4)), ("b.nii", (60, 40), (2.0, 3.0))):
+        mm = np.meshgrid(*((np.arange(n) - (n - 1) / 2) * z for n, z in zip(shape, zooms)), indexing="ij")
+        save(tmp_path / name, (np.hypot(*mm) < 25)[..., None] * [7.0, 0, 7], (*zooms, 9.0))
+    wrong = dict(flat=np.ones((20, 50)), nan=np.diag([np.nan] * 9), rgb=np.random.rand(9, 9, 3))
+    for name, x in wrong.items():
+        np.save(tmp_path / f"{name}.npy", x)
+    np.save(tmp_path / "c.npy", np.arange(2000).reshape(50, 40) % 2 + np.eye(50, 40))
+    rows = "path,subject,diagnosis,dose", "a.nii,s1,AD,1", "c.npy,s2,CN,2", "b.nii,s1,CN,3"
+    (tmp_path / "t.csv").write_text("\n".join([*rows, *(f"{name}.npy,s,CN,4" for name in wrong)]))
+    for spacing, mm in ((0.0, (98 + 120) / 2 / 64), (2.5, 2.5)):
+        d = images(tmp_path / "t.csv", 64, spacing=spacing)
+        said = capsys.readouterr().out
+        assert d.subject.tolist() == ["s1"] * 4 + ["s2"] and d.columns["dose"].tolist() == [1, 1, 3, 3, 2]
+        assert d.columns["label"].tolist() == [1, 1, 0, 0, 0] and d.label_names == ["healthy", "AD"]
+        for text in ("line 5: flat.npy: 20 x 50", "line 6: nan.npy: NaN", "line 7: rgb.npy: float64 (9,",
+                     "3 images that are not square were", "2 images of one grey value were left out"):
+            assert text in said
+        assert ("2 images were cropped" in said) == (spacing == 0)      # b.nii is 120 mm wide
+        for x in d.image[:4]:
+            assert abs(np.sqrt((x / 255.0).sum() / np.pi) * mm - 25) < 0.6
+            assert abs(np.argwhere(x > 127).mean(0) - 31.5).max() < 1.1
+        assert d.image[4, :, :6].max() == 0 and d.image[4, :, 7:57].max(0).min() > 0
+    for flags, words in (({"slice": "axial:-"}, "--slice axial:-"), ({"spacing": np.nan}, "--spacing nan"),
+                         ({"out": str(tmp_path / "a.nii")}, "a.nii: is there and is no HDF5 file")):
+        flags = dict(path=str(tmp_path / "t.csv"), out=str(tmp_path / "new.h5")) | flags
+        one_error(capsys, lambda: data.images(**flags), words)
+    (tmp_path / "t.csv").write_text("path,subject\na.nii,s\na.nii,t\n")
+    one_error(capsys, lambda: images(tmp_path / "t.csv", 64), "line 3", "a.nii is listed twice")
+
+
+def spoil(path, rng):
+    """Damage one file, or put something else in its place."""
+    old, at = path.read_bytes(), rng.integers(1, 99)
+    path.unlink()
+    rng.choice([
+        lambda: os.mkfifo(path),
+        lambda: path.mkdir(),
+        lambda: path.symlink_to(rng.choice([__file__, path, "/dev/zero"])),
+        lambda: np.save(f"{path}.npy", rng.choice([np.nan, 1, 1j]) * np.ones(rng.integers(1, 9, at % 5))),
+        lambda: Path(f"{path}{rng.choice(['.png', '.npy', '.nii', '.nii.gz', '.bmp'])}").write_bytes(old),
+        lambda: (path.parent / os.fsdecode(rng.choice([b"\xff\n.png", b" .png"]))).write_bytes(old),
+        lambda: path.write_bytes(old[:at]),
+        lambda: path.write_bytes(bytes(at)),
+        lambda: path.write_bytes(old[:at] + rng.bytes(4) + old[at + 4:]),
+        lambda: path.write_bytes(old[:16] + b"\x7f\xff\xff\xff" * 2 + old[24:]),       # the size of a PNG
+    ])()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_damage_is_skipped_or_one_line(tmp_path, capsys, monkeypatch, seed):
+    rng, folder, out = np.random.default_rng(seed), tmp_path / "in", tmp_path / "o.h5"
+    (folder / "P").mkdir(parents=True)
+    paths = [folder / name for name in ("P/a.png", "P/b.tif", "f.jpg", "c_1.npy", "d.nii", "e.nii.gz")]
+    x = head()
+    for path in paths[:3]:
+        Image.fromarray(x[15].astype(np.uint8)).save(path)
+    np.save(paths[3], x)
+    save(paths[4], x)
+    save(paths[5], x)
+    for path in rng.permutation(paths)[:rng.integers(1, 6)]:
+        spoil(path, rng)
+    text = "path,subject,age\n" + "".join(f"{p.relative_to(folder)},s,{k}\n" for k, p in enumerate(paths))
+    at = rng.integers(len(text))
+    piece = rng.choice(["", '"', ",", "\n", "\0", "age", "é;", "9" * 400, "../", "\t"])
+    (folder / "t.csv").write_text(text[:at] + piece + text[at + rng.integers(20):])
+    monkeypatch.setattr(sys, "argv", ["data.py", "images", str(folder / ["", "t.csv"][seed % 2]), str(out)])
+    try:
+        data.program(data.main)
+    except SystemExit as e:
+        error = capsys.readouterr().err
+        assert e.code == 2 and error.count("\n") == 1 and error.startswith("error: "), error
+        assert not out.exists()
+    else:
+        said, error = capsys.readouterr()
+        assert all(line.startswith("warning: ") for line in error.splitlines()), error
+        assert f", {said.count('skipped ')} skipped" in said
+        data.check(str(out))

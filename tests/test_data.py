@@ -396,7 +396,7 @@ def test_volumes_are_no_slices(tmp_path, capsys):
     x = np.random.default_rng(0).integers(0, 255, (N, 6, 8, 10), dtype=np.uint8)
     path = make(tmp_path / "v.h5", image=x, mask=None)
     assert data.check(path).image.shape == x.shape
-    one_error(capsys, lambda: data.load(path, size=8), path, "volumes", "--slice axial:mid")
+    one_error(capsys, lambda: data.load(path, size=8), path, "volumes", "data.py images", "--slice axial:mid")
 
 
 def test_a_failed_write_leaves_the_old_file_and_follows_no_link(tmp_path, capsys, monkeypatch):
