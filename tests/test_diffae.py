@@ -1,18 +1,23 @@
 """diffae.py: every cited equation against its closed form, samplers against an exact oracle and diffusers, the
 training loop against a plain one, whole runs (tests/test_faults.py: what runs refuse, and runs that are cut)."""
 import json
+import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import data as D
 import diffae as m
 import metrics as M
-from conftest import ROOT, runs_of
+from conftest import ENV, ROOT, runs_of
 
 main, error_of = runs_of(m)
 AB = m.linear_alpha_bar(1000)
@@ -403,6 +408,36 @@ def test_a_trained_model_is_loaded_and_applied(tiny, tmp_path, capsys):
     assert "out.weight is (8, 512)" in other and "(5, 512) in this network" in other
     assert "leave this flag away" in error_of(capsys, "--out", out, "--apply", new, "--lr=1")
     assert "no such file" in error_of(capsys, "--out", tmp_path / "none", "--apply", new)
+
+
+def test_the_commands_of_the_readme(tmp_path, monkeypatch):
+    """Two folders of PNGs, the three commands, then the lines of Python: as they stand there, but for sizes."""
+    readme = (ROOT / "README.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    for folder, n in (("FOLDER", 200), ("OTHER", 20)):
+        (tmp_path / folder).mkdir()
+        for i, x in enumerate(images(n, 24, seed=n)):
+            Image.fromarray(x).save(tmp_path / folder / f"{folder.lower()}{i // 10:02d}_{i}.png")
+    commands = re.findall(r"^python (\w+\.py .*?)(?: +#.*)?$", readme, re.M)
+    first = next(c for c in commands if c.startswith("data.py images"))
+    train, use = (next(c for c in commands if c.startswith("diffae.py") and w in c) for w in ("--data mine.h5", "--apply"))
+    for line in (first, first.replace("FOLDER", "OTHER").replace("mine.h5", "other.h5"), train, use):
+        small = " ".join(["", *FLAGS]) if line == train else " --device=cpu" if line == use else ""
+        subprocess.run([sys.executable, *f"{ROOT}/{line}{small}".split()], check=True, env=ENV, capture_output=True)
+    codes = pandas.read_csv("out/mine/apply/other/codes.csv")
+    assert len(codes) == 20 and set(codes["part"]) == {"new"} and codes["subject"].nunique() == 2
+    assert (tmp_path / "out/mine/apply/other/reconstructions.h5").exists()
+
+    hearts = dict(image=images(24), subject=np.repeat([f"p{i:02d}" for i in range(12)], 2),
+                  label=np.repeat(np.arange(12) % 2, 2))
+    (tmp_path / "out" / "diffae").mkdir()
+    D.write("out/diffae/hearts.h5", [hearts], {})
+    main("--data", "out/diffae/hearts.h5", *FLAGS)
+    names = {}
+    exec(readme.partition("<!-- python -->\n```python\n")[2].partition("```")[0], names)
+    moved = (names["edited"] - names["again"]).abs().mean()
+    assert names["x0"].shape == names["again"].shape == (8, 1, 16, 16) and moved > 0
+    assert names["between"].shape == (1, 1, 16, 16) and Path("edit.png").stat().st_size > 1000
 
 
 def test_the_untrained_row_is_the_same_network_at_step_0(tiny, tmp_path, monkeypatch):
