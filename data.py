@@ -2,7 +2,7 @@
 
     python data.py check   FILE_OR_FOLDER                  verify, naming file, dataset and row
     python data.py show    FILE_OR_FOLDER [--out X.png]    contact sheet with mask contours
-    python data.py phantom hearts|views|cohort|brains OUT.h5 [--subjects N --patients N --seed 0 --size 128]
+    python data.py phantom hearts|views|cohort|brains OUT.h5 [--subjects N] [--seed 0] [--size N]
     python data.py emidec  ROOT OUT.h5                     EMIDEC's NIfTI folders -> HDF5
     python data.py acdc    ROOT OUTDIR                     ACDC's -> one HDF5 per subject, 256 x 256
     python data.py mms     ROOT OUTDIR                     M&Ms-2's -> the same
@@ -10,6 +10,7 @@
                                                            head scans that a CSV lists -> HDF5
     python data.py images  FOLDER_OR_CSV OUT.h5 [--size 128] [--spacing MM] [--slice axial:20:40]
                                                            your own images, or slices of your scans -> HDF5
+    .. and `python data.py COMMAND --help` tells what a command does and what its flags mean
 
     image    (N,H,W) or (N,D,H,W)  uint8, or float in [0,1]                             required
     subject  (N,) utf-8            the unit of every split, test and interval           required
@@ -1110,6 +1111,7 @@ def scanner(rng, image, fine, coarse, slope, noise=1.0):
 def phantom_file(path, command, names, draw, attrs):
     """Write what draw(i) -> columns makes of each subject of `names`; command: of `data.py phantom`."""
     table = []
+    print(f"{path}: drawing {len(names)} phantoms", flush=True)
     for i, name in enumerate(tqdm(names, "drawing", leave=False, disable=None)):
         columns = draw(i)
         table.append(columns | dict(subject=np.repeat(name, len(columns["image"]))))
@@ -2217,7 +2219,8 @@ COMMANDS = dict(check=summary, show=show, emidec=emidec, acdc=acdc, mms=mms, vol
 def main(flags=None):
     """Each function of COMMANDS and PHANTOMS is a command; its parameters are the arguments and flags."""
     def add(where, name, function):
-        p = where.add_parser(name)
+        p = where.add_parser(name, description=inspect.getdoc(function) if function else "phantoms",
+                             formatter_class=argparse.RawTextHelpFormatter)
         p.error, known = parser.error, inspect.signature(function).parameters if function else {}
         p.set_defaults(function=function)
         for word, parameter in known.items():
@@ -2225,7 +2228,9 @@ def main(flags=None):
             if default is parameter.empty:
                 p.add_argument(word)
             else:
-                p.add_argument(f"--{word}", type=integers if kind is tuple else kind, default=default)
+                shown = ",".join(map(str, default)) if kind is tuple else default
+                p.add_argument(f"--{word}", type=integers if kind is tuple else kind, default=default,
+                               help=f"default: {shown}")
         return p
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
