@@ -61,7 +61,7 @@ class Config:
     inception: str = ""       # TorchScript Inception-v3 (inception-2015-12-05.pt): FID; empty: no FID
     # images and VQ-VAE
     size: int = 256           # images are resized to size x size
-    patch: int = 1            # the networks see patch x patch pixels as channels: 2 is 4x faster, coarser
+    patch: int = 1            # patch x patch pixels become channels: 2 is 4x faster, at half the resolution
     augment: float = 0.5      # strength of random rotation, zoom and shift for the VQ-VAE; paper: 0
     channels: tuple = (64, 128, 256, 256)   # per level of the VQ-VAE; each next level halves the image
     depth: int = 2            # residual blocks per level, here and in the UNet
@@ -101,7 +101,7 @@ RECIPES = {
     "paper": dict(augment=0.0, gan=0.5, cond="seed", edges="full", predict="eps", scale=False, lr=8e-6,
                   ema=0.0, w=1.0),
 }
-# These may change when a run goes on in the same folder: none alters what the weights have learned.
+# A run may go on in the same folder with other values of these. All other settings need another --out.
 MAY_CHANGE = {"data", "test", "out", "apply", "preset", "device", "inception", "vq_steps", "steps",
               "save_every", "S", "w", "eval_images"}
 
@@ -137,13 +137,13 @@ def v_target(x0, t, eps, alpha_bar):
 
 
 def eps_from_v(v, x_t, t, alpha_bar):
-    """eps = sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) x_t: the inverse of v_target, given x_t."""
+    """eps = sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) x_t: the eps that v and x_t imply. -> like x_t"""
     a, s = signal_noise(alpha_bar, t, x_t.ndim)
     return a * v + s * x_t
 
 
 def random_t(n, T, power, g):
-    """n times in 0..T-1: T u^power, u uniform; a power below 1 draws high noise more often. -> (n,)"""
+    """n timesteps in 0..T-1: T u^power, u uniform; a power below 1 draws large t more often. -> (n,)"""
     u = torch.rand(n, generator=g, device=g.device)
     return (u ** power * T).long().clamp(max=T - 1)
 
@@ -157,14 +157,14 @@ def norm(ch, groups):
 
 
 def zero(layer):
-    """Zero-initialised: a residual block starts as its skip, a network as x -> 0."""
+    """Zero-initialised: a residual block starts as its skip, and the output of a network is 0."""
     for p in layer.parameters():
         nn.init.zeros_(p)
     return layer
 
 
 def time_embedding(t, dim):
-    """Sinusoids of t (B,) -> (B,dim), cosines first, periods 2 pi to nearly 2 pi 10000."""
+    """Sinusoids of t (B,), as in DDPM, cosines first. -> (B,dim)"""
     freq = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angle = t[:, None].float() * freq
     return torch.cat([angle.cos(), angle.sin()], 1)
@@ -516,7 +516,7 @@ class Segmenter(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------------
-# Samplers: functions of eps_fn(x_t, t), so that a closed-form oracle can stand in for the network
+# Samplers: functions of eps_fn(x_t, t), so that tests can replace the network by an exact formula
 
 def times(S, T, stride="trailing"):
     """S of T times, increasing. trailing: round(i T/S) - 1, i = 1..S; leading: floor(i T/S), i = 0..S-1."""
@@ -530,8 +530,8 @@ def times(S, T, stride="trailing"):
 def ddim_step(x, t_from, t_to, eps_hat, alpha_bar, clip=False):
     """Deterministic DDIM from one level to another, up or down (Song et al. 2021, eq. 12 with sigma = 0).
 
-    x, eps_hat (B,..). Levels: -1 clean, 0..T-1, T pure noise. clip: x0_hat to [-1,1] and eps re-derived.
-    -> like x"""
+    x, eps_hat (B,..). Levels: -1 clean, 0..T-1, T pure noise. clip: x0_hat to the greys that an image can
+    have; eps then changes so that x is still their mixture. -> like x"""
     level = lambda t: 1.0 if t < 0 else 0.0 if t == len(alpha_bar) else float(alpha_bar[t])
     ab_from, ab_to = level(t_from), level(t_to)
     x0_hat = (x - math.sqrt(1 - ab_from) * eps_hat) / math.sqrt(ab_from)
@@ -568,7 +568,7 @@ def guided(model, drawing, w):
 
 # --------------------------------------------------------------------------------------------------------
 # Training. Batch, noise and dropout of step k are functions of (seed, k, rank) alone. So there is no random
-# state to save: a run that was killed and started again ends bitwise with the weights of an unbroken one.
+# state to save: on a CPU, a run that was killed and started again ends with the very bits of an unbroken one.
 
 def ranks():
     """(rank, number of processes): (0, 1) without torchrun."""
@@ -597,6 +597,8 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
     config = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(cfg).items()} | facts
     state = D.read_checkpoint(path, config, dataclasses.asdict(Config()), MAY_CHANGE)
     step = D.load_into(state, path, model, ema, opt)        # 0 if there is none
+    if step and rank == 0:
+        M.warn_if_edited(cfg, __file__)
     if step >= steps:
         return ema, step
     if cfg.init and not step:
@@ -930,7 +932,7 @@ SHOWN = {"dice": "Dice, segmenter with map", "edge_f1": "F1 of edges", "ssim": "
 ROWS = {"": "ours", "edges_sparse": "a few strokes", "edges_mask": "contours, no edges inside",
         "edges_none": "no edges", "other_drawing": "another patient's drawing", "view_SA": "short axis alone",
         "view_LA": "long axis alone", "untrained": "untrained diffusion", "painted": "map in mean greys",
-        "copy": "another slice", "constant": "constant image", "pca": "PCA of the real slice",
+        "copy": "next slice, same patient", "constant": "mean training image", "pca": "PCA of the real slice",
         "vq": "VQ-VAE of the real slice", "real": "real slices"}
 
 
@@ -977,15 +979,17 @@ def main(argv):
         arrays["mask"] = D.cine_ids(data)[D.in_memory(data.mask)]
     arrays["edges"] = edge_maps(data.image, arrays.get("mask"), cfg.seed)
     if rank == 0:
+        if cfg.init:
+            M.known_part(cfg.init, data.subject[part == "test"])
         print(f"cond_ldm: preset {cfg.preset}, recipe {cfg.recipe}, {device}, torch {torch.__version__}\n"
               f"data: {data.path} at {cfg.size}x{cfg.size}; {count}\n"
               f"out: {out}; stop at any time, the same command goes on", flush=True)
 
     train, val = np.flatnonzero(part == "train"), np.flatnonzero(part == "val")
-    unseen = D.Loader(arrays, device, val)
+    val_images = D.Loader(arrays, device, val)
     images = D.Loader({"image": data.image}, device, all_views)
     torch.manual_seed(D.mix(cfg.seed, 0))
-    watch = preview_vq(cfg, unseen) if len(val) else None
+    watch = preview_vq(cfg, val_images) if len(val) else None
     first = dataclasses.replace(cfg, lr=cfg.vq_lr)
     vq, vq_reached = fit(VQVAE(cfg), images, first, "ckpt_vq", cfg.vq_steps, facts, watch)
     judge = None
@@ -1004,7 +1008,7 @@ def main(argv):
     torch.manual_seed(D.mix(cfg.seed, 2))
     model = Model(cfg, z0[train])
     models = {"untrained": copy.deepcopy(model).to(device).eval()}
-    watch = preview_ldm(cfg, unseen, vq) if len(val) else None
+    watch = preview_ldm(cfg, val_images, vq) if len(val) else None
     pairs = D.Loader(pairs, device, train)
     models[""], reached = fit(model, pairs, cfg, "ckpt_ldm", cfg.steps, facts, watch)
     if world > 1:
@@ -1012,7 +1016,7 @@ def main(argv):
         dist.destroy_process_group()
     if rank > 0:        # the rest is the work of one process
         return
-    w, guidance = choose_w(cfg, models[""], vq, unseen, np.arange(len(val)))
+    w, guidance = choose_w(cfg, models[""], vq, val_images, np.arange(len(val)))
     metrics = evaluate(cfg, data, part, arrays, vq, models, judge, w, inception) | guidance
     seconds, config = time.perf_counter() - began, dataclasses.asdict(cfg) | {"steps": reached}
     M.save_results(out / "results.json", "cond_ldm", data.path, count, seconds, config, metrics, device)

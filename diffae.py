@@ -1,28 +1,32 @@
 """Diffusion autoencoder (DiffAE) on 2D cardiac MR, with a VAE as the baseline.
 
 An encoder compresses an image into a short vector, the semantic code z_sem. A diffusion model decodes z_sem.
-The same model, run backwards (deterministic DDIM), stores in a noise image x_T whatever z_sem leaves out.
-Question: does z_sem, learned without labels, see an infarct better than the code of a VAE does?
+The same model can also go from the image to noise (deterministic DDIM). It stores in a noise image x_T what
+z_sem leaves out. Question: does z_sem, learned without labels, show an infarct better than the code of a VAE,
+the simplest rival? A probe answers: a linear model, fitted to the frozen codes of training patients.
 
     x0 (B,1,H,W) ---Encoder---> z_sem (B,d) ------> probes, edits, prior
       |                           |
       +--- DDIM up with z_sem --> x_T (B,1,H,W) --- DDIM down with z_sem --> image (B,1,H,W)
 
+Up is towards noise, down towards the image. In the demo H = W = 48 and d = 128. In these images (late
+gadolinium enhancement) healthy muscle is a dark ring and an infarct is a bright part of the ring.
+
 Preechakul et al., Diffusion Autoencoders, CVPR 2022 (arXiv 2111.15640).
 
-    python diffae.py                     # phantom hearts, about 5 minutes on 2 CPU cores
-    python diffae.py --data emidec.h5    # your hearts; on a GPU the default is the paper's network at 128x128
+    python diffae.py                     # phantom hearts, 3 to 5 minutes on 2 CPU cores
+    python diffae.py --data emidec.h5    # your hearts; on a GPU the default size is the paper's, 128x128
     python diffae.py --apply new.h5      # codes, predictions, reconstructions by the trained model
 
---preset is the size (demo or paper), --recipe the method. `--recipe paper` has the published objective,
-conditioning and sampling. `--recipe ours`, the default, differs in this:
-- predict v, t_power 0.5: at low noise x_t still shows the image. z_sem must decide at high noise, which the
-  eps loss hardly trains;
+--preset is the size and the budget (demo or paper), --recipe the method. `--recipe paper` is as published,
+but lr and EMA warm up. `--recipe ours`, the default, differs in this:
+- predict v, t_power 0.5: at low noise x_t already shows the image. Only at high noise is z_sem needed. The
+  eps loss gives high noise little weight. So the UNet predicts v, and large t are drawn more often;
 - spatial: faces are aligned, hearts are not. Average pooling forgets where things are, and AdaGN scales whole
   channels. So the encoder flattens its last feature map, and a linear layer turns z_sem into an image that
   the UNet sees beside x_t. The VAE gets the same encoder;
 - augment 0.5, no flip: small random motions of the training images, and no mirrored hearts;
-- stride trailing: sampling starts at T - 1, the noisiest level that was trained.
+- stride trailing: the noisiest DDIM level is T - 1, the noisiest that was trained.
 """
 import copy, dataclasses, math, os, signal, sys, time
 from dataclasses import dataclass
@@ -52,13 +56,13 @@ class Config:
     init: str = ""            # folder of another run: start from its weights (fine-tuning)
     apply: str = ""           # file: no training; the model in --out reads it, into OUT/apply/NAME/
     preset: str = ""          # demo (laptop) or paper (one GPU); empty: paper on CUDA, demo elsewhere
-    recipe: str = "ours"      # ours or paper: objective, network and sampling times as published
+    recipe: str = "ours"      # ours or paper: the method, see above
     device: str = ""          # cuda, mps, cpu; empty: the first of these that is there
     seed: int = 0             # of the split, the weights, the order of the data and every draw
     target: str = ""          # column that the probe predicts; empty: has_infarct if there, else label
     # images and network
     size: int = 128           # images are resized to size x size
-    patch: int = 1            # the networks see patch x patch pixels as channels: 2 is 4x faster, coarser
+    patch: int = 1            # patch x patch pixels become channels: 2 is 4x faster, at half the resolution
     base: int = 128           # channels of the first level
     mult: tuple = (1, 1, 2, 3, 4)         # channels per level of the UNet, in units of base
     enc_mult: tuple = (1, 1, 2, 3, 4, 4)  # the same for the encoder, one level deeper
@@ -67,15 +71,15 @@ class Config:
     groups: int = 32          # of GroupNorm; 0: one per 16 channels (backward up to 18x faster on a CPU)
     dropout: float = 0.1      # in the UNet's blocks
     z_dim: int = 512          # numbers in z_sem
-    z_scale: float = 1.0      # multiplies z_sem in AdaGN: a study found that 3 makes the UNet listen to it
+    z_scale: float = 1.0      # multiplies z_sem in AdaGN, in no other place; the cardiac study tried 3
     spatial: bool = True      # the encoder keeps position and the UNet sees an image of z_sem; paper: false
     # objective
     predict: Literal["v", "eps"] = "v"    # what the UNet outputs; paper: eps
     t_power: float = 0.5      # times are drawn as T u^t_power: 0.5 favours high noise; paper: 1, uniform
     augment: float = 0.5      # strength of random rotation, zoom and shift of the training images; paper: 0
     flip: bool = False        # random left-right flips (paper: true; but a heart has its left and its right)
-    T: int = 1000             # diffusion steps, linear beta; with far fewer the last level is not pure noise
-    vae_beta: float = 1e-3    # weight of the VAE's KL beside the squared error summed over pixels
+    T: int = 1000             # diffusion steps, linear beta; with far fewer, level T - 1 is not pure noise
+    vae_beta: float = 1e-3    # weight of the VAE's KL; KL and squared error are sums over an image
     # training
     steps: int = 5000         # optimizer steps; raise it and run again to train longer
     batch: int = 64           # images per step, over all processes
@@ -85,7 +89,7 @@ class Config:
     # evaluation
     S: int = 20               # DDIM steps, both ways
     stride: Literal["trailing", "leading"] = "trailing"     # DDIM times end at T-1; paper: 0, 50, .. 950
-    draws: int = 8            # random x_T over which the mean semantic reconstruction is taken
+    draws: int = 8            # images from z_sem and random x_T; their mean is scored
     eval_images: int = 1000   # at most this many test images are reconstructed
 
 
@@ -99,7 +103,7 @@ RECIPES = {
     "ours": {},
     "paper": dict(predict="eps", t_power=1.0, spatial=False, augment=0.0, flip=True, stride="leading"),
 }
-# These may change when a run goes on in the same folder: none alters what the weights have learned.
+# A run may go on in the same folder with other values of these. All other settings need another --out.
 MAY_CHANGE = {"data", "test", "out", "apply", "preset", "device", "target", "steps", "save_every", "S",
               "draws", "eval_images"}
 
@@ -132,13 +136,13 @@ def v_target(x0, t, eps, alpha_bar):
 
 
 def eps_from_v(v, x_t, t, alpha_bar):
-    """eps = sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) x_t: the inverse of v_target, given x_t."""
+    """eps = sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) x_t: the eps that v and x_t imply. -> like x_t"""
     a, s = signal_noise(alpha_bar, t, x_t.ndim)
     return a * v + s * x_t
 
 
 def random_t(n, T, power, g):
-    """n times in 0..T-1: T u^power, u uniform; a power below 1 draws high noise more often. -> (n,)"""
+    """n timesteps in 0..T-1: T u^power, u uniform; a power below 1 draws large t more often. -> (n,)"""
     u = torch.rand(n, generator=g, device=g.device)
     return (u ** power * T).long().clamp(max=T - 1)
 
@@ -152,14 +156,14 @@ def norm(ch, groups):
 
 
 def zero(layer):
-    """Zero-initialised: a residual block starts as its skip, a network as x -> 0."""
+    """Zero-initialised: a residual block starts as its skip, and the output of a network is 0."""
     for p in layer.parameters():
         nn.init.zeros_(p)
     return layer
 
 
 def time_embedding(t, dim):
-    """Sinusoids of t (B,) -> (B,dim), cosines first, periods 2 pi to nearly 2 pi 10000."""
+    """Sinusoids of t (B,), as in DDPM, cosines first. -> (B,dim)"""
     freq = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angle = t[:, None].float() * freq
     return torch.cat([angle.cos(), angle.sin()], 1)
@@ -194,7 +198,7 @@ class Attention(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """norm, SiLU, resample, one conv (so the original encoder), plus skip. (B,ch_in,..) -> (B,ch_out,..)"""
+    """norm, SiLU, resample, one conv, plus skip, as in the original encoder. (B,ch_in,..) -> (B,ch_out,..)"""
     def __init__(self, ch_in, ch_out, groups, how=""):
         super().__init__()
         self.norm, self.how = norm(ch_in, groups), how
@@ -207,7 +211,7 @@ class EncoderBlock(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Block: t scales and shifts, z_sem scales again (AdaGN, DiffAE eq. 7; 1 + and SiLU as in their code).
+    """Block: t scales and shifts, z_sem scales again (AdaGN, DiffAE eq. 7; the 1 + is of their code).
 
     x (B,C,H,W), emb (B,4*base), z (B,z_dim) -> (B,ch_out,H',W'). The second convolution starts at zero."""
     def __init__(self, ch_in, ch_out, cfg, how=""):
@@ -223,15 +227,15 @@ class ResBlock(nn.Module):
     def forward(self, x, emb, z):
         h = self.conv1(resample(F.silu(self.norm1(x)), self.how))
         t_scale, t_shift = self.t_proj(F.silu(emb))[:, :, None, None].chunk(2, 1)
-        z_scale = self.z_proj(F.silu(z))[:, :, None, None]
-        # (norm(h) (1 + t_scale) + t_shift) (1 + z_scale), multiplied out: two passes less over h
-        h = self.norm2(h) * ((1 + t_scale) * (1 + z_scale)) + t_shift * (1 + z_scale)
+        z_gain = self.z_proj(F.silu(z))[:, :, None, None]
+        # (norm(h) (1 + t_scale) + t_shift) (1 + z_gain), multiplied out: two passes less over h
+        h = self.norm2(h) * ((1 + t_scale) * (1 + z_gain)) + t_shift * (1 + z_gain)
         h = self.conv2(self.dropout(F.silu(h)))
         return self.skip(resample(x, self.how)) + h
 
 
 class Encoder(nn.Module):
-    """Half a UNet that never sees noise or t. x (B,ch_in,H,W) -> (B,ch_out) float32"""
+    """Convolutions and attention; sees neither noise nor t. x (B,ch_in,H,W) -> (B,ch_out) float32"""
     def __init__(self, cfg, ch_in, ch_out):
         super().__init__()
         self.patch, self.spatial, width, c = cfg.patch, cfg.spatial, cfg.size // cfg.patch, cfg.base
@@ -337,15 +341,16 @@ class Decoder(nn.Module):
 
 
 class Prior(nn.Module):
-    """Latent DDIM, from which new z_sem are drawn: an MLP whose every layer sees z_t again (DiffAE app. A).
+    """A diffusion model of z_sem, for new codes: an MLP whose every layer sees z_t again (DiffAE app. A).
 
-    codes (N,d) are to be standardised. forward is the training loss, L1 at constant beta = 0.008."""
+    codes (N,d): of the training images; inside, they are standardised. forward is the training loss, L1 at
+    constant beta = 0.008. The samplers that it uses are below."""
     def __init__(self, T, codes, layers=10):
         super().__init__()
         d, width = codes.shape[1], 4 * codes.shape[1]
         self.register_buffer("mean", codes.mean(0))
         self.register_buffer("sd", codes.std(0).clamp(min=1e-6))
-        self.alpha_bar = 0.992 ** torch.arange(1, T + 1, dtype=torch.float64)
+        self.alpha_bar = (1 - 0.008) ** torch.arange(1, T + 1, dtype=torch.float64)
         self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width))
         self.lin = nn.ModuleList(nn.Linear(d + width * (i > 0), width) for i in range(layers))
         self.scale = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
@@ -367,7 +372,7 @@ class Prior(nn.Module):
         return (self.eps(q_sample(z0, t, eps, self.alpha_bar), t) - eps).abs().mean()
 
     def sample(self, n, g):
-        """n codes of nobody. -> (n,d)"""
+        """n new codes -> (n,d)"""
         z_T = torch.randn(n, len(self.mean), generator=g, device=g.device)
         eps_fn = lambda z_t, t: self.eps(z_t, torch.full((n,), t, device=g.device))
         return self.mean + self.sd * ddim_decode(eps_fn, z_T, min(50, len(self.alpha_bar)), self.alpha_bar)
@@ -436,7 +441,7 @@ class VAE(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------------
-# Samplers: functions of eps_fn(x_t, t), so that a closed-form oracle can stand in for the network
+# Samplers: functions of eps_fn(x_t, t), so that tests can replace the network by an exact formula
 
 def times(S, T, stride="trailing"):
     """S of T times, increasing. trailing: round(i T/S) - 1, i = 1..S; leading: floor(i T/S), i = 0..S-1."""
@@ -450,8 +455,8 @@ def times(S, T, stride="trailing"):
 def ddim_step(x, t_from, t_to, eps_hat, alpha_bar, clip=False):
     """Deterministic DDIM from one level to another, up or down (Song et al. 2021, eq. 12 with sigma = 0).
 
-    x, eps_hat (B,..). Levels: -1 clean, 0..T-1, T pure noise. clip: x0_hat to [-1,1] and eps re-derived.
-    -> like x"""
+    x, eps_hat (B,..). Levels: -1 clean, 0..T-1, T pure noise. clip: x0_hat to the greys that an image can
+    have; eps then changes so that x is still their mixture. -> like x"""
     level = lambda t: 1.0 if t < 0 else 0.0 if t == len(alpha_bar) else float(alpha_bar[t])
     ab_from, ab_to = level(t_from), level(t_to)
     x0_hat = (x - math.sqrt(1 - ab_from) * eps_hat) / math.sqrt(ab_from)
@@ -495,7 +500,7 @@ def slerp(a, b, alpha):
 
 # --------------------------------------------------------------------------------------------------------
 # Training. Batch, noise and dropout of step k are functions of (seed, k, rank) alone. So there is no random
-# state to save: a run that was killed and started again ends bitwise with the weights of an unbroken one.
+# state to save: on a CPU, a run that was killed and started again ends with the very bits of an unbroken one.
 
 def ranks():
     """(rank, number of processes): (0, 1) without torchrun."""
@@ -524,6 +529,8 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
     config = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(cfg).items()} | facts
     state = D.read_checkpoint(path, config, dataclasses.asdict(Config()), MAY_CHANGE)
     step = D.load_into(state, path, model, ema, opt)        # 0 if there is none
+    if step and rank == 0:
+        M.warn_if_edited(cfg, __file__)
     if step >= steps:
         return ema, step
     if cfg.init and not step:
@@ -640,7 +647,7 @@ def decode(model, x_T, z_sem):
 
 
 def preview(cfg, loader):
-    """-> watch(ema) for fit: preview.png of validation images. Row 3 unlike row 1: z_sem is not used yet."""
+    """-> watch(ema) for fit: preview.png of validation images. Another image in row 3: z_sem is not used."""
     def watch(ema):
         batch = loader.batch(M.evenly(np.arange(len(loader)), 6))
         with amp(loader.device), torch.inference_mode():
@@ -679,27 +686,27 @@ def evaluate(cfg, data, part, models, prior, device):
         of_another = M.to_image(decode(model, noise[0], z[wrong]))      # a slice of another patient
         gain = M.ssim(real, draws[0]) - M.ssim(real, of_another)
         metrics["semantic_gain" + dot] = M.row_of(np.mean, who, gain)
-        sd_error = (x_T.std((1, 2, 3)) - 1).abs()                       # x_T should be N(0,1)
+        sd_error = (x_T.std((1, 2, 3)) - 1).abs()           # noise has an SD of 1; alone that is no proof
         metrics["x_T_sd_error" + dot] = M.row_of(np.mean, who, sd_error, better="lower")
     metrics |= M.image_numbers("recon", recon, real, who) | M.image_numbers("semantic_mean", mean, real, who)
     gain = M.ssim(real, mean[""]) - M.ssim(real, mean["vae"])
     metrics["semantic_mean_gain.vae"] = M.row_of(np.mean, who, gain)
 
     # What is read from the codes of all test images, by a linear probe fitted to the training patients
-    everyone = {row: code.cpu().numpy() for row, code in codes.items()}
-    everyone["pca"] = M.pca_codes(data, train, cfg.z_dim)
+    all_codes = {row: code.cpu().numpy() for row, code in codes.items()}
+    all_codes["pca"] = M.pca_codes(data, train, cfg.z_dim)
     axis, y = None, data.columns.get(cfg.target, np.zeros(len(data)))
-    M.save_codes(out / "codes.csv", data.subject, part, everyone[""])
+    M.save_codes(out / "codes.csv", data.subject, part, all_codes[""])
     try:
-        table, probes = M.predict(everyone, y, part, data.subject, cfg.seed)
+        table, probes = M.predict(all_codes, y, part, data.subject, cfg.seed)
     except ValueError as e:
         print(f"no probe of {cfg.target}: {e}; choose another column with --target")
     else:
         metrics |= M.probe_numbers(table)
         M.save_predictions(out / "predictions.csv", {("probe", cfg.target): table})
-        M.save_probes(out / "probes.json", {"probe": (cfg.target, table, probes[""])}, everyone[""][train])
-        axis = torch.as_tensor(M.direction(probes[""], everyone[""][train]), dtype=z.dtype, device=device)
-    metrics |= M.factor_numbers(everyone, data.columns, part, data.subject, cfg.seed)
+        M.save_probes(out / "probes.json", {"probe": (cfg.target, table, probes[""])}, all_codes[""][train])
+        axis = torch.as_tensor(M.direction(probes[""], all_codes[""][train]), dtype=z.dtype, device=device)
+    metrics |= M.factor_numbers(all_codes, data.columns, part, data.subject, cfg.seed)
 
     middle = [np.flatnonzero(who == p)[(who == p).sum() // 2] for p in np.unique(who)[:8]]
     rows = {"test image": real, "z_sem + x_T": recon[""], "z_sem, random x_T": draws[0],
@@ -711,7 +718,7 @@ def evaluate(cfg, data, part, models, prior, device):
     bank = data.image[M.evenly(train, 5000)] / 255
     _, nearest = M.nearest(M.to_image(new), bank)
     M.grid(out / "samples.png", [M.to_image(new), bank[nearest]], ["new heart", "nearest training image"], [],
-           "Hearts of nobody: z_sem from the prior, random x_T. Row 2 shows whether they are copies.")
+           "New hearts: z_sem from the prior, random x_T. Row 2 shows whether they are copies.")
     M.curves(out / "curves.png", {"diffusion": out / "log.jsonl"})
     return metrics
 
@@ -749,10 +756,13 @@ def load(out, name="ckpt", device=""):
 def apply(out, path, device):
     """The model in the folder `out` reads the images in `path`. Nothing is trained, and nothing is written
     but OUT/apply/NAME/: codes.csv, predictions.csv, reconstructions.h5 and .png, results.json."""
-    began, (model, cfg) = time.perf_counter(), load(out, device=device)
-    data, folder = D.load(path, cfg.size), Path(out, "apply", Path(path).stem)
+    began = time.perf_counter()
+    model, cfg = load(out, device=device)
+    data = D.load(path, cfg.size)
+    folder = Path(out, "apply", Path(path).stem)
     folder.mkdir(parents=True, exist_ok=True)
-    loader, part = D.Loader({"image": data.image}, cfg.device), M.known_part(out, data.subject)
+    loader = D.Loader({"image": data.image}, cfg.device)
+    part = M.known_part(out, data.subject)
     z = semantic_codes(model, loader)
     M.save_codes(folder / "codes.csv", data.subject, part, z)
     metrics = M.apply_probes(out, folder, data, part, z)
@@ -780,15 +790,16 @@ def apply(out, path, device):
 # --------------------------------------------------------------------------------------------------------
 # The command
 
-# The table that ends a run. z_sem + x_T proves little: an untrained UNet, whose output is 0, comes back to
-# the image, too. Its x_T is no noise, though. So look at the SD of x_T, and at z_sem alone.
-SHOWN = {"recon_ssim": "z_sem + x_T, SSIM", "semantic_mean_ssim": "z_sem alone, SSIM",
+# The table that ends a run. z_sem + x_T proves little. When v is predicted, the output 0 of an untrained UNet
+# makes DDIM a mere scaling, and the image comes back. Its x_T is no noise then, but 0.9 times the image. So
+# look at the SD of x_T, and at z_sem alone: the mean of images from random x_T.
+SHOWN = {"recon_ssim": "z_sem + x_T, SSIM", "semantic_mean_ssim": "z_sem alone (mean), SSIM",
          "semantic_gain": "right - wrong z_sem, SSIM", "x_T_sd_error": "SD of x_T, off 1 by",
          "probe_auroc": "AUROC, slice", "patient_auroc": "AUROC, patient", "probe_f1": "F1, slice",
          "probe_r2": "R2, slice"}
 ROWS = {"": "diffusion autoencoder", "untrained": "the same, untrained", "vae": "VAE", "pca": "PCA",
-        "copy": "another slice", "constant": "constant image", "all_positive": "all called positive",
-        "mean": "training mean"}
+        "copy": "next slice of this patient", "constant": "mean training image",
+        "all_positive": "all called positive", "mean": "mean training label"}
 
 
 def main(argv):
@@ -817,13 +828,15 @@ def main(argv):
     count, facts = D.describe(data, part)
     cfg = dataclasses.replace(cfg, target=D.choose_target(data, cfg.target, ["has_infarct"]))
     if rank == 0:
+        if cfg.init:
+            M.known_part(cfg.init, data.subject[part == "test"])
         print(f"diffae: preset {cfg.preset}, recipe {cfg.recipe}, {device}, torch {torch.__version__}\n"
               f"data: {data.path} at {cfg.size}x{cfg.size}; subjects: {count}\n"
               f"out: {out}; stop at any time, the same command goes on", flush=True)
 
     rows = [np.flatnonzero(part == p) for p in ("train", "val")]
-    images, unseen = (D.Loader({"image": data.image}, device, r) for r in rows)
-    watch = preview(cfg, unseen) if len(unseen) else None
+    images, val_images = (D.Loader({"image": data.image}, device, r) for r in rows)
+    watch = preview(cfg, val_images) if len(val_images) else None
     torch.manual_seed(D.mix(cfg.seed, 0))
     model, vae = Model(cfg), VAE(cfg)
     models = {"untrained": copy.deepcopy(model).to(device).eval()}      # what random features already give

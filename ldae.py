@@ -104,7 +104,7 @@ RECIPES = {
     "ours": {},
     "paper": dict(predict="eps", t_power=1.0, spatial=False),
 }
-# These may change when a run goes on in the same folder: none alters what the weights have learned.
+# A run may go on in the same folder with other values of these. All other settings need another --out.
 MAY_CHANGE = {"data", "test", "out", "apply", "preset", "device", "target", "steps", "save_every", "S",
               "eval_images"}
 # The fields that stages A and B do not read. Their checkpoints hold the defaults instead, so that copies of
@@ -140,13 +140,13 @@ def v_target(x0, t, eps, alpha_bar):
 
 
 def eps_from_v(v, x_t, t, alpha_bar):
-    """eps = sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) x_t: the inverse of v_target, given x_t."""
+    """eps = sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) x_t: the eps that v and x_t imply. -> like x_t"""
     a, s = signal_noise(alpha_bar, t, x_t.ndim)
     return a * v + s * x_t
 
 
 def random_t(n, T, power, g):
-    """n times in 0..T-1: T u^power, u uniform; a power below 1 draws high noise more often. -> (n,)"""
+    """n timesteps in 0..T-1: T u^power, u uniform; a power below 1 draws large t more often. -> (n,)"""
     u = torch.rand(n, generator=g, device=g.device)
     return (u ** power * T).long().clamp(max=T - 1)
 
@@ -180,14 +180,14 @@ def norm(ch, groups):
 
 
 def zero(layer):
-    """Zero-initialised: a residual block starts as its skip, a network as x -> 0."""
+    """Zero-initialised: a residual block starts as its skip, and the output of a network is 0."""
     for p in layer.parameters():
         nn.init.zeros_(p)
     return layer
 
 
 def time_embedding(t, dim):
-    """Sinusoids of t (B,) -> (B,dim), cosines first, periods 2 pi to nearly 2 pi 10000."""
+    """Sinusoids of t (B,), as in DDPM, cosines first. -> (B,dim)"""
     freq = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angle = t[:, None].float() * freq
     return torch.cat([angle.cos(), angle.sin()], 1)
@@ -243,7 +243,7 @@ class Attention3d(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """norm, SiLU, resample, one conv (so the original encoder), plus skip. (B,ch_in,..) -> (B,ch_out,..)"""
+    """norm, SiLU, resample, one conv, plus skip, as in the original encoder. (B,ch_in,..) -> (B,ch_out,..)"""
     def __init__(self, ch_in, ch_out, groups, how=""):
         super().__init__()
         self.norm, self.how = norm(ch_in, groups), how
@@ -480,15 +480,16 @@ class Up3d(nn.Module):
 
 
 class Prior(nn.Module):
-    """Latent DDIM, from which new z_sem are drawn: an MLP whose every layer sees z_t again (DiffAE app. A).
+    """A diffusion model of z_sem, for new codes: an MLP whose every layer sees z_t again (DiffAE app. A).
 
-    codes (N,d) are to be standardised. forward is the training loss, L1 at constant beta = 0.008."""
+    codes (N,d): of the training images; inside, they are standardised. forward is the training loss, L1 at
+    constant beta = 0.008. The samplers that it uses are below."""
     def __init__(self, T, codes, layers=10):
         super().__init__()
         d, width = codes.shape[1], 4 * codes.shape[1]
         self.register_buffer("mean", codes.mean(0))
         self.register_buffer("sd", codes.std(0).clamp(min=1e-6))
-        self.alpha_bar = 0.992 ** torch.arange(1, T + 1, dtype=torch.float64)
+        self.alpha_bar = (1 - 0.008) ** torch.arange(1, T + 1, dtype=torch.float64)
         self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width))
         self.lin = nn.ModuleList(nn.Linear(d + width * (i > 0), width) for i in range(layers))
         self.scale = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
@@ -510,7 +511,7 @@ class Prior(nn.Module):
         return (self.eps(q_sample(z0, t, eps, self.alpha_bar), t) - eps).abs().mean()
 
     def sample(self, n, g):
-        """n codes of nobody. -> (n,d)"""
+        """n new codes -> (n,d)"""
         z_T = torch.randn(n, len(self.mean), generator=g, device=g.device)
         eps_fn = lambda z_t, t: self.eps(z_t, torch.full((n,), t, device=g.device))
         return self.mean + self.sd * ddim_decode(eps_fn, z_T, min(50, len(self.alpha_bar)), self.alpha_bar)
@@ -659,7 +660,7 @@ class Model(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------------
-# Samplers: functions of eps_fn(x_t, t), so that a closed-form oracle can stand in for the network
+# Samplers: functions of eps_fn(x_t, t), so that tests can replace the network by an exact formula
 
 def times(S, T, stride="trailing"):
     """S of T times, increasing. trailing: round(i T/S) - 1, i = 1..S; leading: floor(i T/S), i = 0..S-1."""
@@ -673,8 +674,8 @@ def times(S, T, stride="trailing"):
 def ddim_step(x, t_from, t_to, eps_hat, alpha_bar, clip=False):
     """Deterministic DDIM from one level to another, up or down (Song et al. 2021, eq. 12 with sigma = 0).
 
-    x, eps_hat (B,..). Levels: -1 clean, 0..T-1, T pure noise. clip: x0_hat to [-1,1] and eps re-derived.
-    -> like x"""
+    x, eps_hat (B,..). Levels: -1 clean, 0..T-1, T pure noise. clip: x0_hat to the greys that an image can
+    have; eps then changes so that x is still their mixture. -> like x"""
     level = lambda t: 1.0 if t < 0 else 0.0 if t == len(alpha_bar) else float(alpha_bar[t])
     ab_from, ab_to = level(t_from), level(t_to)
     x0_hat = (x - math.sqrt(1 - ab_from) * eps_hat) / math.sqrt(ab_from)
@@ -718,7 +719,7 @@ def slerp(a, b, alpha):
 
 # --------------------------------------------------------------------------------------------------------
 # Training. Batch, noise and dropout of step k are functions of (seed, k, rank) alone. So there is no random
-# state to save: a run that was killed and started again ends bitwise with the weights of an unbroken one.
+# state to save: on a CPU, a run that was killed and started again ends with the very bits of an unbroken one.
 
 def ranks():
     """(rank, number of processes): (0, 1) without torchrun."""
@@ -747,6 +748,8 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
     config = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(cfg).items()} | facts
     state = D.read_checkpoint(path, config, dataclasses.asdict(Config()), MAY_CHANGE)
     step = D.load_into(state, path, model, ema, opt)        # 0 if there is none
+    if step and rank == 0:
+        M.warn_if_edited(cfg, __file__)
     if step >= steps:
         return ema, step
     if cfg.init and not step:
@@ -952,14 +955,14 @@ def evaluate(cfg, data, part, loader, models, prior, device):
            list(who[:6]), f"Test subjects: axial and coronal slice. {cfg.S} DDIM steps.")
 
     # What a linear probe reads from the codes of all test scans: the target, age, on phantoms known factors.
-    everyone = {row: code.cpu().numpy() for row, code in codes.items()}
-    everyone["pca"] = M.pca_codes(data, train, cfg.z_dim)
-    M.save_codes(out / "codes.csv", data.subject, part, everyone[""])
+    all_codes = {row: code.cpu().numpy() for row, code in codes.items()}
+    all_codes["pca"] = M.pca_codes(data, train, cfg.z_dim)
+    M.save_codes(out / "codes.csv", data.subject, part, all_codes[""])
     probes = {}
     for key, column in (("age", "age"), ("probe", cfg.target)):
         y = data.columns.get(column, np.zeros(len(data)))
         try:
-            table, fitted = M.predict(everyone, y, part, data.subject, cfg.seed)
+            table, fitted = M.predict(all_codes, y, part, data.subject, cfg.seed)
         except ValueError as e:
             print(f"no probe of {column}: {e}")
         else:
@@ -967,8 +970,8 @@ def evaluate(cfg, data, part, loader, models, prior, device):
             probes[key] = column, table, fitted[""]
     if probes:
         M.save_predictions(out / "predictions.csv", {(k, column): t for k, (column, t, _) in probes.items()})
-        M.save_probes(out / "probes.json", probes, everyone[""][train])
-    metrics |= M.factor_numbers(everyone, data.columns, part, data.subject, cfg.seed)
+        M.save_probes(out / "probes.json", probes, all_codes[""][train])
+    metrics |= M.factor_numbers(all_codes, data.columns, part, data.subject, cfg.seed)
 
     first = everything[np.unique(data.subject[everything], return_index=True)[1]]    # of each subject
     if "probe_auroc" in metrics or "probe_r2" in metrics:
@@ -984,7 +987,7 @@ def evaluate(cfg, data, part, loader, models, prior, device):
     nearest = bank[M.nearest(coarse(new), coarse(bank))[1]]
     M.grid(out / "samples.png", [[view(x) for x in line] for line in (new, nearest)],
            ["new brain", "nearest training scan"], [],
-           "Brains of nobody: z_sem from the prior, random z_T. Row 2 shows whether they are copies.")
+           "New brains: z_sem from the prior, random z_T. Row 2 shows whether they are copies.")
     M.curves(out / "curves.png", {stage: out / f"log_{stage}.jsonl" for stage in "ABC"})
     return metrics
 
@@ -1171,7 +1174,7 @@ SHOWN = {"recon_ssim": "z_sem + z_T, SSIM", "semantic_ssim": "z_sem alone, SSIM"
          "manip_ventricle_slope": "ventricles, ml per SD", "recon_s": "reconstruction, s"}
 ROWS = {"": "ours", "untrained": "untrained encoder", "ae": "autoencoder alone", "pca": "PCA",
         "copy": "another visit", "voxel_mean": "mean of two visits", "latent_mean": "mean latent",
-        "constant": "constant image", "all_positive": "all called positive", "mean": "training mean",
+        "constant": "mean training image", "all_positive": "all called positive", "mean": "training mean",
         "voxel": "small voxel network"}
 
 
@@ -1223,6 +1226,8 @@ def main(argv):
     count, facts = D.describe(data, part)
     cfg = dataclasses.replace(cfg, target=D.choose_target(data, cfg.target, []))
     if rank == 0:
+        if cfg.init:
+            M.known_part(cfg.init, data.subject[part == "test"])
         print(f"ldae: preset {cfg.preset}, recipe {cfg.recipe}, {device}, torch {torch.__version__}\n"
               f"data: {data.path} at {'x'.join(map(str, shape))}; subjects: {count}\n"
               f"out: {out}; stop at any time, the same command goes on", flush=True)
@@ -1232,8 +1237,8 @@ def main(argv):
     default = lambda keys: {k: getattr(Config, k) for k in keys}
     torch.manual_seed(D.mix(cfg.seed, 0))
     a = dataclasses.replace(cfg, **default(AFTER_A), batch=cfg.ae_batch)
-    images, unseen = (D.Loader({"image": data.image}, device, r) for r in rows)
-    watch = preview3d(cfg, unseen, "preview_A.png", draw_autoencoder) if len(unseen) else None
+    images, val_images = (D.Loader({"image": data.image}, device, r) for r in rows)
+    watch = preview3d(cfg, val_images, "preview_A.png", draw_autoencoder) if len(val_images) else None
     ae, _ = fit(fast_layout(Autoencoder(a), device), images, a, "ckpt_A", cfg.ae_steps, facts, watch)
 
     facts = facts | {"stage_A": hash_of(ae)}
@@ -1247,8 +1252,8 @@ def main(argv):
 
     facts = facts | {"stage_B": hash_of(ldm)}
     arrays["image"] = data.image
-    scans, unseen = (D.Loader(arrays, device, r) for r in rows)
-    watch = preview3d(cfg, unseen, "preview_C.png", draw_semantic) if len(unseen) else None
+    scans, val_images = (D.Loader(arrays, device, r) for r in rows)
+    watch = preview3d(cfg, val_images, "preview_C.png", draw_semantic) if len(val_images) else None
     torch.manual_seed(D.mix(cfg.seed, 2))
     model = fast_layout(Model(cfg, ldm, ae), device)
     models = {"untrained": copy.deepcopy(model).to(device).eval()}

@@ -587,6 +587,14 @@ def record(cfg, script_path):
     write_atomically(Path(cfg.out, Path(script_path).name), Path(script_path).read_bytes())
 
 
+def warn_if_edited(cfg, script_path):
+    """Warns if the script is not the one that record() copied: the weights in OUT are of other code."""
+    path = Path(cfg.out, Path(script_path).name)
+    if path.exists() and path.read_bytes() != Path(script_path).read_bytes():
+        D.warn(f"{path.name} has changed since it made {path.parent}: those weights are of old code; give "
+               "an edited script another --out")
+
+
 def log_line(path, row):
     """Appends a dict to a log as one line of JSON."""
     with D.writing(path), open(path, "a") as f:
@@ -745,7 +753,8 @@ def known_part(out, subject):
     part = np.array([parts.get(s.casefold(), "new") for s in subject])
     seen = np.unique(subject[part == "train"])
     if len(seen):
-        D.warn(f"{len(seen)} subjects were trained on, {', '.join(seen[:3])}..: train in the column part")
+        D.warn(f"the model in {out} was trained on {len(seen)} of these subjects ({', '.join(seen[:3])}): "
+               "their numbers say nothing about new patients")
     return part
 
 

@@ -61,7 +61,7 @@ class Config:
     target: str = "label"     # column that tells healthy people (0) from patients (above 0)
     # images and network
     size: int = 128           # images are resized to size x size
-    patch: int = 1            # the networks see patch x patch pixels as channels: 2 is 4x faster, coarser
+    patch: int = 1            # patch x patch pixels become channels: 2 is 4x faster, at half the resolution
     base: int = 128           # channels of the first level
     mult: tuple = (1, 1, 2, 3, 4)         # channels per level of the UNet, in units of base
     enc_mult: tuple = (1, 1, 2, 3, 4, 4)  # the same for the encoder, one level deeper
@@ -70,7 +70,7 @@ class Config:
     groups: int = 32          # of GroupNorm; 0: one per 16 channels (backward up to 18x faster on a CPU)
     dropout: float = 0.1      # in the UNet's blocks
     z_dim: int = 512          # numbers in z_sem
-    z_scale: float = 1.0      # multiplies z_sem in AdaGN: a study found that 3 makes the UNet listen to it
+    z_scale: float = 1.0      # multiplies z_sem in AdaGN, in no other place; the cardiac study tried 3
     spatial: bool = True      # the encoder keeps position and the UNet sees an image of z_sem; paper: false
     # the primary score: see five_scores. paper: cosine
     score: Literal["residual", "cosine", "age_matched", "l2", "mahalanobis"] = "residual"
@@ -79,8 +79,8 @@ class Config:
     t_power: float = 0.5      # times are drawn as T u^t_power: 0.5 favours high noise; paper: 1, uniform
     augment: float = 0.1      # strength of random rotation, zoom and shift of the training images; paper: 0
     flip: bool = False        # random left-right flips (paper: true; but a brain has its left and its right)
-    T: int = 1000             # diffusion steps, linear beta; with far fewer the last level is not pure noise
-    vae_beta: float = 1e-3    # weight of the VAE's KL beside the squared error summed over pixels
+    T: int = 1000             # diffusion steps, linear beta; with far fewer, level T - 1 is not pure noise
+    vae_beta: float = 1e-3    # weight of the VAE's KL; KL and squared error are sums over an image
     # training
     steps: int = 5000         # optimizer steps; raise it and run again to train longer
     batch: int = 64           # images per step, over all processes
@@ -90,7 +90,7 @@ class Config:
     # evaluation
     S: int = 20               # DDIM steps, both ways
     stride: Literal["trailing", "leading"] = "trailing"     # DDIM times end at T-1; paper: 0, 50, .. 950
-    draws: int = 8            # random x_T over which the mean semantic reconstruction is taken
+    draws: int = 8            # images from z_sem and random x_T; their mean is scored
     eval_images: int = 1000   # at most this many test images are reconstructed
 
 
@@ -105,7 +105,7 @@ RECIPES = {
     "paper": dict(predict="eps", t_power=1.0, spatial=False, augment=0.0, flip=True, stride="leading",
                   score="cosine"),
 }
-# These may change when a run goes on in the same folder: none alters what the weights have learned.
+# A run may go on in the same folder with other values of these. All other settings need another --out.
 MAY_CHANGE = {"data", "test", "out", "apply", "preset", "device", "target", "steps", "save_every", "S",
               "draws", "eval_images", "score"}
 
@@ -138,13 +138,13 @@ def v_target(x0, t, eps, alpha_bar):
 
 
 def eps_from_v(v, x_t, t, alpha_bar):
-    """eps = sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) x_t: the inverse of v_target, given x_t."""
+    """eps = sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) x_t: the eps that v and x_t imply. -> like x_t"""
     a, s = signal_noise(alpha_bar, t, x_t.ndim)
     return a * v + s * x_t
 
 
 def random_t(n, T, power, g):
-    """n times in 0..T-1: T u^power, u uniform; a power below 1 draws high noise more often. -> (n,)"""
+    """n timesteps in 0..T-1: T u^power, u uniform; a power below 1 draws large t more often. -> (n,)"""
     u = torch.rand(n, generator=g, device=g.device)
     return (u ** power * T).long().clamp(max=T - 1)
 
@@ -158,14 +158,14 @@ def norm(ch, groups):
 
 
 def zero(layer):
-    """Zero-initialised: a residual block starts as its skip, a network as x -> 0."""
+    """Zero-initialised: a residual block starts as its skip, and the output of a network is 0."""
     for p in layer.parameters():
         nn.init.zeros_(p)
     return layer
 
 
 def time_embedding(t, dim):
-    """Sinusoids of t (B,) -> (B,dim), cosines first, periods 2 pi to nearly 2 pi 10000."""
+    """Sinusoids of t (B,), as in DDPM, cosines first. -> (B,dim)"""
     freq = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angle = t[:, None].float() * freq
     return torch.cat([angle.cos(), angle.sin()], 1)
@@ -200,7 +200,7 @@ class Attention(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """norm, SiLU, resample, one conv (so the original encoder), plus skip. (B,ch_in,..) -> (B,ch_out,..)"""
+    """norm, SiLU, resample, one conv, plus skip, as in the original encoder. (B,ch_in,..) -> (B,ch_out,..)"""
     def __init__(self, ch_in, ch_out, groups, how=""):
         super().__init__()
         self.norm, self.how = norm(ch_in, groups), how
@@ -213,7 +213,7 @@ class EncoderBlock(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Block: t scales and shifts, z_sem scales again (AdaGN, DiffAE eq. 7; 1 + and SiLU as in their code).
+    """Block: t scales and shifts, z_sem scales again (AdaGN, DiffAE eq. 7; the 1 + is of their code).
 
     x (B,C,H,W), emb (B,4*base), z (B,z_dim) -> (B,ch_out,H',W'). The second convolution starts at zero."""
     def __init__(self, ch_in, ch_out, cfg, how=""):
@@ -229,15 +229,15 @@ class ResBlock(nn.Module):
     def forward(self, x, emb, z):
         h = self.conv1(resample(F.silu(self.norm1(x)), self.how))
         t_scale, t_shift = self.t_proj(F.silu(emb))[:, :, None, None].chunk(2, 1)
-        z_scale = self.z_proj(F.silu(z))[:, :, None, None]
-        # (norm(h) (1 + t_scale) + t_shift) (1 + z_scale), multiplied out: two passes less over h
-        h = self.norm2(h) * ((1 + t_scale) * (1 + z_scale)) + t_shift * (1 + z_scale)
+        z_gain = self.z_proj(F.silu(z))[:, :, None, None]
+        # (norm(h) (1 + t_scale) + t_shift) (1 + z_gain), multiplied out: two passes less over h
+        h = self.norm2(h) * ((1 + t_scale) * (1 + z_gain)) + t_shift * (1 + z_gain)
         h = self.conv2(self.dropout(F.silu(h)))
         return self.skip(resample(x, self.how)) + h
 
 
 class Encoder(nn.Module):
-    """Half a UNet that never sees noise or t. x (B,ch_in,H,W) -> (B,ch_out) float32"""
+    """Convolutions and attention; sees neither noise nor t. x (B,ch_in,H,W) -> (B,ch_out) float32"""
     def __init__(self, cfg, ch_in, ch_out):
         super().__init__()
         self.patch, self.spatial, width, c = cfg.patch, cfg.spatial, cfg.size // cfg.patch, cfg.base
@@ -406,7 +406,7 @@ class VAE(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------------
-# Samplers: functions of eps_fn(x_t, t), so that a closed-form oracle can stand in for the network
+# Samplers: functions of eps_fn(x_t, t), so that tests can replace the network by an exact formula
 
 def times(S, T, stride="trailing"):
     """S of T times, increasing. trailing: round(i T/S) - 1, i = 1..S; leading: floor(i T/S), i = 0..S-1."""
@@ -420,8 +420,8 @@ def times(S, T, stride="trailing"):
 def ddim_step(x, t_from, t_to, eps_hat, alpha_bar, clip=False):
     """Deterministic DDIM from one level to another, up or down (Song et al. 2021, eq. 12 with sigma = 0).
 
-    x, eps_hat (B,..). Levels: -1 clean, 0..T-1, T pure noise. clip: x0_hat to [-1,1] and eps re-derived.
-    -> like x"""
+    x, eps_hat (B,..). Levels: -1 clean, 0..T-1, T pure noise. clip: x0_hat to the greys that an image can
+    have; eps then changes so that x is still their mixture. -> like x"""
     level = lambda t: 1.0 if t < 0 else 0.0 if t == len(alpha_bar) else float(alpha_bar[t])
     ab_from, ab_to = level(t_from), level(t_to)
     x0_hat = (x - math.sqrt(1 - ab_from) * eps_hat) / math.sqrt(ab_from)
@@ -452,7 +452,7 @@ def ddim_encode(eps_fn, x0, S, alpha_bar, stride="trailing", clip=False):
 
 # --------------------------------------------------------------------------------------------------------
 # Training. Batch, noise and dropout of step k are functions of (seed, k, rank) alone. So there is no random
-# state to save: a run that was killed and started again ends bitwise with the weights of an unbroken one.
+# state to save: on a CPU, a run that was killed and started again ends with the very bits of an unbroken one.
 
 def ranks():
     """(rank, number of processes): (0, 1) without torchrun."""
@@ -481,6 +481,8 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
     config = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(cfg).items()} | facts
     state = D.read_checkpoint(path, config, dataclasses.asdict(Config()), MAY_CHANGE)
     step = D.load_into(state, path, model, ema, opt)        # 0 if there is none
+    if step and rank == 0:
+        M.warn_if_edited(cfg, __file__)
     if step >= steps:
         return ema, step
     if cfg.init and not step:
@@ -597,7 +599,7 @@ def decode(model, x_T, z_sem):
 
 
 def preview(cfg, loader):
-    """-> watch(ema) for fit: preview.png of validation images. Row 3 unlike row 1: z_sem is not used yet."""
+    """-> watch(ema) for fit: preview.png of validation images. Another image in row 3: z_sem is not used."""
     def watch(ema):
         batch = loader.batch(M.evenly(np.arange(len(loader)), 6))
         with amp(loader.device), torch.inference_mode():
@@ -728,7 +730,7 @@ def evaluate(cfg, data, part, models, device):
         of_another = M.to_image(decode(model, noise[0], z[wrong]))      # a slice of another patient
         gain = M.ssim(real, draws[0]) - M.ssim(real, of_another)
         metrics["semantic_gain" + dot] = M.row_of(np.mean, who, gain)
-        sd_error = (x_T.std((1, 2, 3)) - 1).abs()                       # x_T should be N(0,1)
+        sd_error = (x_T.std((1, 2, 3)) - 1).abs()           # noise has an SD of 1; alone that is no proof
         metrics["x_T_sd_error" + dot] = M.row_of(np.mean, who, sd_error, better="lower")
     metrics |= M.image_numbers("recon", recon, real, who) | M.image_numbers("semantic_mean", mean, real, who)
     gain = M.ssim(real, mean[""]) - M.ssim(real, mean["vae"])
@@ -884,7 +886,7 @@ SHOWN = {"hr_per_sd": "hazard ratio per SD", "c_index": "C-index with age and se
          "logrank_p": "log-rank p, halves", "ks_p": "KS p (ignores censoring)",
          "auroc": "AUROC, patients against controls", "severity_r": "correlation with severity",
          "lesion_gain": "patient - twin: AUROC of the lesion over chance", "recon_ssim": "z_sem + x_T, SSIM",
-         "semantic_mean_ssim": "z_sem alone, SSIM"}
+         "semantic_mean_ssim": "z_sem alone (mean), SSIM"}
 KINDS = {"residual": "residual", "cosine": "cosine", "age_matched": "cosine at this age",
          "l2": "distance at this age", "mahalanobis": "Mahalanobis"}
 ROWS = {"": "ours, primary score", **{kind: f"* {words}" for kind, words in KINDS.items()},
@@ -892,7 +894,7 @@ ROWS = {"": "ours, primary score", **{kind: f"* {words}" for kind, words in KIND
         "vae": "VAE, the same", "vae_error": "VAE, image error", "vae_deviation": "VAE, latent deviation",
         "pca": "PCA, the same", "pca_residual": "PCA, residual", "pca_cosine": "PCA, cosine",
         "pca_mahalanobis": "PCA, Mahalanobis", "brain_age_gap": "brain-age gap", "age_sex": "age and sex",
-        "planted": "planted severity", "constant": "constant image"}
+        "planted": "planted severity", "constant": "mean training image"}
 
 
 def best_score(metrics, planted):
@@ -938,14 +940,16 @@ def main(argv):
     count, facts = D.describe(data, part)
     count["patients"] = len(np.unique(data.subject[(part == "test") & (data.columns[cfg.target] > 0)]))
     if rank == 0:
+        if cfg.init:
+            M.known_part(cfg.init, data.subject[part == "test"])
         print(f"normative: preset {cfg.preset}, recipe {cfg.recipe}, {device}, torch {torch.__version__}\n"
               f"data: {data.path} at {cfg.size}x{cfg.size}; subjects: {count}\n"
               f"out: {out}; stop at any time, the same command goes on", flush=True)
 
     arrays = {"image": data.image, "age": data.columns["age"]}
     rows = [np.flatnonzero(part == p) for p in ("train", "val")]
-    images, unseen = (D.Loader(arrays, device, r) for r in rows)
-    watch = preview(cfg, unseen) if len(unseen) else None
+    images, val_images = (D.Loader(arrays, device, r) for r in rows)
+    watch = preview(cfg, val_images) if len(val_images) else None
     torch.manual_seed(D.mix(cfg.seed, 0))
     model, vae = Model(cfg), VAE(cfg)
     models = {"untrained": copy.deepcopy(model).to(device).eval()}      # what random features already give

@@ -312,7 +312,7 @@ def test_folds_are_pooled_and_saved_probes_read_like_the_fitted_ones(tmp_path, c
     M.save_codes(tmp_path / "codes.csv", subject, part, codes[""])
     data = Mock(subject=np.append(subject, "new"), columns={"label": np.append(y, 1)}, __len__=lambda _: len(y) + 1)
     known = M.known_part(tmp_path, data.subject)
-    assert np.array_equal(known, np.append(part, "new")) and "30 subjects were trained on" in capsys.readouterr().err
+    assert np.array_equal(known, np.append(part, "new")) and "was trained on 30 of these subjects" in capsys.readouterr().err
     numbers = M.apply_probes(tmp_path, tmp_path, data, known, np.append(codes[""], codes[""][:1], 0))
     read = pandas.read_csv(tmp_path / "predictions.csv")
     assert np.allclose(read["score"][:-1], probes[""].decision_function(codes[""]), atol=1e-4)
@@ -396,16 +396,22 @@ def test_a_log_with_foreign_lines(tmp_path):
     assert not (tmp_path / "n.png").exists()
 
 
-def test_record_and_results_json_which_is_strict_and_complete(tmp_path):
+def test_record_and_results_json_which_is_strict_and_complete(tmp_path, capsys):
     config = dataclasses.make_dataclass("Config", ["out", "widths"])(str(tmp_path), (1, 2))
     M.record(config, __file__)
     assert json.loads((tmp_path / "config.json").read_text()) == {"out": str(tmp_path), "widths": [1, 2]}
     assert (tmp_path / "test_metrics.py").read_text() == open(__file__).read()
+    M.warn_if_edited(config, __file__)
+    assert not capsys.readouterr().err
+    (tmp_path / "test_metrics.py").write_text("old")
+    M.warn_if_edited(config, __file__)
+    assert "test_metrics.py has changed since" in capsys.readouterr().err
     path = tmp_path / "results.json"
     metrics = {"auroc": M.row(np.nan, n=20), "mae": M.row(3, (1, 4), 9, "years")}
     M.save_results(path, "diffae", "phantom", {"train": np.int64(80)}, 12.5, {"out": tmp_path}, metrics)
     r = json.loads(path.read_text(), parse_constant=lambda constant: pytest.fail(constant))
-    assert list(r) == "script data n seconds device torch git config metrics".split()
+    assert list(r) == "script data n seconds device memory_gb torch git config metrics".split()
+    assert 0.05 < r["memory_gb"] < 64
     assert r["n"] == {"train": 80} and r["torch"] == torch.__version__ and r["config"]["out"] == str(tmp_path)
     assert r["metrics"]["mae"] == {"value": 3, "ci": [1, 4], "n": 9, "unit": "years", "better": "higher"}
     assert r["metrics"]["auroc"]["value"] is None and r["metrics"]["auroc"]["ci"] == [None, None]
