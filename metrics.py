@@ -886,7 +886,7 @@ def grid(path, rows, row_labels, col_labels, caption):
     h, w, gap, line = h * scale, w * scale, 4, 17
     row_labels = [textwrap.fill(str(t), 20) for t in row_labels or ()]
     col_labels = [textwrap.fill(str(t), w // 8) for t in col_labels or ()]
-    left = gap + max((8 * len(t) for t in "\n".join(row_labels).split("\n") if t), default=0)
+    left = gap + max((9 * len(t) + 8 for t in "\n".join(row_labels).split("\n") if t), default=0)
     picture = np.full((len(cells) * (h + gap), max(map(len, cells)) * (w + gap), 3), 255, np.uint8)
     for i, images in enumerate(cells):
         for j, x in enumerate(images):
