@@ -26,13 +26,14 @@ ROOT = Path(__file__).resolve().parent
 MORE = {"diffae": {"long": ["--recipe=paper"], "scaled": ["--recipe=paper", "--z_scale=3"]},
         "cond_ldm": {"SA": ["--recipe=paper", "--view=SA"]}}
 # What --quick trains on, and how long. script: (what draws the phantoms, how many and how large, flags)
-QUICK = {"diffae": (D.phantom_hearts, dict(subjects=30, size=48), "--steps=60 --draws=2 --S=10"),
+QUICK = {"diffae": (D.phantom_hearts, dict(subjects=30, size=48),
+                    "--steps=20 --batch=16 --S=5 --draws=1 --eval_images=24"),
          "normative": (D.phantom_cohort, dict(subjects=150, patients=40, size=48),
-                       "--steps=60 --draws=2 --S=10"),
+                       "--steps=20 --batch=16 --S=5 --draws=1 --eval_images=24"),
          "cond_ldm": (D.phantom_views, dict(subjects=20, size=64),
-                      "--vq_steps=60 --steps=60 --S=5 --eval_images=24"),
+                      "--vq_steps=40 --steps=40 --batch=8 --S=4 --w=1 --eval_images=24"),
          "ldae": (D.phantom_brains, dict(subjects=24, size=32),
-                  "--ae_steps=40 --ldm_steps=20 --steps=40 --S=5 --eval_images=4")}
+                  "--ae_steps=40 --ldm_steps=20 --steps=40 --batch=4 --S=4 --eval_images=4")}
 
 
 # --------------------------------------------------------------------------------------------------------

@@ -178,7 +178,7 @@ def test_dry_run_lists_the_commands_of_the_four_scripts(capsys, tmp_path, monkey
     assert capsys.readouterr().out.count("\n") == 1
     t.main(["--quick", "--dry-run", "--", "--diffae.steps=7"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 and lines[0].index("--steps=60") < lines[0].index("--steps=7")   # the later counts
+    assert len(lines) == 4 and lines[0].index("--steps=20") < lines[0].index("--steps=7")   # the later counts
 
 
 # ------------------------------------------------------------------------------------ studies
