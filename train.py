@@ -340,7 +340,7 @@ FOLDS = ("All folds together: each subject is tested once, by a run that has not
          "for all. Other numbers are means over the folds, as are the ends of their intervals.")
 CSS = """:root{color-scheme:light dark}body{margin:auto;max-width:72rem;padding:1rem;font:1rem/1.5 system-ui}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.86rem}img{max-width:100%;background:#fff}
-th,td{padding:.3rem .6rem .3rem 0;min-width:6rem;text-align:left;vertical-align:top;
+th,td{padding:.3rem .4rem .3rem 0;min-width:6rem;text-align:left;vertical-align:top;
 border-bottom:1px solid #8886}"""
 
 
