@@ -419,7 +419,8 @@ def report(args, runs, done, failures):
     for script, found in seeds.items():
         blocks += system(script, [run for run in runs if run.script == script], found)
     rows = [[run.out.name, r["device"], f"{r['seconds'] / 60:.1f}", M.number(r["memory_gb"]),
-             r["git"] or "unknown", shlex.join(run.command)] for run in runs if (r := done.get(run.out.name))]
+             r["git"] or "unknown", shlex.join(["python", *run.command[1:]])]
+            for run in runs if (r := done.get(run.out.name))]
     head = ["run", "device", "minutes, last start", "GB at most", "commit", "command"]
     blocks += [("h2", "Runs"), ("table", "", head, rows)]
     for name, text in zip(("RESULTS.md", "report.html"), pages(blocks)):

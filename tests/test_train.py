@@ -219,7 +219,8 @@ def test_the_report_sets_both_recipes_side_by_side(stubs, tmp_path):
     assert " | ".join(["| recon_ssim > recon_ssim.vae", *verdicts]) in text and "<td>".join(verdicts) in page
     assert "<td>recon_ssim ↑<td>0.910 ± 0.014 [0.900, 0.920]<td>0.810 ± 0.014 [0.800, 0.820]" in page
     assert "does it <count> & stop?" in text and "does it &lt;count&gt; &amp; stop?" in page
-    assert "--recipe=paper --seed=1 --out=out/diffae_paper_s1" in text
+    assert "python diffae.py --recipe=paper --seed=1 --out=out/diffae_paper_s1" in text
+    assert sys.executable not in text       # no path of this machine
     assert not re.search(r'(src|href)="(?!data:)|<script', page)        # it needs no other file
 
 
