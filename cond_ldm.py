@@ -601,7 +601,7 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
         M.warn_if_edited(cfg, __file__)
     if step >= steps:
         return ema, step
-    if cfg.init and not step:
+    if cfg.init and not step and "prior" not in name:       # a prior belongs to the codes of its own run
         other = Path(cfg.init, f"{name}.pt")
         weights, _ = D.averaged_weights(other)
         D.load_weights(other, "ema", weights, model)
@@ -663,7 +663,9 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
                 watch(ema)
         if bar.disable and rank == 0 and (due or time.perf_counter() - said > 20):      # no terminal
             said = time.perf_counter()
-            print(f"{name}: step {step} of {steps}, loss {loss:.4f}, {speed:.4g} images/s", flush=True)
+            left = (steps - step) * cfg.batch / speed
+            print(f"{name}: step {step} of {steps}, loss {loss:.4f}, {speed:.4g} images/s, {left:.0f} s left",
+                  flush=True)
         seen, since, began = [], step, time.perf_counter()
         if stop:
             break
@@ -956,7 +958,7 @@ def main(argv):
         D.fail(f"--size {cfg.size}, --patch {cfg.patch}, --S {cfg.S}, --channels, --unet, --groups or "
                f"--inception: no such network ({str(e).splitlines()[0]})")
     held = M.lock(out) if rank == 0 else None           # until the process ends
-    path = cfg.data or str(out / "views.h5")
+    path = D.phantom_path(cfg, "views.h5")
     if rank == 0 and not cfg.data and not os.path.exists(path):
         D.phantom_views(path, subjects=100, size=cfg.size)
     if world > 1:
@@ -982,7 +984,7 @@ def main(argv):
         if cfg.init:
             M.known_part(cfg.init, data.subject[part == "test"])
         print(f"cond_ldm: preset {cfg.preset}, recipe {cfg.recipe}, {device}, torch {torch.__version__}\n"
-              f"data: {data.path} at {cfg.size}x{cfg.size}; {count}\n"
+              f"data: {data.path} at {cfg.size}x{cfg.size}; subjects: {D.in_words(count)}\n"
               f"out: {out}; stop at any time, the same command goes on", flush=True)
 
     train, val = np.flatnonzero(part == "train"), np.flatnonzero(part == "val")

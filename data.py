@@ -18,6 +18,7 @@
     label    (N,) int >= 0         classes; attr label_names
     age sex session time event     years, text, months, days > 0, 0/1;  NaN and "" are missing
     split    (N,) train/val/test   else made by split()
+    path     (N,) text             the file that the row came from
     view phase slice  (N,) ints    cine: 0 SA, 1 LA;  0 ED, 1 ES;  from base or apex, as scanned
     anything else (N,) numeric is a probe target; factor_* are the known causes of a phantom
 """
@@ -196,6 +197,19 @@ def mix(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
+def phantom_path(cfg, name):
+    """--data, or OUT/name, where a run without it keeps phantoms. Exits if OUT holds a run of other data."""
+    path = os.path.join(cfg.out, name)
+    if not cfg.data and not os.path.exists(path) and os.path.exists(os.path.join(cfg.out, "config.json")):
+        fail(f"--out {cfg.out}: holds a run of other data than phantoms; give its --data, or another --out")
+    return cfg.data or path
+
+
+def in_words(count):
+    """{"train": 70, "test": 20} -> "70 train, 20 test"."""
+    return ", ".join(f"{n} {part}" for part, n in count.items())
+
+
 def describe(data, part):
     """-> {"train": number of subjects, "val": .., "test": ..}; what a checkpoint must agree on about the
     data: nobody it was trained on may be tested on, whatever the split is now."""
@@ -274,11 +288,11 @@ def read_checkpoint(path, config, defaults, may_change):
         # Keys that only the checkpoint has are of fields that Config had once. Nobody can set these today,
         # and if they changed the network, then load_into finds other shapes.
         was = {k: list(v) if isinstance(v, tuple) else v for k, v in {**defaults, **state["config"]}.items()}
-        differ = [f"{k} {was.get(k)!r} -> {v!r}" for k, v in config.items()
-                  if k not in may_change and was.get(k) != v]
+        differ = [f"{k} {was.get(k)!r} -> {v!r}" if k in defaults else f"other {k.replace('_', ' ')}"
+                  for k, v in config.items() if k not in may_change and was.get(k) != v]
         if differ:
-            fail(f"{path}: made by another run ({', '.join(differ)}); choose another --out, or delete the "
-                 "file")
+            data = was.get("data") or "phantoms"
+            fail(f"{path}: made by another run, of {data} ({', '.join(differ)}); choose another --out")
     return state
 
 
@@ -525,7 +539,7 @@ class Dataset:
 
 
 PIXELS = ("image", "mask")
-TEXTS = ("subject", "sex", "split")
+TEXTS = ("subject", "sex", "split", "path")
 KNOWN = (*PIXELS, *TEXTS, "label", "age", "session", "time", "event")
 
 
@@ -643,10 +657,11 @@ def load(path, size=None, max_gb=4.0):
             if its != others:
                 fail(f"{p}: {what} {its} but {others} in {paths[0]}; all files need the same")
     if size and len(shape) == 3:
-        fail(f"{path}: image: volumes of {shape}, but slices are needed; cut the scans with `python data.py "
-             "images FOLDER_OR_CSV OUT.h5 --slice axial:mid`")
-    if size and shape[0] != shape[1]:
-        print(f"{path}: images of {shape[0]}x{shape[1]} are padded to squares and resized to {size}x{size}")
+        fail(f"{path}: image: volumes of {shape}, but slices are needed; ldae.py takes volumes, and `python "
+             "data.py images FOLDER_OF_SCANS OUT.h5 --slice axial:mid` cuts slices of NIfTI files")
+    if size and shape != (size, size):
+        padded = "padded to squares and " if shape[0] != shape[1] else ""
+        print(f"{path}: images of {shape[0]}x{shape[1]} are {padded}resized to {size}x{size}; see --size")
     size = None if shape == (size, size) else size
     columns = {k: np.concatenate([c[k] for c, _ in parts]) for k in first if k not in PIXELS}
     subject, split = columns.pop("subject"), columns.pop("split", None)
@@ -870,8 +885,8 @@ def write_as_read(out, shape, found, columns, attrs):
     """Write schema v1 while its images are found -> number of subjects, of images.
 
     found: (row of columns, (n,*shape) uint8, numbers of these n slices in their volume), for n >= 0."""
-    if os.path.lexists(out) and not (os.path.isfile(out) and h5py.is_hdf5(out)):
-        fail(f"{out}: is there and is no HDF5 file; choose another name")
+    if not out.endswith((".h5", ".hdf5")) or os.path.lexists(out) and not h5py.is_hdf5(out):
+        fail(f"{out}: expected the name of a new or an HDF5 file, as out.h5")
     kept, slices = [], []
     with replacing(out) as part, h5py.File(part, "w") as file:
         pixels = file.create_dataset("image", (0, *shape), np.uint8, maxshape=(None, *shape),
@@ -1936,12 +1951,15 @@ PLANES = ("axial", "coronal", "sagittal")
 def table_columns(path, table, one_each=True):
     """DataFrame of texts -> {name: (n,) array of the schema}, label names, by the rules of check_column.
 
-    The texts of diagnosis become label: 0 is healthy, the others are sorted and count from 1. Fails, naming
-    the line, on a value that its column cannot hold and, if one_each, on a repeated subject and session."""
+    The texts of diagnosis become label: healthy, if there is such a row, is 0; the others follow, sorted.
+    Fails, naming the line, on a value that its column cannot hold and, if one_each, on a repeated subject and
+    session."""
     columns, names = {}, []
     if "diagnosis" in table and "label" not in table:
         text = table["diagnosis"].str.upper()
-        names = ["healthy", *sorted(set(text.dropna()) - HEALTHY)]
+        for line in table.index[text.isna()]:
+            fail(f"{path}: line {line}: diagnosis: missing; every row needs one, such as healthy")
+        names = ["healthy"] * bool(set(text) & HEALTHY) + sorted(set(text) - HEALTHY)
         table = table.assign(label=text.map(dict.fromkeys(HEALTHY, 0) | {t: k for k, t in enumerate(names)}))
     if "event" in table and "time" in table:      # the healthy rows of a cohort may have no follow-up
         table = table.assign(event=table["event"].mask(table["time"].isna(), "0"))
@@ -1979,6 +1997,7 @@ def list_table(path, one_each=True):
         fail(f"{path}: line {line}: path: {table['path'][line]} is listed twice; keep one of these lines")
     files = {f"line {line}: {name}": os.path.join(os.path.dirname(path), name)
              for line, name in table["path"].fillna("").items()}
+    columns["path"] = table["path"].fillna("").str[-200:].to_numpy(str)
     return files, columns, {"licence": "as the source's"} | ({"label_names": names} if names else {})
 
 
@@ -2057,7 +2076,8 @@ def list_images(root):
     print(f"{root}: {len(files)} images; {others} are passed over")
     subjects = [name.split(os.sep)[0] if os.sep in name else
                 re.match(r"(.[^_]*?)(_|(\.nii)?\.\w+$)", name, re.S | re.I)[1] for name in files]
-    columns = {"subject": check_column(root, "subject", np.array(subjects), list(files))}
+    columns = {"subject": check_column(root, "subject", np.array(subjects), list(files)),
+               "path": np.array([name[-200:] for name in files])}
     return files, columns, {"licence": "as the source's"}
 
 
@@ -2108,6 +2128,8 @@ def images(path, out, size=128, spacing=0.0, slice="axial:all"):
         fail(f"--slice {slice}: expected axial, coronal or sagittal, then :all, :mid or as :20:40")
     if not (16 <= size <= 4096 and 0 <= spacing <= 100):
         fail(f"--size {size}, --spacing {spacing}: expected 16 to 4096 pixels, and 0 to 100 mm")
+    if not os.path.exists(path):
+        fail(f"{path}: no such folder or CSV")
     root = os.path.join(os.path.realpath(path), "") if os.path.isdir(path) else ""
     files, columns, attrs = list_images(path) if root else list_table(path, one_each=False)
     cases, subject = list(files), columns["subject"]
@@ -2120,7 +2142,7 @@ def images(path, out, size=128, spacing=0.0, slice="axial:all"):
         if not file.startswith(root):
             raise ValueError("a link that leads out of the folder")
         if not os.path.isfile(file):        # a pipe would block
-            raise ValueError("no such file")
+            raise ValueError("no such file" + " beside the CSV" * (not root))
         if not case.lower().endswith(NIFTI):
             return 0.0
         return np.delete(np.prod(upright(file, header_only=True), 0), PLANES.index(plane)).max()
@@ -2156,7 +2178,7 @@ def images(path, out, size=128, spacing=0.0, slice="axial:all"):
     if spacing and not known:
         fail(f"--spacing {spacing}: no file of {path} tells its mm, only NIfTI's headers do")
     spacing = spacing or float(np.median(known or [0])) / size
-    attrs |= {"source": f"python data.py images --slice {slice}"}
+    attrs |= {"source": f"python data.py images {os.path.basename(path)} --slice {slice}"}
     attrs |= {"spacing_mm": [spacing] * 2} if len(known) == len(views) else {}
     people, n = write_as_read(out, (size, size), frames(), columns, attrs)
     for what, some in (+count).items():
@@ -2178,8 +2200,10 @@ def summary(path):
     part = split(data)
     people = {p: len(np.unique(data.subject[part == p])) for p in ("train", "val", "test")}
     print(f"{path}: {len(np.unique(data.subject))} subjects, {len(data)} images of "
-          f"{' x '.join(map(str, data.image.shape[1:]))}; with a mask: {data.mask is not None}")
+          f"{' x '.join(map(str, data.image.shape[1:]))}; {'no ' * (data.mask is None)}masks")
     for name, x in data.columns.items():
+        if name == "path":
+            continue
         if x.dtype.kind == "U" or name == "label":
             names = dict(enumerate(data.label_names)) if name == "label" else {"": "missing"}
             values = zip(*np.unique(x, return_counts=True))

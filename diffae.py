@@ -533,7 +533,7 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
         M.warn_if_edited(cfg, __file__)
     if step >= steps:
         return ema, step
-    if cfg.init and not step:
+    if cfg.init and not step and "prior" not in name:       # a prior belongs to the codes of its own run
         other = Path(cfg.init, f"{name}.pt")
         weights, _ = D.averaged_weights(other)
         D.load_weights(other, "ema", weights, model)
@@ -595,7 +595,9 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
                 watch(ema)
         if bar.disable and rank == 0 and (due or time.perf_counter() - said > 20):      # no terminal
             said = time.perf_counter()
-            print(f"{name}: step {step} of {steps}, loss {loss:.4f}, {speed:.4g} images/s", flush=True)
+            left = (steps - step) * cfg.batch / speed
+            print(f"{name}: step {step} of {steps}, loss {loss:.4f}, {speed:.4g} images/s, {left:.0f} s left",
+                  flush=True)
         seen, since, began = [], step, time.perf_counter()
         if stop:
             break
@@ -655,7 +657,8 @@ def preview(cfg, loader):
         noise = torch.randn(x0.shape, generator=torch.Generator(x0.device).manual_seed(0), device=x0.device)
         rows = [x0, decode(ema, encode_noise(ema, x0, z), z), decode(ema, noise, z)]
         M.grid(Path(cfg.out, "preview.png"), [M.to_image(x) for x in rows],
-               ["image", "z_sem + x_T", "z_sem, random x_T"], [], "Validation images at the last save.")
+               ["image", "z_sem + x_T", "z_sem, random x_T"], [],
+               "Validation images, before training or at the last save. Row 2 looks good even untrained.")
     return watch
 
 
@@ -695,16 +698,17 @@ def evaluate(cfg, data, part, models, prior, device):
     # What is read from the codes of all test images, by a linear probe fitted to the training patients
     all_codes = {row: code.cpu().numpy() for row, code in codes.items()}
     all_codes["pca"] = M.pca_codes(data, train, cfg.z_dim)
-    axis, y = None, data.columns.get(cfg.target, np.zeros(len(data)))
-    M.save_codes(out / "codes.csv", data.subject, part, all_codes[""])
+    axis = None
+    M.save_codes(out / "codes.csv", data, part, all_codes[""])
     try:
-        table, probes = M.predict(all_codes, y, part, data.subject, cfg.seed)
+        table, probes = M.predict(all_codes, data.columns.get(cfg.target), part, data.subject, cfg.seed)
     except ValueError as e:
-        print(f"no probe of {cfg.target}: {e}; choose another column with --target")
+        print(f"no probe of {cfg.target}: {e}; --target names another column")
     else:
         metrics |= M.probe_numbers(table)
         M.save_predictions(out / "predictions.csv", {("probe", cfg.target): table})
-        M.save_probes(out / "probes.json", {"probe": (cfg.target, table, probes[""])}, all_codes[""][train])
+        M.save_probes(out / "probes.json", {"probe": (cfg.target, table, probes[""])}, all_codes[""][train],
+                      data.label_names)
         axis = torch.as_tensor(M.direction(probes[""], all_codes[""][train]), dtype=z.dtype, device=device)
     metrics |= M.factor_numbers(all_codes, data.columns, part, data.subject, cfg.seed)
 
@@ -736,7 +740,7 @@ def edits(out, model, x_T, z, axis):
     if axis is not None:
         moved = {f"{k:+d} SD": M.to_image(decode(model, x_T, z + k * axis)) for k in (-4, -2, -1, 0, 1, 2, 4)}
         M.grid(out / "manipulation.png", list(moved.values()), list(moved), [],
-               "z_sem moved along the probe, in SDs of the training codes; x_T kept. A column a patient.")
+               "A column per patient. z_sem moved along the probe, + towards its class 1, in SDs; x_T kept.")
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -764,13 +768,15 @@ def apply(out, path, device):
     loader = D.Loader({"image": data.image}, cfg.device)
     part = M.known_part(out, data.subject)
     z = semantic_codes(model, loader)
-    M.save_codes(folder / "codes.csv", data.subject, part, z)
+    M.save_codes(folder / "codes.csv", data, part, z)
     metrics = M.apply_probes(out, folder, data, part, z)
 
-    images = []
+    images, sd_error = [], []
     for rows in tqdm(np.array_split(np.arange(len(data)), len(data) // 64 + 1), "reconstruct", unit="batch"):
         x0 = loader.batch(rows)["image"]
-        images.append(M.to_image(decode(model, encode_noise(model, x0, z[rows]), z[rows])))
+        x_T = encode_noise(model, x0, z[rows])
+        images.append(M.to_image(decode(model, x_T, z[rows])))
+        sd_error.append(M.to_numpy((x_T.std((1, 2, 3)) - 1).abs()))
     images, few = np.concatenate(images), M.evenly(np.arange(len(data)), 8)
     D.write(folder / "reconstructions.h5", [dict(image=D.to_uint8(255 * images), subject=data.subject)],
             dict(source=f"z_sem + x_T of {path} by the model in {out}"))
@@ -779,12 +785,14 @@ def apply(out, path, device):
     M.grid(folder / "reconstructions.png", [data.image[few] / 255, images[few], M.to_image(alone)],
            ["image", "z_sem + x_T", "z_sem, random x_T"], list(data.subject[few]), f"Images of {path}.")
     metrics |= M.image_numbers("recon", {"": images}, data.image[np.arange(len(data))] / 255, data.subject)
+    sd_error = np.concatenate(sd_error)
+    metrics["x_T_sd_error"] = M.row_of(np.mean, data.subject, sd_error, better="lower")
     n = {p: len(np.unique(data.subject[part == p])) for p in np.unique(part).tolist()}
     seconds = time.perf_counter() - began
     M.save_results(folder / "results.json", "diffae --apply", path, n, seconds, dataclasses.asdict(cfg),
                    metrics, cfg.device)
     print(M.table(metrics, SHOWN, ROWS))
-    print(f"{len(data)} images of {n} subjects, {seconds:.0f} s: {folder}/")
+    print(f"{len(data)} images; subjects: {D.in_words(n)}, {seconds:.0f} s: {folder}/")
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -817,9 +825,9 @@ def main(argv):
         if cfg.size < 11 or any(x.shape != x0.shape for x in images):
             raise ValueError(f"--size {cfg.size} is below 11 or cannot be halved as often as the levels ask")
     except (ValueError, RuntimeError, OverflowError) as e:
-        D.fail(f"no such network or sampler: {e}")
+        D.fail(f"--size {cfg.size}, --patch, --mult, --enc_mult, --groups, --S: do not fit each other ({e})")
     held = M.lock(out) if rank == 0 else None           # until the process ends
-    path = cfg.data or str(out / "hearts.h5")
+    path = D.phantom_path(cfg, "hearts.h5")
     if rank == 0 and not cfg.data and not os.path.exists(path):
         D.phantom_hearts(path)
     if world > 1:
@@ -831,7 +839,7 @@ def main(argv):
         if cfg.init:
             M.known_part(cfg.init, data.subject[part == "test"])
         print(f"diffae: preset {cfg.preset}, recipe {cfg.recipe}, {device}, torch {torch.__version__}\n"
-              f"data: {data.path} at {cfg.size}x{cfg.size}; subjects: {count}\n"
+              f"data: {data.path} at {cfg.size}x{cfg.size}; subjects: {D.in_words(count)}\n"
               f"out: {out}; stop at any time, the same command goes on", flush=True)
 
     rows = [np.flatnonzero(part == p) for p in ("train", "val")]

@@ -22,6 +22,7 @@ Latents are never clipped: standardised latents are not bounded by 1, and clippi
 `--recipe paper` trains as published, but the adversarial loss warms up, and LPIPS and the ImageNet weights of
 the encoder are left out (both need a download), and DDIM ends at level -1 where PDAE ends at 0.
 `--recipe ours`, the default, differs:
+- gan 0.0025: at the paper's 0.025 a short stage A learns to please the discriminator first;
 - predict v, t_power 0.25: PDAE's weights hardly train high noise levels, and only there must z_sem decide;
 - spatial: brains are registered, so a place means something. Latents are standardised place by place, the
   encoder sees the deviation from the mean brain and flattens its feature maps where the paper averages
@@ -67,6 +68,7 @@ class Config:
     ae_mult: tuple = (1, 2, 2, 2)         # channels per level, in units of ae_base; sides are halved between
     z_ch: int = 3             # channels of the latent
     disc_base: int = 64       # discriminator: channels of the first layer
+    gan: float = 0.0025       # weight of the adversarial loss; paper: 0.025
     # stages B and C
     base: int = 256           # channels of the first level
     mult: tuple = (1, 2, 3)   # channels per level, in units of base
@@ -102,7 +104,7 @@ PRESETS = {
 }
 RECIPES = {
     "ours": {},
-    "paper": dict(predict="eps", t_power=1.0, spatial=False),
+    "paper": dict(predict="eps", t_power=1.0, spatial=False, gan=0.025),
 }
 # A run may go on in the same folder with other values of these. All other settings need another --out.
 MAY_CHANGE = {"data", "test", "out", "apply", "preset", "device", "target", "steps", "save_every", "S",
@@ -567,9 +569,9 @@ class Autoencoder(nn.Module):
         # A tenth of the steps without the adversarial loss; in the next tenth its weight grows to 1.
         warm = (10 * self.step / self.cfg.ae_steps - 1).clamp(0, 1)
         self.step += self.training
-        # The weights are the paper's. Adam divides the discriminator's out again, but gradients are clipped
-        # together: with weight 1 only the discriminator's would be left.
-        return (recon - x).abs().mean() + 1e-7 * kl + 0.025 * (warm * fool + judge)
+        # Adam divides the discriminator's weight out again, but gradients are clipped together: with weight 1
+        # only the discriminator's would be left.
+        return (recon - x).abs().mean() + 1e-7 * kl + self.cfg.gan * (warm * fool + judge)
 
 
 class Unconditional(nn.Module):
@@ -752,7 +754,7 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
         M.warn_if_edited(cfg, __file__)
     if step >= steps:
         return ema, step
-    if cfg.init and not step:
+    if cfg.init and not step and "prior" not in name:       # a prior belongs to the codes of its own run
         other = Path(cfg.init, f"{name}.pt")
         weights, _ = D.averaged_weights(other)
         D.load_weights(other, "ema", weights, model)
@@ -814,7 +816,9 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
                 watch(ema)
         if bar.disable and rank == 0 and (due or time.perf_counter() - said > 20):      # no terminal
             said = time.perf_counter()
-            print(f"{name}: step {step} of {steps}, loss {loss:.4f}, {speed:.4g} images/s", flush=True)
+            left = (steps - step) * cfg.batch / speed
+            print(f"{name}: step {step} of {steps}, loss {loss:.4f}, {speed:.4g} images/s, {left:.0f} s left",
+                  flush=True)
         seen, since, began = [], step, time.perf_counter()
         if stop:
             break
@@ -957,12 +961,11 @@ def evaluate(cfg, data, part, loader, models, prior, device):
     # What a linear probe reads from the codes of all test scans: the target, age, on phantoms known factors.
     all_codes = {row: code.cpu().numpy() for row, code in codes.items()}
     all_codes["pca"] = M.pca_codes(data, train, cfg.z_dim)
-    M.save_codes(out / "codes.csv", data.subject, part, all_codes[""])
+    M.save_codes(out / "codes.csv", data, part, all_codes[""])
     probes = {}
     for key, column in (("age", "age"), ("probe", cfg.target)):
-        y = data.columns.get(column, np.zeros(len(data)))
         try:
-            table, fitted = M.predict(all_codes, y, part, data.subject, cfg.seed)
+            table, fitted = M.predict(all_codes, data.columns.get(column), part, data.subject, cfg.seed)
         except ValueError as e:
             print(f"no probe of {column}: {e}")
         else:
@@ -970,7 +973,7 @@ def evaluate(cfg, data, part, loader, models, prior, device):
             probes[key] = column, table, fitted[""]
     if probes:
         M.save_predictions(out / "predictions.csv", {(k, column): t for k, (column, t, _) in probes.items()})
-        M.save_probes(out / "probes.json", probes, all_codes[""][train])
+        M.save_probes(out / "probes.json", probes, all_codes[""][train], data.label_names)
     metrics |= M.factor_numbers(all_codes, data.columns, part, data.subject, cfg.seed)
 
     first = everything[np.unique(data.subject[everything], return_index=True)[1]]    # of each subject
@@ -1140,7 +1143,7 @@ def apply(out, path, device):
     folder.mkdir(parents=True, exist_ok=True)
     loader, part = D.Loader({"image": data.image}, cfg.device), M.known_part(out, data.subject)
     z = codes_of(model, loader)
-    M.save_codes(folder / "codes.csv", data.subject, part, z)
+    M.save_codes(folder / "codes.csv", data, part, z)
     metrics = M.apply_probes(out, folder, data, part, z)
 
     images, ldm = [], model.ldm.net
@@ -1160,7 +1163,7 @@ def apply(out, path, device):
     M.save_results(folder / "results.json", "ldae --apply", path, n, seconds, dataclasses.asdict(cfg),
                    metrics, cfg.device)
     print(M.table(metrics, SHOWN, ROWS))
-    print(f"{len(data)} volumes of {n} subjects, {seconds:.0f} s: {folder}/")
+    print(f"{len(data)} volumes; subjects: {D.in_words(n)}, {seconds:.0f} s: {folder}/")
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -1206,7 +1209,7 @@ def main(argv):
         D.fail(f"--ae_batch {cfg.ae_batch}: must be a multiple of the {world} processes")
     check_networks(cfg)
     held = M.lock(out) if rank == 0 else None           # until the process ends
-    path = cfg.data or str(out / "brains.h5")
+    path = D.phantom_path(cfg, "brains.h5")
     if rank == 0 and not cfg.data and not os.path.exists(path):
         D.phantom_brains(path, size=cfg.size[0])
     if world > 1:
@@ -1229,7 +1232,7 @@ def main(argv):
         if cfg.init:
             M.known_part(cfg.init, data.subject[part == "test"])
         print(f"ldae: preset {cfg.preset}, recipe {cfg.recipe}, {device}, torch {torch.__version__}\n"
-              f"data: {data.path} at {'x'.join(map(str, shape))}; subjects: {count}\n"
+              f"data: {data.path} at {'x'.join(map(str, shape))}; subjects: {D.in_words(count)}\n"
               f"out: {out}; stop at any time, the same command goes on", flush=True)
 
     rows = [np.flatnonzero(part == p) for p in ("train", "val")]

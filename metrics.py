@@ -329,9 +329,11 @@ def direction(model, z):
 
 def predict(codes, y, part, subject, seed=0):
     """Reads y (N,), nan where unknown, from each of the codes {row name, "" is ours: (N,d)} by a linear probe
-    of training rows. -> (table, {row name: fitted probe})
+    of training rows. y None: there is no such column. -> (table, {row name: fitted probe})
     table: a DataFrame with a line per row: subject, row, part, truth, score[.NAME], and, if y is in {0,1},
     cut[.NAME]: the threshold, chosen on validation rows. ValueError: the rows cannot answer."""
+    if y is None:
+        raise ValueError("the data have no such column, so there are no predictions")
     y = to_numpy(y).astype(np.float64)
     train, val = (np.flatnonzero((part == p) & ~np.isnan(y)) for p in ("train", "val"))
     if not np.any((part == "test") & ~np.isnan(y)):
@@ -340,7 +342,8 @@ def predict(codes, y, part, subject, seed=0):
         raise ValueError("the training rows have one value only")
     people, d = len(np.unique(subject[train])), codes[""].shape[1]
     if d >= people:
-        D.warn(f"{d} numbers in a code, {people} training subjects: the penalty alone curbs the probe")
+        D.warn(f"{d} numbers in a code, {people} training subjects: so few that a probe finds what is "
+               "chance, too; trust folds more than one split")
     task = "class" if set(np.unique(y[train])) == {0, 1} else "regression"
     table = pandas.DataFrame({"subject": subject, "row": np.arange(len(y)), "part": part, "truth": y})
     probes = {}
@@ -654,15 +657,21 @@ def save_results(path, script, data, n, seconds, config, metrics, device="cpu"):
 
 # ---- Codes and predictions, as CSV; probes, as JSON --------------------------------------------------------
 
-def save_scores(path, subject, part, columns):
-    """Writes a CSV with a line per image: subject, row, part, and columns {name: (N,)}."""
-    table = pandas.DataFrame({"subject": subject, "row": np.arange(len(subject)), "part": part, **columns})
+def rows_of(data, part):
+    """The first columns of every CSV: subject, row, part (N,), and path if the Dataset has it. -> dict"""
+    path = {"path": data.columns["path"]} if "path" in data.columns else {}
+    return {"subject": data.subject, "row": np.arange(len(data)), "part": part, **path}
+
+
+def save_scores(path, data, part, columns):
+    """Writes a CSV with a line per image: rows_of(data, part), then columns {name: (N,)}."""
+    table = pandas.DataFrame({**rows_of(data, part), **columns})
     write_atomically(path, table.to_csv(index=False, float_format="%.6g").encode())
 
 
-def save_codes(path, subject, part, z):
-    """Writes a CSV with a line per image: subject, row, part, and z0, z1, .. of its code z (N,d)."""
-    save_scores(path, subject, part, {f"z{i}": x for i, x in enumerate(to_numpy(z).T)})
+def save_codes(path, data, part, z):
+    """Writes a CSV with a line per image: rows_of(data, part), then z0, z1, .. of its code z (N,d)."""
+    save_scores(path, data, part, {f"z{i}": x for i, x in enumerate(to_numpy(z).T)})
 
 
 def save_predictions(path, tables):
@@ -681,14 +690,14 @@ def pooled(paths):
     return {k: m for found in numbers for k, m in found.items()}
 
 
-def save_probes(path, probes, z):
+def save_probes(path, probes, z, classes):
     """Writes probes as plain numbers. probes: {key: (target, table, probe)}, the latter two of predict();
-    z: the training codes. score = z @ weights + intercept; axis: see direction()."""
+    z: the training codes; classes: label_names. score = z @ weights + intercept; axis: see direction()."""
     out = {}
     for key, (target, table, model) in probes.items():
         weights, intercept = linear(model)
         out[key] = dict(target=target, weights=weights.tolist(), intercept=intercept,
-                        axis=direction(model, z).tolist())
+                        axis=direction(model, z).tolist(), classes=classes if target == "label" else [])
         out[key] |= dict(cut=float(table["cut"].iloc[0])) if "cut" in table else {}
     write_atomically(path, json.dumps(out).encode())
 
@@ -710,11 +719,15 @@ def apply_probes(out, folder, data, part, z):
     part: of known_part(). -> the numbers of the rows that have a truth and that the run did not learn from"""
     tables, metrics = {}, {}
     for key, p in read_probes(out).items():
-        table = pandas.DataFrame({"subject": data.subject, "row": np.arange(len(data)), "part": part})
+        if p["classes"] and data.label_names and p["classes"] != data.label_names:
+            D.fail(f"{data.path}: label_names {data.label_names}, but the model learned {p['classes']}; a "
+                   "class needs one number")
+        table = pandas.DataFrame(rows_of(data, part))
         table["truth"] = to_numpy(data.columns.get(p["target"], np.full(len(data), np.nan))).astype(float)
         table["score"] = to_numpy(z) @ p["weights"] + p["intercept"]
         if "cut" in p:
             table["cut"] = p["cut"]
+            table["called"] = (table["score"] >= p["cut"]).astype(int)
         tables[key, p["target"]] = table
         unseen = table[~np.isin(part, ["train", "val"])].assign(part="test")
         if unseen["truth"].notna().any():
@@ -846,7 +859,8 @@ def table(metrics, shown, rows, width=100):
     n = sorted({m["n"] for key, m in metrics.items() if key.partition(".")[0] in shown} - {0})
     who = f"{n[0]} to {n[-1]} subjects" if len(n) > 1 else f"{n[0]} subjects" if n else "subjects"
     wald = "; of hazard ratios, Wald's" if any(key.startswith("hr") for key in shown) else ""
-    text.append(f"In brackets: the 95 % interval, by bootstrap over {who}{wald}.")
+    few = " With so few, intervals are too narrow." if n and n[0] < 10 else ""
+    text.append(f"In brackets: the 95 % interval, by bootstrap over {who}{wald}.{few}")
     text.append("↑ higher is better, ↓ lower is better.")
     return "\n".join(text + [f"{words}: {explain(key)}" for key, words in shown.items() if key in metrics])
 
@@ -910,7 +924,7 @@ def grid(path, rows, row_labels, col_labels, caption):
 
 
 def curves(path, logs, keys=("loss",)):
-    """Writes a PNG, one panel per key: every log's value over step (log axis), raw and as a running mean.
+    """Writes a PNG, one panel per key: every log's value over step, pale, and its running mean.
     logs: {label: path of a log.jsonl}. Keys in no record are left out. Nothing to draw: no file."""
     read = {label: read_log(log) for label, log in logs.items()}
     keys = [key for key in keys if any(key in record for log in read.values() for record in log)]
@@ -921,13 +935,13 @@ def curves(path, logs, keys=("loss",)):
         for color, (label, log) in zip(itertools.cycle(COLORS), read.items()):
             value = {r["step"] + 1: r[key] for r in log if isinstance(r.get(key), (int, float))}
             value = pandas.Series(value, dtype=float)
-            mean = value.rolling(max(1, len(value) // 25)).mean()  # a batch's loss is the luck of its t
+            mean = value.rolling(max(5, len(value) // 25), min_periods=1).mean()  # a loss hangs on its t
             axis.plot(value.index, value, color=color, alpha=0.25, linewidth=0.8)
             axis.plot(mean.index, mean, color=color, label=label if len(value) else None)
-        axis.set(xscale="log", xlabel="step", title=key)
+        axis.set(xlabel="step", ylabel=key)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    save_figure(path, figure, "Training: " + ", ".join(keys) + " over steps, raw and as a running mean.")
+    save_figure(path, figure, "Training: " + " and ".join(keys) + " over steps, and the running mean.")
 
 
 def scatter(path, x, y, groups, xlabel, ylabel, caption):

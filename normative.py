@@ -485,7 +485,7 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
         M.warn_if_edited(cfg, __file__)
     if step >= steps:
         return ema, step
-    if cfg.init and not step:
+    if cfg.init and not step and "prior" not in name:       # a prior belongs to the codes of its own run
         other = Path(cfg.init, f"{name}.pt")
         weights, _ = D.averaged_weights(other)
         D.load_weights(other, "ema", weights, model)
@@ -547,7 +547,9 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
                 watch(ema)
         if bar.disable and rank == 0 and (due or time.perf_counter() - said > 20):      # no terminal
             said = time.perf_counter()
-            print(f"{name}: step {step} of {steps}, loss {loss:.4f}, {speed:.4g} images/s", flush=True)
+            left = (steps - step) * cfg.batch / speed
+            print(f"{name}: step {step} of {steps}, loss {loss:.4f}, {speed:.4g} images/s, {left:.0f} s left",
+                  flush=True)
         seen, since, began = [], step, time.perf_counter()
         if stop:
             break
@@ -607,7 +609,8 @@ def preview(cfg, loader):
         noise = torch.randn(x0.shape, generator=torch.Generator(x0.device).manual_seed(0), device=x0.device)
         rows = [x0, decode(ema, encode_noise(ema, x0, z), z), decode(ema, noise, z)]
         M.grid(Path(cfg.out, "preview.png"), [M.to_image(x) for x in rows],
-               ["image", "z_sem + x_T", "z_sem, random x_T"], [], "Validation images at the last save.")
+               ["image", "z_sem + x_T", "z_sem, random x_T"], [],
+               "Validation images, before training or at the last save. Row 2 looks good even untrained.")
     return watch
 
 
@@ -741,9 +744,9 @@ def evaluate(cfg, data, part, models, device):
     reference, tested = np.flatnonzero(part == "val"), np.flatnonzero(part == "test")
     patients = tested[ill[tested]]
     scores, left_out, usual = all_scores(cfg, data, part, models, codes, loader)
-    M.save_codes(out / "codes.csv", data.subject, part, codes[""].cpu())
+    M.save_codes(out / "codes.csv", data, part, codes[""].cpu())
     columns = {"age": age, "ill": ill, **{row or cfg.score: score for row, score in scores.items()}}
-    M.save_scores(out / "scores.csv", data.subject, part, columns)
+    M.save_scores(out / "scores.csv", data, part, columns)
     # All that --apply needs of the healthy reference. Their images are not among it.
     of_healthy = {"z": codes[""][reference].double().cpu().numpy(), "age": age[reference], "usual": usual,
                   "deviates": (left_out[reference] ** 2).mean((1, 2))}
@@ -838,7 +841,7 @@ def apply(out, path, device):
     loader, part = D.Loader({"image": data.image, "age": age}, cfg.device), M.known_part(out, data.subject)
     real, n, g = data.image[np.arange(len(data))] / 255, len(healthy["age"]), torch.Generator(cfg.device)
     z = semantic_codes(model, loader)
-    M.save_codes(folder / "codes.csv", data.subject, part, z)
+    M.save_codes(folder / "codes.csv", data, part, z)
 
     # The reference comes first, the people in question after it: one scale for both.
     left_out = (real - image_of_code(model, z, g.manual_seed(cfg.seed))) / healthy["usual"]
@@ -853,7 +856,7 @@ def apply(out, path, device):
         if ill is not None:
             known = ~np.isnan(ill)
             metrics[f"auroc.{kind}"] = M.row_of(M.auroc, data.subject[known], -beyond[n:][known], ill[known])
-    M.save_scores(folder / "scores.csv", data.subject, part, columns)
+    M.save_scores(folder / "scores.csv", data, part, columns)
 
     typical, twins = age_mean(healthy["z"], healthy["age"], rows), []
     for some in tqdm(np.array_split(np.arange(len(data)), len(data) // 64 + 1), "twins", unit="batch"):
@@ -875,7 +878,7 @@ def apply(out, path, device):
                    dataclasses.asdict(cfg), metrics, cfg.device)
     if metrics:
         print(M.table(metrics, {"auroc": SHOWN["auroc"]}, ROWS))
-    print(f"{len(data)} images of {count} subjects, {seconds:.0f} s: {folder}/")
+    print(f"{len(data)} images; subjects: {D.in_words(count)}, {seconds:.0f} s: {folder}/")
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -928,9 +931,9 @@ def main(argv):
         if cfg.size < 11 or any(x.shape != x0.shape for x in images):
             raise ValueError(f"--size {cfg.size} is below 11 or cannot be halved as often as the levels ask")
     except (ValueError, RuntimeError, OverflowError) as e:
-        D.fail(f"no such network or sampler: {e}")
+        D.fail(f"--size {cfg.size}, --patch, --mult, --enc_mult, --groups, --S: do not fit each other ({e})")
     held = M.lock(out) if rank == 0 else None           # until the process ends
-    path = cfg.data or str(out / "cohort.h5")
+    path = D.phantom_path(cfg, "cohort.h5")
     if rank == 0 and not cfg.data and not os.path.exists(path):
         D.phantom_cohort(path)
     if world > 1:
@@ -943,7 +946,7 @@ def main(argv):
         if cfg.init:
             M.known_part(cfg.init, data.subject[part == "test"])
         print(f"normative: preset {cfg.preset}, recipe {cfg.recipe}, {device}, torch {torch.__version__}\n"
-              f"data: {data.path} at {cfg.size}x{cfg.size}; subjects: {count}\n"
+              f"data: {data.path} at {cfg.size}x{cfg.size}; subjects: {D.in_words(count)}\n"
               f"out: {out}; stop at any time, the same command goes on", flush=True)
 
     arrays = {"image": data.image, "age": data.columns["age"]}

@@ -332,7 +332,7 @@ def test_columns_of_the_table(tmp_path, capsys):
     ("path,subject,time,event\na,b,5,1\na,c,9,\n", ["line 3", "event", "neither 0"]),
     ("path,subject,label\na,b,AD\n", ["line 2", "label", "'AD'", "diagnosis"]),
     ("path,subject,label\na,b,3000000000\n", ["line 2", "label", "2147483647"]),
-    ("path,subject,diagnosis\na,b,AD\na,c,\n", ["line 3: label: nan"]),
+    ("path,subject,diagnosis\na,b,AD\na,c,\n", ["line 3: diagnosis: missing"]),
     ("path,subject,split\na,b,train\na,c,dev\n", ["line 3", "split", "dev"]),
     ("path,subject,session,split\na,b,0,train\na,b,6,test\n", ["more than one part: b"]),
     ("path,subject\nmissing.nii,b\n", ["none of 1", "line 2", "missing.nii: no such file"]),
@@ -458,7 +458,7 @@ def test_images_of_a_table(tmp_path, capsys):
             assert abs(np.argwhere(x > 127).mean(0) - 31.5).max() < 1.1
         assert d.image[4, :, :6].max() == 0 and d.image[4, :, 7:57].max(0).min() > 0
     for flags, words in (({"slice": "axial:-"}, "--slice axial:-"), ({"spacing": np.nan}, "--spacing nan"),
-                         ({"out": str(tmp_path / "a.nii")}, "a.nii: is there and is no HDF5 file")):
+                         ({"out": str(tmp_path / "a.nii")}, "a.nii: expected the name of a new")):
         flags = dict(path=str(tmp_path / "t.csv"), out=str(tmp_path / "new.h5")) | flags
         one_error(capsys, lambda: data.images(**flags), words)
     (tmp_path / "t.csv").write_text("path,subject\na.nii,s\na.nii,t\n")

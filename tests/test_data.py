@@ -564,7 +564,7 @@ def test_a_checkpoint_goes_on_where_it_was(tmp_path, capsys):
     assert data.read_checkpoint(path, {}, {}, ()) is None
     data.save_checkpoint(path, state_of(*first, old=5))
     config = dict(lr=0.1, mult=[1, 2], new=7, wide=[3, 4], steps=9)    # the file lacks new and wide, and has old
-    defaults = dict(new=7, wide=(3, 4), steps=3)
+    defaults = dict(lr=0.5, new=7, wide=(3, 4), steps=3)
     state = data.read_checkpoint(path, config, defaults, {"steps"})
     fresh = trained(steps=0)
     fresh[0].weight.data = fresh[0].weight.data.t().contiguous().t()     # lies in memory the other way round

@@ -213,6 +213,18 @@ def test_direction_recovers_a_planted_shift():
         assert np.allclose(z @ weights + intercept, read(z), atol=1e-9)
 
 
+@dataclasses.dataclass
+class Table:
+    """What metrics.py needs of a Dataset."""
+    subject: object
+    columns: dict
+    label_names: list
+    path: str = "new.h5"
+
+    def __len__(self):
+        return len(self.subject)
+
+
 def study(n=60, seed=0):
     """n subjects x 3 slices; the first number of code "" knows y, "noise" knows nothing."""
     rng = np.random.default_rng(seed)
@@ -308,15 +320,18 @@ def test_folds_are_pooled_and_saved_probes_read_like_the_fitted_ones(tmp_path, c
     assert got["probe_auroc"]["n"] == 60 and {"probe_f1.noise", "probe_auroc_gain.noise"} <= set(got)
 
     # New data: the saved probe reads what the fitted one does, and nobody who was trained on is counted.
-    M.save_probes(tmp_path / "probes.json", {"probe": ("label", table, probes[""])}, codes[""])
-    M.save_codes(tmp_path / "codes.csv", subject, part, codes[""])
-    data = Mock(subject=np.append(subject, "new"), columns={"label": np.append(y, 1)}, __len__=lambda _: len(y) + 1)
+    M.save_probes(tmp_path / "probes.json", {"probe": ("label", table, probes[""])}, codes[""], ["well", "ill"])
+    M.save_codes(tmp_path / "codes.csv", Table(subject, {}, []), part, codes[""])
+    data = Table(np.append(subject, "new"), {"label": np.append(y, 1), "path": np.full(len(y) + 1, "a.png")}, [])
     known = M.known_part(tmp_path, data.subject)
     assert np.array_equal(known, np.append(part, "new")) and "was trained on 30 of these subjects" in capsys.readouterr().err
     numbers = M.apply_probes(tmp_path, tmp_path, data, known, np.append(codes[""], codes[""][:1], 0))
     read = pandas.read_csv(tmp_path / "predictions.csv")
     assert np.allclose(read["score"][:-1], probes[""].decision_function(codes[""]), atol=1e-4)
     assert np.array_equal(read["part"], known) and numbers["probe_auroc"]["n"] == 31
+    assert np.array_equal(read["called"], read["score"] >= table["cut"][0]) and set(read["path"]) == {"a.png"}
+    other = dataclasses.replace(data, label_names=["ill", "well"])
+    one_error(capsys, lambda: M.apply_probes(tmp_path, tmp_path, other, known, codes[""]), "label_names", "ill")
     (tmp_path / "probes.json").write_text('{"probe": {"weights": 3}}')
     one_error(capsys, lambda: M.read_probes(tmp_path), "probes.json", "damaged")
 
