@@ -483,7 +483,7 @@ def test_test_file_is_all_test(tiny, tmp_path, capsys):
                               label=np.repeat([0, 1, 0, 1], 2), has_infarct=np.repeat([0, 1, 0, 1], 2))], {})
     main("--data", tiny, "--test", other, "--out", out, *FLAGS, "--steps=2")
     assert json.loads((out / "results.json").read_text())["n"] == {"train": 10, "val": 2, "test": 4}
-    assert "training_subjects" in error_of(capsys, "--data", tiny, "--out", out, *FLAGS, "--steps=2")
+    assert "training subjects" in error_of(capsys, "--data", tiny, "--out", out, *FLAGS, "--steps=2")
 
 
 def test_one_class_only_skips_the_probe(tmp_path, capsys):

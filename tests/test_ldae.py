@@ -170,9 +170,9 @@ def test_each_network_gets_its_own_adversarial_gradient():
     mean, logvar = ae.posterior(x)
     recon = ae.decode(mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=g.manual_seed(3)))
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3, 4)).mean()
-    loss = (recon - x).abs().mean() + 1e-7 * kl + 0.025 * (ae.discriminator(recon) - 1).square().mean()
+    loss = (recon - x).abs().mean() + 1e-7 * kl + m.Config.gan * (ae.discriminator(recon) - 1).square().mean()
     real, fake = ae.discriminator(x), ae.discriminator(recon.detach())
-    judge = 0.025 * ((real - 1).square().mean() + fake.square().mean()) / 2
+    judge = m.Config.gan * ((real - 1).square().mean() + fake.square().mean()) / 2
     judged = list(ae.discriminator.parameters())
     others = [*ae.encoder.parameters(), *ae.decoder.parameters()]
     for mine, params in ((loss, others), (judge, judged)):
@@ -185,7 +185,7 @@ def test_adversarial_warm_up_is_a_function_of_the_step():
     ae.adversarial = lambda x, recon: (torch.tensor(1e4), torch.tensor(0.0))
     for _ in range(6):
         seen.append(ae({"image": batch()["image"]}, g.manual_seed(0)).item())
-    assert (np.array(seen) - seen[0]) / 1e4 / 0.025 == pytest.approx([0, 0, 0, .5, 1, 1], abs=1e-3)
+    assert (np.array(seen) - seen[0]) / 1e4 / m.Config.gan == pytest.approx([0, 0, 0, .5, 1, 1], abs=1e-3)
     ae.eval()({"image": batch()["image"]}, g)
     assert ae.step == 6                              # evaluation does not count
 
@@ -275,7 +275,7 @@ def test_stages_a_and_b_serve_another_encoder(finished, tiny, capsys, tmp_path, 
     state["ema"] = {k: v + 0.01 if v.is_floating_point() else v for k, v in state["ema"].items()}
     torch.save(state, tmp_path / "ckpt_A.pt")
     message = error_of(capsys, *command)
-    assert "ckpt_B.pt" in message and "stage_A" in message
+    assert "ckpt_B.pt" in message and "stage A" in message
 
 
 def test_paper_recipe_reads_disease_against_health(tmp_path):
