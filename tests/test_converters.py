@@ -6,6 +6,7 @@ import tracemalloc
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 from PIL import Image
 
@@ -433,6 +434,13 @@ def test_slices_of_a_volume_stand_upright(tmp_path, axes):
         assert d.attrs["spacing_mm"] == [2.0, 2.0]
 
 
+def test_two_diagnoses_are_class_0_and_class_1():
+    for texts, classes in ((["DCM", "HCM"], [0, 1]), (["1", "0"], [1, 0]), (["Yes", "no"], [1, 0]), (["AD", "CN"], [1, 0])):
+        table = pandas.DataFrame(dict(path=["a.png", "b.png"], subject=["a", "b"], diagnosis=texts))
+        columns, names = data.table_columns("t.csv", table)
+        assert columns["label"].tolist() == classes and len(names) == 2
+
+
 def test_images_of_a_table(tmp_path, capsys):
     """NIfTI keeps its mm whatever its pixels, a picture fills the frame; slices have their line's columns."""
     for name, shape, zooms in (("a.nii", (90, 70), (1.0, 1.4)), ("b.nii", (60, 40), (2.0, 3.0))):
@@ -449,6 +457,7 @@ def test_images_of_a_table(tmp_path, capsys):
         said = capsys.readouterr().out
         assert d.subject.tolist() == ["s1"] * 4 + ["s2"] and d.columns["dose"].tolist() == [1, 1, 3, 3, 2]
         assert d.columns["label"].tolist() == [1, 1, 0, 0, 0] and d.label_names == ["healthy", "AD"]
+        assert d.columns["path"].tolist() == ["a.nii"] * 2 + ["b.nii"] * 2 + ["c.npy"]
         for text in ("line 5: flat.npy: 20 x 50", "line 6: nan.npy: NaN", "line 7: rgb.npy: float64 (9,",
                      "3 images that are not square were", "2 images of one grey value were left out"):
             assert text in said

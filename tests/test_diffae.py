@@ -425,7 +425,7 @@ def test_the_commands_of_the_readme(tmp_path, monkeypatch):
         small = " ".join(["", *FLAGS]) if line == train else " --device=cpu" if line == use else ""
         subprocess.run([sys.executable, *f"{ROOT}/{line}{small}".split()], check=True, env=ENV, capture_output=True)
     codes = pandas.read_csv("out/mine/apply/other/codes.csv")
-    assert len(codes) == 20 and set(codes["part"]) == {"new"} and codes["subject"].nunique() == 2
+    assert codes["path"][0] == "other00_0.png" and len(codes) == 20 and set(codes["part"]) == {"new"} and codes["subject"].nunique() == 2
     assert (tmp_path / "out/mine/apply/other/reconstructions.h5").exists()
 
     hearts = dict(image=images(24), subject=np.repeat([f"p{i:02d}" for i in range(12)], 2),
