@@ -840,6 +840,7 @@ def main(argv):
             M.known_part(cfg.init, data.subject[part == "test"])
         print(f"diffae: preset {cfg.preset}, recipe {cfg.recipe}, {device}, torch {torch.__version__}\n"
               f"data: {data.path} at {cfg.size}x{cfg.size}; subjects: {D.in_words(count)}\n"
+              f"trains the autoencoder and the VAE, {cfg.steps} steps each, and a prior; evaluates\n"
               f"out: {out}; stop at any time, the same command goes on", flush=True)
 
     rows = [np.flatnonzero(part == p) for p in ("train", "val")]
