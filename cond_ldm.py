@@ -985,7 +985,7 @@ def main(argv):
             M.known_part(cfg.init, data.subject[part == "test"])
         print(f"cond_ldm: preset {cfg.preset}, recipe {cfg.recipe}, {device}, torch {torch.__version__}\n"
               f"data: {data.path} at {cfg.size}x{cfg.size}; subjects: {D.in_words(count)}\n"
-              f"trains the VQ-VAE, {cfg.vq_steps} steps, a judge, the diffusion model, {cfg.steps}; evaluates\n"
+              f"trains VQ-VAE, {cfg.vq_steps} steps, a judge, diffusion model, {cfg.steps}; evaluates\n"
               f"out: {out}; stop at any time, the same command goes on", flush=True)
 
     train, val = np.flatnonzero(part == "train"), np.flatnonzero(part == "val")
