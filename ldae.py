@@ -1233,7 +1233,7 @@ def main(argv):
             M.known_part(cfg.init, data.subject[part == "test"])
         print(f"ldae: preset {cfg.preset}, recipe {cfg.recipe}, {device}, torch {torch.__version__}\n"
               f"data: {data.path} at {'x'.join(map(str, shape))}; subjects: {D.in_words(count)}\n"
-              f"trains stage A, {cfg.ae_steps} steps, B, {cfg.ldm_steps}, C and prior, {cfg.steps}; evaluates\n"
+              f"trains stage A: {cfg.ae_steps} steps, B: {cfg.ldm_steps}, C, prior: {cfg.steps}; evaluates\n"
               f"out: {out}; stop at any time, the same command goes on", flush=True)
 
     rows = [np.flatnonzero(part == p) for p in ("train", "val")]
