@@ -806,7 +806,7 @@ SHOWN = {"recon_ssim": "z_sem + x_T, SSIM", "semantic_mean_ssim": "z_sem alone (
          "probe_auroc": "AUROC, slice", "patient_auroc": "AUROC, patient", "probe_f1": "F1, slice",
          "probe_r2": "R2, slice"}
 ROWS = {"": "diffusion autoencoder", "untrained": "the same, untrained", "vae": "VAE", "pca": "PCA",
-        "copy": "next slice of this patient", "constant": "mean training image",
+        "copy": "next slice of patient", "constant": "mean training image",
         "all_positive": "all called positive", "mean": "mean training label"}
 
 
