@@ -520,7 +520,7 @@ def resize(x, size, nearest=False):
     return resample(x, start, (side / size, side / size), size, nearest)
 
 
-@dataclass
+@dataclass(repr=False)
 class Dataset:
     """What a path holds. N rows; image and mask are uint8 (N,H,W) or (N,D,H,W), Rows when too big."""
     path: str
@@ -536,6 +536,14 @@ class Dataset:
 
     def __len__(self):
         return len(self.subject)
+
+    def __repr__(self):
+        return f"<{self.path}: image {self.image.shape}, columns {', '.join(self.columns)}>"
+
+    def question(self, target):
+        """What a probe of `target` tells: "AD from CN" for two named classes, else the column's name."""
+        named = target == "label" and len(self.label_names) == 2
+        return " from ".join(self.label_names[::-1]) if named else target
 
 
 PIXELS = ("image", "mask")

@@ -865,7 +865,7 @@ def main(argv):
     M.save_results(out / "results.json", "diffae", data.path, count, seconds, config, metrics, device)
     print(M.table(metrics, SHOWN, ROWS))
     if "probe_auroc_gain.vae" in metrics:
-        question = f"Does z_sem tell {cfg.target} better than the VAE's code?"
+        question = f"Does z_sem tell {data.question(cfg.target)} better than the VAE's code?"
         print(M.answer(question, "AUROC", metrics["probe_auroc"], metrics["probe_auroc.vae"],
                        metrics["probe_auroc_gain.vae"]))
     print(f"{seconds:.0f} s. Numbers: {out}/results.json. Pictures: {out}/*.png")

@@ -1276,7 +1276,7 @@ def main(argv):
     M.save_results(out / "results.json", "ldae", data.path, count, seconds, config, metrics, device)
     print(M.table(metrics, SHOWN, ROWS))
     if "probe_auroc_gain.untrained" in metrics:
-        question = f"Does z_sem tell {cfg.target} better than the code of the untrained encoder?"
+        question = f"Does z_sem tell {data.question(cfg.target)} better than the untrained encoder's code?"
         print(M.answer(question, "AUROC", metrics["probe_auroc"], metrics["probe_auroc.untrained"],
                        metrics["probe_auroc_gain.untrained"]))
     print(f"{seconds:.0f} s. Numbers: {out}/results.json. Pictures: {out}/*.png")
