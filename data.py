@@ -25,7 +25,7 @@
 import argparse, datetime, difflib, glob, hashlib, inspect, io, os, re, shutil, sys, typing, zipfile
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from types import SimpleNamespace
 from warnings import catch_warnings
@@ -244,6 +244,16 @@ def augment(x, strength, flip, g):
         grid = F.affine_grid(theta, x.shape, align_corners=False)
         x = F.grid_sample(x, grid, mode="bicubic", padding_mode="border", align_corners=False)
     return x.clamp(-1, 1)
+
+
+def moved(x, cfg, g):
+    """Images (B,1,H,W), randomly moved: augment(), or in the wall's frame turned around and mirrored. -> like x"""
+    if getattr(cfg, "frame", "image") != "wall":        # diffae.py alone has frames
+        return augment(x, cfg.augment, cfg.flip, g)
+    x, n = augment(x, 0, True, g), x.shape[3]
+    turn = torch.randint(n, (len(x), 1), generator=g, device=g.device)
+    column = (turn + torch.arange(n, device=g.device)) % n
+    return x.gather(3, column[:, None, None].expand(x.shape))
 
 
 def save_checkpoint(path, state):
@@ -748,16 +758,67 @@ def split(data, seed=0, fractions=(0.7, 0.1, 0.2), fold=""):
     return part[row_of]
 
 
-def load_study(path, test="", size=None, seed=0, fractions=(0.7, 0.1, 0.2), fold=""):
+def wall_borders(mask, angles):
+    """Walks outwards from the centre of the cavity. mask (H,W): 1 cavity, 2 wall, 0 others; angles (n,).
+
+    -> centre (row, column); radii (n,) of the wall's inner and outer border in pixels, at least 2 apart."""
+    middle = np.argwhere(mask == 1 if (mask == 1).sum() > 5 else mask > 0).mean(0)     # an apex has no cavity
+    steps, edge = np.arange(0, max(mask.shape), 0.5), np.array(mask.shape)[:, None, None] - 1
+    way = middle[:, None, None] + np.stack([np.sin(angles), np.cos(angles)])[:, :, None] * steps
+    met = mask[tuple(np.rint(way).astype(int).clip(0, edge))] * ((way >= 0) & (way <= edge)).all(0)
+    last = lambda hit: np.where(hit, steps, 0).max(1)
+    inner = ndimage.gaussian_filter1d(last(met == 1), 1, mode="wrap")
+    outer = ndimage.gaussian_filter1d(np.maximum(last(met == 2), inner + 2), 1, mode="wrap")
+    return middle, inner, np.maximum(outer, inner + 2)
+
+
+def unwrap(image, mask, size):
+    """A heart in the frame of its wall: rows are depth, columns the angle. image, mask (H,W) -> (size,size)
+
+    Row 0 is the cavity's centre. The wall lies between 2/5 and 4/5 of the way down; half a wall follows."""
+    angles, depth = np.linspace(0, 2 * np.pi, size, endpoint=False), np.linspace(-1, 1.5, size)[:, None]
+    middle, inner, outer = wall_borders(mask, angles)
+    radius = np.where(depth < 0, inner * (1 + depth), inner + (outer - inner) * depth)
+    at = middle[0] + radius * np.sin(angles), middle[1] + radius * np.cos(angles)
+    return ndimage.map_coordinates(image.astype(np.float32), at, order=1, mode="nearest")
+
+
+def crop(image, mask, size, margin=1.3):
+    """The square around a heart, `margin` times as wide as its mask. image, mask (H,W) -> (size,size)"""
+    inside = np.argwhere(mask > 0)
+    side = margin * np.ptp(inside, 0).max() + 2
+    start = (inside.max(0) + inside.min(0) + 1 - side) / 2
+    return resample(image[None], start, np.repeat(side / size, 2), size)[0]
+
+
+def load_framed(path, size, frame="image"):
+    """load() with images in a frame: image; crop, the square around the mask; wall, see unwrap(). Infarct and
+    no-reflow count as wall: no disease gets into the geometry."""
+    if frame == "image":
+        return load(path, size)
+    data = load(path)
+    kind = ids_by_name(data, ((2, "myo|infarct|reflow|wall"), (0, "rv|right"), (1, "cavity|lv|left")))
+    kind[kind > 2] = 0
+    if data.mask is None or data.image.ndim != 3 or not {1, 2} <= set(kind.tolist()):
+        fail(f"{path}: --frame {frame} needs slices with a mask that names an LV cavity and a myocardium")
+    masks, images = kind[in_memory(data.mask)], np.empty((len(data), size, size), np.uint8)
+    for k, (image, mask) in enumerate(zip(tqdm(in_memory(data.image), frame, disable=None), masks)):
+        if (mask == 2).sum() < 5:
+            fail(f"{path}: mask[{k}]: has no myocardium, so there is no frame {frame}; leave this row out")
+        images[k] = to_uint8((unwrap if frame == "wall" else crop)(image, mask, size))
+    return replace(data, image=images, mask=None)
+
+
+def load_study(path, test="", size=None, seed=0, fractions=(0.7, 0.1, 0.2), fold="", frame="image"):
     """-> (Dataset, (N,) "train"/"val"/"test"): path by its split; or path to train and all of `test` to test.
 
-    size: slices are resized to it. fold: see split()."""
+    size: slices are resized to it. fold: see split(). frame: see load_framed()."""
     if test and fold:
         fail(f"--fold {fold}, --test {test}: choose one of them; a fold tests a part of --data")
-    data = load(path, size)
+    data = load_framed(path, size, frame)
     if not test:
         return data, split(data, seed, fractions, fold)
-    other = load(test, size)
+    other = load_framed(test, size, frame)
     here, there = ({s.casefold() for s in d.subject} for d in (data, other))     # P01 and p01 are one person
     if both := sorted(here & there):
         fail(f"{test}: subject: {len(both)} are also in {path}: {', '.join(both[:5])}; a subject belongs to "
@@ -1004,24 +1065,32 @@ def edge_map(image, mask=None, mode="full", rng=None):
     return found if mode == "full" else strokes(found, rng)
 
 
-def cine_ids(data):
-    """-> (256,) uint8 that takes the mask ids of a Dataset to those of CINE: cine_ids(data)[mask].
+def ids_by_name(data, kinds):
+    """-> (256,) uint8 that takes a mask id of a Dataset to the number of its kind, to 255 if it has no name.
 
-    Read from the file's own names: the attribute mask_names, or text in `mask` such as ACDC's "0 background,
-    1 RV cavity, 2 LV myocardium, 3 LV cavity". Fails if they are not these four, or a value has no name."""
+    kinds: (number, pattern); the first that a name matches counts; 254 if none does. The names are those of
+    the file: the attribute mask_names, or text in `mask` such as ACDC's "0 background, 1 RV cavity"."""
     table, names = np.full(256, 255, np.uint8), data.attrs.get("mask_names") or data.attrs.get("mask", "")
-    kinds = ((2, "myo"), (3, "rv|right"), (1, "lv|left"), (0, "background"))  # "LV myocardium" is a 2
     for k, name in enumerate(names.split(",") if isinstance(names, str) else names):
         number = re.match(r"\s*(\d\d?)\b", name)
         kind = next((i for i, pattern in kinds if re.search(pattern, name.lower())), 254)
         table[int(number[1]) if number else k] = kind
+    return table
+
+
+def cine_ids(data):
+    """-> (256,) uint8 that takes the mask ids of a Dataset to those of CINE: cine_ids(data)[mask].
+
+    Fails if the file does not name these four, or a value has no name."""
+    table = ids_by_name(data, ((2, "myo"), (3, "rv|right"), (1, "lv|left"), (0, "background")))  # LV myo: 2
     need = f"needs {', '.join(CINE)} once each in the attribute mask_names, in the order of its ids"
     if data.mask is None or sorted(table[table < 255]) != [0, 1, 2, 3]:
-        fail(f"{data.path}: mask: {'missing' if data.mask is None else f'names {names or None}'}; {need}")
+        names = data.attrs.get("mask_names") or data.attrs.get("mask")
+        fail(f"{data.path}: mask: {'missing' if data.mask is None else f'names {names}'}; {need}")
     for k in range(len(data.mask)):
         mask = data.mask[[k]]
         if (table[mask] > 3).any():
-            fail(f"{data.path}: mask[{k}]: holds {np.unique(mask)}, named are only {names}; {need}")
+            fail(f"{data.path}: mask[{k}]: holds {np.unique(mask)}, not all of them named; {need}")
     return table
 
 

@@ -61,6 +61,7 @@ class Config:
     seed: int = 0             # of the split, the weights, the order of the data and every draw
     target: str = ""          # column that the probe predicts; empty: has_infarct if there, else label
     # images and network
+    frame: Literal["image", "crop", "wall"] = "image"   # crop: around the mask; wall: depth by angle
     size: int = 128           # images are resized to size x size
     patch: int = 1            # patch x patch pixels become channels: 2 is 4x faster, at half the resolution
     base: int = 128           # channels of the first level
@@ -408,7 +409,7 @@ class Model(nn.Module):
         return (out - target).square().mean((1, 2, 3))
 
     def forward(self, batch, g):
-        x0 = D.augment(batch["image"], self.cfg.augment, self.cfg.flip, g)
+        x0 = D.moved(batch["image"], self.cfg, g)
         t = random_t(len(x0), self.cfg.T, self.cfg.t_power, g)
         eps = torch.randn(x0.shape, generator=g, device=g.device)
         return self.loss(x0, self.encode(batch | {"image": x0}), t, eps).mean()
@@ -433,7 +434,7 @@ class VAE(nn.Module):
         return self.posterior(batch["image"])[0]
 
     def forward(self, batch, g):
-        x0 = D.augment(batch["image"], self.cfg.augment, self.cfg.flip, g)
+        x0 = D.moved(batch["image"], self.cfg, g)
         mean, logvar = self.posterior(x0)
         z = mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=g, device=g.device)
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(1).mean()
@@ -762,7 +763,7 @@ def apply(out, path, device):
     but OUT/apply/NAME/: codes.csv, predictions.csv, reconstructions.h5 and .png, results.json."""
     began = time.perf_counter()
     model, cfg = load(out, device=device)
-    data = D.load(path, cfg.size)
+    data = D.load_framed(path, cfg.size, cfg.frame)
     folder = Path(out, "apply", Path(path).stem)
     folder.mkdir(parents=True, exist_ok=True)
     loader = D.Loader({"image": data.image}, cfg.device)
@@ -832,7 +833,7 @@ def main(argv):
         D.phantom_hearts(path)
     if world > 1:
         dist.barrier()
-    data, part = D.load_study(path, cfg.test, cfg.size, cfg.seed, fold=cfg.fold)
+    data, part = D.load_study(path, cfg.test, cfg.size, cfg.seed, fold=cfg.fold, frame=cfg.frame)
     count, facts = D.describe(data, part)
     cfg = dataclasses.replace(cfg, target=D.choose_target(data, cfg.target, ["has_infarct"]))
     if rank == 0:

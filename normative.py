@@ -373,7 +373,7 @@ class Model(nn.Module):
         return (out - target).square().mean((1, 2, 3))
 
     def forward(self, batch, g):
-        x0 = D.augment(batch["image"], self.cfg.augment, self.cfg.flip, g)
+        x0 = D.moved(batch["image"], self.cfg, g)
         t = random_t(len(x0), self.cfg.T, self.cfg.t_power, g)
         eps = torch.randn(x0.shape, generator=g, device=g.device)
         return self.loss(x0, self.encode(batch | {"image": x0}), t, eps).mean()
@@ -398,7 +398,7 @@ class VAE(nn.Module):
         return self.posterior(batch["image"])[0]
 
     def forward(self, batch, g):
-        x0 = D.augment(batch["image"], self.cfg.augment, self.cfg.flip, g)
+        x0 = D.moved(batch["image"], self.cfg, g)
         mean, logvar = self.posterior(x0)
         z = mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=g, device=g.device)
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(1).mean()
