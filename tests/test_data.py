@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Literal
 
 import h5py
@@ -187,6 +188,59 @@ def test_images_that_are_not_square_are_padded(tmp_path, capsys):
 def arrays():
     c = columns()
     return dict(image=c["image"], mask=c["mask"], y=c["label"], age=c["age"])
+
+
+# ---------------------------------------------------------------- frames of a heart
+
+def ring(inner=20.0, outer=36.0, at=(64, 60), size=128):
+    """A ring around `at` -> mask, (depth, angle) of every pixel, depth as unwrap() counts it."""
+    y, x = np.mgrid[:size, :size] - np.array(at, float)[:, None, None]
+    r = np.hypot(y, x)
+    depth = np.where(r < inner, r / inner - 1, (r - inner) / (outer - inner))
+    return np.where(r < inner, 1, np.where(r < outer, 2, 0)).astype(np.uint8), depth, np.arctan2(y, x)
+
+
+def test_unwrap_is_depth_by_angle():
+    mask, depth, angle = ring()
+    middle, inner, outer = data.wall_borders(mask, np.linspace(0, 6, 40))
+    assert np.allclose(middle, (64, 60)) and abs(inner - 20).max() < 0.8 and abs(outer - 36).max() < 0.8
+    got = data.unwrap(100 + 60 * depth.clip(-1, 1.5) + 30 * np.sin(2 * angle) * (depth > 0.1), mask, 48)
+    d, a = np.linspace(-1, 1.5, 48)[:, None], np.linspace(0, 2 * np.pi, 48, endpoint=False)
+    error = abs(got - (100 + 60 * d + 30 * np.sin(2 * a) * (d > 0.1)))
+    assert error[2:20].max() < 4 and error[24:44].max() < 5
+    turned = data.unwrap(np.rot90(depth * 0 + np.sin(angle)), np.rot90(mask), 48)     # a quarter turn is 12 columns
+    assert abs(turned - np.roll(data.unwrap(np.sin(angle), mask, 48), -12, 1))[3:].max() < 0.05
+
+
+def test_frames_follow_the_mask_and_not_the_disease(tmp_path, capsys):
+    """The ids of infarct and no-reflow are wall; crop: the heart fills the square; a slice without heart is refused."""
+    mask, depth, angle = ring(10, 16, (30, 60), 96)
+    ill = np.where((mask == 2) & (abs(angle) < 1), 3 + (depth > 0.5), mask).astype(np.uint8)
+    image = (90 + 50 * depth.clip(-1, 2)).astype(np.uint8)
+    write = lambda name, masks, names: data.write(str(tmp_path / name), [dict(
+        image=np.stack([image] * len(masks)), mask=np.stack(masks), subject=np.array(list("abc"[:len(masks)])))],
+        dict(mask_names=names))
+    write("a.h5", [mask, ill], data.HEART)
+    for frame in ("wall", "crop"):
+        d = data.load_framed(tmp_path / "a.h5", 32, frame)
+        assert d.image.shape == (2, 32, 32) and np.array_equal(*d.image) and d.mask is None
+    middle = np.argwhere(d.image[0] < 50).mean(0)       # the cavity's dark centre
+    assert abs(middle - 15.5).max() < 1 and abs(np.ptp(np.argwhere(d.image[0] < 141), 0) - 32 / 1.3).max() < 3
+    assert np.array_equal(data.load_framed(tmp_path / "a.h5", 96).image[0], image)
+    write("b.h5", [mask, 0 * mask], data.HEART)
+    one_error(capsys, lambda: data.load_framed(tmp_path / "b.h5", 32, "wall"), "b.h5", "mask[1]", "no myocardium")
+    write("c.h5", [mask], ["background", "head", "neck"])
+    one_error(capsys, lambda: data.load_framed(tmp_path / "c.h5", 32, "crop"), "c.h5", "--frame crop")
+
+
+def test_in_the_frame_of_the_wall_motion_is_a_turn_and_a_mirror():
+    x, g = torch.arange(24.0).view(1, 1, 4, 6).repeat(60, 1, 1, 1), torch.Generator().manual_seed(0)
+    moved = data.moved(x, SimpleNamespace(frame="wall", augment=0.5, flip=False), g)
+    possible = [torch.roll(r, k, 1) for k in range(6) for r in (x[0, 0], x[0, 0].flip(1))]
+    seen = {next(k for k, r in enumerate(possible) if torch.equal(r, y)) for y in moved[:, 0]}
+    assert len(seen) == 12
+    same = data.moved(x, SimpleNamespace(augment=0.5, flip=True), g.manual_seed(1))
+    assert torch.equal(same, data.augment(x, 0.5, True, g.manual_seed(1)))
 
 
 def test_batches_from_disk_equal_those_in_memory(tmp_path):
