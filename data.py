@@ -247,7 +247,7 @@ def augment(x, strength, flip, g):
 
 
 def moved(x, cfg, g):
-    """Images (B,1,H,W) moved at random: augment(), or in the frame of the wall turned and mirrored. -> like x"""
+    """Images (B,1,H,W) moved at random: augment(), or in the wall frame turned and mirrored. -> like x"""
     if getattr(cfg, "frame", "image") != "wall":        # diffae.py alone has frames
         return augment(x, cfg.augment, cfg.flip, g)
     x, n = augment(x, 0, True, g), x.shape[3]
