@@ -804,8 +804,8 @@ def apply(out, path, device):
 # look at the SD of x_T, and at z_sem alone: the mean of images from random x_T.
 SHOWN = {"recon_ssim": "z_sem + x_T, SSIM", "semantic_mean_ssim": "z_sem alone (mean), SSIM",
          "semantic_gain": "right - wrong z_sem, SSIM", "x_T_sd_error": "SD of x_T, off 1 by",
-         "probe_auroc": "AUROC, slice", "patient_auroc": "AUROC, patient", "probe_f1": "F1, slice",
-         "probe_r2": "R2, slice"}
+         "probe_auroc": "AUROC, slice", "patient_auroc": "AUROC, patient",
+         "ill_auroc": "AUROC, slices of the ill", "probe_f1": "F1, slice", "probe_r2": "R2, slice"}
 ROWS = {"": "diffusion autoencoder", "untrained": "the same, untrained", "vae": "VAE", "pca": "PCA",
         "copy": "next slice of patient", "constant": "mean training image",
         "all_positive": "all called positive", "mean": "mean training label"}

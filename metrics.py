@@ -359,7 +359,8 @@ def predict(codes, y, part, subject, seed=0):
 
 def probe_numbers(table, key="probe"):
     """Numbers of the test rows in a table of predict(), or in those of several folds, one below the other.
-    y in {0,1}: probe_auroc, _f1, _precision, _recall of rows, patient_auroc (mean score, any positive).
+    y in {0,1}: probe_auroc, _f1, _precision, _recall of rows, patient_auroc (mean score, any positive),
+    ill_auroc (rows of subjects with a positive row alone: no difference between patients can fake it).
     Other y: probe_r2, _mae, _rmse. probe_auroc_gain.NAME, probe_r2_gain.NAME: ours minus that row, by a
     paired bootstrap. key: another first word than probe. -> {KEY[.NAME]: row(..)}"""
     known = table[table["truth"].notna()]
@@ -379,6 +380,7 @@ def probe_numbers(table, key="probe"):
     for name in filter(None, names):
         out[f"{main}_gain.{name}"] = row_of(gain, who, guesses[""], guesses[name], truth)
     patient, index, slices = np.unique(who, return_inverse=True, return_counts=True)
+    ill = np.isin(who, who[truth > 0])
     if is_class or len(train):      # without training rows their mean is unknown
         guesses["all_positive" if is_class else "mean"] = constant
     for name, guess in guesses.items():
@@ -391,6 +393,7 @@ def probe_numbers(table, key="probe"):
         out[f"{key}_auroc{dot}"] = row_of(auroc, who, guess, truth)
         out[f"patient_auroc{dot}"] = row_of(auroc, patient, np.bincount(index, guess) / slices,
                                             np.bincount(index, truth))
+        out[f"ill_auroc{dot}"] = row_of(auroc, who[ill], guess[ill], truth[ill]) if ill.any() else row(np.nan)
         for k in ("f1", "precision", "recall"):
             statistic = lambda g, t, cut: classify(g, t, cut)[k]
             out[f"{key}_{k}{dot}"] = row_of(statistic, who, guess, truth, cuts[name])
@@ -790,6 +793,7 @@ GLOSSARY = {  # first words of keys in results.json; a longer one wins
     "z_T_sd_error": "a noise latent has an SD of 1; far from 1, it still holds the scan",
     "probe_auroc": "a line through the codes scores an ill image above a healthy one; 0.5 is chance",
     "patient_auroc": "the same for patients, by the mean over their images",
+    "ill_auroc": "the same among the images of ill patients alone; 0.5 is chance",
     "probe_f1": "mean of precision and recall of ill images; the threshold is of validation patients",
     "probe_r2": "share of the variance that a line through the codes explains; 0 is the mean",
     "age_mae": "age as a line through the codes reads it, mean absolute error",

@@ -239,7 +239,7 @@ def test_probe_numbers_find_what_is_there_and_only_that():
     subject, part, y, codes = study()
     table, probes = M.predict(codes, y, part, subject)
     got, fitted = M.probe_numbers(table), probes[""]
-    kinds = ("probe_auroc", "patient_auroc", "probe_f1", "probe_precision", "probe_recall")
+    kinds = ("probe_auroc", "patient_auroc", "ill_auroc", "probe_f1", "probe_precision", "probe_recall")
     rows = {k + name for k in kinds for name in ("", ".noise", ".all_positive")}
     assert set(got) == rows | {"probe_auroc_gain.noise"}
     value = {k: m["value"] for k, m in got.items()}
@@ -250,6 +250,10 @@ def test_probe_numbers_find_what_is_there_and_only_that():
     patients = roc_auc_score(y[test][::3], score.reshape(-1, 3).mean(1))
     assert value["patient_auroc"] == pytest.approx(patients) and np.argmax(abs(M.linear(fitted)[0])) == 0
     assert got["patient_auroc"]["n"] == 14 and value["probe_f1.all_positive"] == 2 * p / (1 + p)
+    mixed = table.assign(truth=np.where(np.arange(len(y)) % 3 == 0, 0.0, y))     # the ill have a healthy slice
+    there = test & (y == 1)
+    assert M.probe_numbers(mixed)["ill_auroc"]["value"] == pytest.approx(roc_auc_score(
+        mixed["truth"][there], table["score"][there]))
     same = M.probe_numbers(M.predict({"": codes[""], "copy": codes[""]}, y, part, subject)[0])
     assert same["probe_auroc_gain.copy"]["ci"] == [0, 0]  # paired: the same resamples for both
 
@@ -299,7 +303,7 @@ def test_which_rows_fit_cut_and_are_scored(monkeypatch, task):
         assert np.array_equal(cuts[0][0], probes[""].decision_function(codes[""][val]))
         assert np.array_equal(cuts[0][1], y[val])
     slices = [entry for entry in scored if len(entry[0]) == len(test)]
-    assert slices and len(scored) - len(slices) == (3 if task == "class" else 0)  # those of patients
+    assert slices and len(scored) - len(slices) == (6 if task == "class" else 0)  # of patients, of the ill
     assert all(np.array_equal(who, subject[test]) and any(np.array_equal(a, y[test]) for a in arrays)
                for who, *arrays in slices)
 
