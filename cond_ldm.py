@@ -765,18 +765,25 @@ def preview_ldm(cfg, loader, vq):
     return watch
 
 
-def choose_w(cfg, model, vq, loader, val):
-    """--w; or, if that is 0, the guidance of 1, 2, 4 whose images of the rows `val` have the lowest NMSE.
+def choose_w(cfg, model, vq, judge, loader, val):
+    """--w; or, if that is 0, the guidance of 1, 2, 4 whose images of the rows `val` obey their drawings best.
 
-    val: rows of validation patients. -> w, metrics"""
+    By Dice, as the judge finds it; without a judge by NMSE. val: rows of validation patients. -> w, metrics"""
     if cfg.w or not len(val):
         return cfg.w or 1.0, {}
     val = M.evenly(val, 64)
-    x0 = M.to_image(loader.batch(val)["image"])
-    images = {w: generate(model, vq, loader, val, cfg.edges, w) for w in (1, 2, 4)}
-    error = {w: M.nmse(x0, x).mean() for w, x in images.items()}
-    w = min(error, key=error.get)
-    return w, {"w": M.row(w)} | {f"val_nmse.w{w}": M.row(e, better="lower") for w, e in error.items()}
+    batch, better = loader.batch(val), "lower" if judge is None else "higher"
+    score = {}
+    for w in (1, 2, 4):
+        images = generate(model, vq, loader, val, cfg.edges, w)
+        if judge is None:
+            score[w] = M.nmse(M.to_image(batch["image"]), images).mean()
+        else:
+            found = in_batches(lambda x: judge.logits(x).argmax(1), to_tensor(images, loader.device))
+            score[w] = M.dice(M.overlap(found, batch["mask"], (1, 2, 3)))
+    key, best = ("val_nmse", min) if judge is None else ("val_dice", max)
+    w = best(score, key=score.get)
+    return w, {"w": M.row(w)} | {f"{key}.w{k}": M.row(s, better=better) for k, s in score.items()}
 
 
 def to_tensor(images, device):
@@ -1019,7 +1026,7 @@ def main(argv):
         dist.destroy_process_group()
     if rank > 0:        # the rest is the work of one process
         return
-    w, guidance = choose_w(cfg, models[""], vq, val_images, np.arange(len(val)))
+    w, guidance = choose_w(cfg, models[""], vq, judge, val_images, np.arange(len(val)))
     metrics = evaluate(cfg, data, part, arrays, vq, models, judge, w, inception) | guidance
     seconds, config = time.perf_counter() - began, dataclasses.asdict(cfg) | {"steps": reached}
     M.save_results(out / "results.json", "cond_ldm", data.path, count, seconds, config, metrics, device)
