@@ -768,7 +768,7 @@ def preview_ldm(cfg, loader, vq):
 def choose_w(cfg, model, vq, judge, loader, val):
     """--w; or, if that is 0, the guidance of 1, 2, 4 whose images of the rows `val` obey their drawings best.
 
-    By Dice, as the judge finds it; without a judge by NMSE. val: rows of validation patients. -> w, metrics"""
+    By Dice, as the judge finds it; without a judge by NMSE. val: validation rows. -> w, metrics"""
     if cfg.w or not len(val):
         return cfg.w or 1.0, {}
     val = M.evenly(val, 64)

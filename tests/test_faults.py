@@ -298,7 +298,7 @@ def test_a_run_of_another_kind_is_refused_and_nothing_changes(name, unbroken, fi
     before = digest(out)
     for flag, words in {
             "--seed=3": "seed 0 -> 3", "--lr=0.5": "lr 0.001 -> 0.5", "--stepz=3": "unknown flag --stepz",
-            f"--data={files[name, 'train']}": "images '", "--steps=many": "many", "--recipe=theirs": "theirs",
+            f"--data={files[name, 'train']}": "other images", "--steps=many": "many", "--recipe=theirs": "theirs",
             "--data=/no/such.h5": "/no/such.h5: no such file", "--device=cuda:7": "--device cuda:7",
             "--lr=nan": "--lr nan", "--seed=-1": "--seed -1"}.items():
         line = error_of(capsys, *command, flag)

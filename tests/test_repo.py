@@ -15,7 +15,7 @@ MAY_DIFFER = {"Config", "Model", "evaluate", "load", "apply", "main"}
 BUDGETS = {
     "diffae.py": (680, 890, "both recipes, a VAE, a prior, five pictures, a loop that resumes, load and --apply (50); 40 definitions"),
     "normative.py": (720, 985, "diffae.py's excess, and five scores of four codes with their pictures"),
-    "cond_ldm.py": (850, 1040, "diffae.py's excess, and four edges, two condition paths and a judge"),
+    "cond_ldm.py": (850, 1045, "diffae.py's excess, and four edges, two condition paths and a judge"),
     "ldae.py": (1050, 1290, "diffae.py's excess; three stages, two recipes and four reports"),
     "data.py": (1500, 2400, "parse, start, checkpoints, cohorts and drawings moved in (330); four phantoms take 740; frames and images 230"),
     "metrics.py": (700, 990, "lock, logs, PCA rows moved in from the scripts (115); CSVs and probes (130); a glossary (40)"),
