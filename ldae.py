@@ -14,7 +14,7 @@ Question: does z_sem, learned without labels, tell Alzheimer's disease, age and 
 Lozupone et al., Latent Diffusion Autoencoders, 2025 (arXiv 2504.08635). Stage C is PDAE (Zhang et al. 2022,
 arXiv 2212.12990).
 
-    python ldae.py                     # phantom brains, about 10 minutes on one CPU core
+    python ldae.py                     # phantom brains, 4 to 7 minutes on 2 CPU cores
     python ldae.py --data brains.h5    # your volumes; on a GPU the default is the paper's networks
     python ldae.py --apply new.h5      # codes, predictions, reconstructions by the trained model
 
