@@ -785,15 +785,12 @@ def apply(out, path, device):
     alone = decode(model, noise.expand(len(few), -1, -1, -1), z[few])
     M.grid(folder / "reconstructions.png", [data.image[few] / 255, images[few], M.to_image(alone)],
            ["image", "z_sem + x_T", "z_sem, random x_T"], list(data.subject[few]), f"Images of {path}.")
-    metrics |= M.image_numbers("recon", {"": images}, data.image[np.arange(len(data))] / 255, data.subject)
-    sd_error = np.concatenate(sd_error)
-    metrics["x_T_sd_error"] = M.row_of(np.mean, data.subject, sd_error, better="lower")
-    n = {p: len(np.unique(data.subject[part == p])) for p in np.unique(part).tolist()}
-    seconds = time.perf_counter() - began
-    M.save_results(folder / "results.json", "diffae --apply", path, n, seconds, dataclasses.asdict(cfg),
-                   metrics, cfg.device)
-    print(M.table(metrics, SHOWN, ROWS))
-    print(f"{len(data)} images; subjects: {D.in_words(n)}, {seconds:.0f} s: {folder}/")
+    new = np.flatnonzero(~np.isin(part, ["train", "val"]))      # numbers are of those it did not learn from
+    if len(new):
+        metrics |= M.image_numbers("recon", {"": images[new]}, data.image[new] / 255, data.subject[new])
+        sd_error = np.concatenate(sd_error)[new]
+        metrics["x_T_sd_error"] = M.row_of(np.mean, data.subject[new], sd_error, better="lower")
+    M.save_applied(folder, "diffae", data, part, cfg, metrics, SHOWN, ROWS, time.perf_counter() - began)
 
 
 # --------------------------------------------------------------------------------------------------------

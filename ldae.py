@@ -1157,13 +1157,10 @@ def apply(out, path, device):
     lines = [[view(x) for x in volumes] for volumes in (data.image[few] / 255, images[few])]
     M.grid(folder / "reconstructions.png", lines, ["scan", "z_sem + z_T"],
            list(data.subject[few]), f"Scans of {path}: axial and coronal slice.")
-    metrics |= M.image_numbers("recon", {"": images}, data.image[np.arange(len(data))] / 255, data.subject)
-    n = {p: len(np.unique(data.subject[part == p])) for p in np.unique(part).tolist()}
-    seconds = time.perf_counter() - began
-    M.save_results(folder / "results.json", "ldae --apply", path, n, seconds, dataclasses.asdict(cfg),
-                   metrics, cfg.device)
-    print(M.table(metrics, SHOWN, ROWS))
-    print(f"{len(data)} volumes; subjects: {D.in_words(n)}, {seconds:.0f} s: {folder}/")
+    new = np.flatnonzero(~np.isin(part, ["train", "val"]))      # numbers are of those it did not learn from
+    if len(new):
+        metrics |= M.image_numbers("recon", {"": images[new]}, data.image[new] / 255, data.subject[new])
+    M.save_applied(folder, "ldae", data, part, cfg, metrics, SHOWN, ROWS, time.perf_counter() - began)
 
 
 # --------------------------------------------------------------------------------------------------------

@@ -880,6 +880,16 @@ def answer(question, name, ours, other, gain, unit="patients"):
             f"{plus}{cell(gain)}, {gain['n']} {unit}: {verdict}.")
 
 
+def save_applied(folder, script, data, part, cfg, metrics, shown, rows, seconds):
+    """The end of --apply: writes folder/results.json, prints the table, if it has numbers, and the subjects."""
+    count = {p: len(np.unique(data.subject[part == p])) for p in np.unique(part).tolist()}
+    save_results(Path(folder, "results.json"), f"{script} --apply", data.path, count, seconds,
+                 dataclasses.asdict(cfg), metrics, cfg.device)
+    if metrics:
+        print(table(metrics, shown, rows))
+    print(f"{len(data)} images; subjects: {D.in_words(count)}; {seconds:.0f} s: {folder}/")
+
+
 # ---- Figures -----------------------------------------------------------------------------------------------
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")  # Okabe and Ito: safe if colour-blind

@@ -872,13 +872,8 @@ def apply(out, path, device):
     M.grid(folder / "twins.png", [images[few] for images in rows.values()], list(rows),
            [f"{data.subject[k]}, {columns[f'{cfg.score}_percentile'][k]:.0f} %" for k in few],
            f"The lowest percentiles of {cfg.score} among healthy people of the same age.")
-    count = {p: len(np.unique(data.subject[part == p])) for p in np.unique(part).tolist()}
-    seconds = time.perf_counter() - began
-    M.save_results(folder / "results.json", "normative --apply", path, count, seconds,
-                   dataclasses.asdict(cfg), metrics, cfg.device)
-    if metrics:
-        print(M.table(metrics, {"auroc": SHOWN["auroc"]}, ROWS))
-    print(f"{len(data)} images; subjects: {D.in_words(count)}, {seconds:.0f} s: {folder}/")
+    M.save_applied(folder, "normative", data, part, cfg, metrics, {"auroc": SHOWN["auroc"]}, ROWS,
+                   time.perf_counter() - began)
 
 
 # --------------------------------------------------------------------------------------------------------

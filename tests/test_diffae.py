@@ -392,6 +392,7 @@ def test_a_trained_model_is_loaded_and_applied(tiny, tmp_path, capsys):
         pandas.testing.assert_frame_equal(ours, runs, rtol=1e-4, atol=1e-4)
     results = json.loads((out / "apply" / "new" / "results.json").read_text())
     run = json.loads((out / "results.json").read_text())["metrics"]
+    assert results["metrics"]["recon_ssim"]["n"] == len(set(data.subject[part == "test"]))     # and no others
     assert results["metrics"]["probe_auroc"]["value"] == pytest.approx(run["probe_auroc"]["value"])
     images = D.load(out / "apply" / "new" / "reconstructions.h5").image
     x0 = D.Loader({"image": data.image}, "cpu").batch(np.arange(len(data)))["image"]
@@ -406,6 +407,10 @@ def test_a_trained_model_is_loaded_and_applied(tiny, tmp_path, capsys):
     assert json.loads((tmp_path / "b" / "results.json").read_text())["config"]["init"] == str(out)
     other = error_of(capsys, "--data", tiny, "--out", tmp_path / "c", *FLAGS, "--z_dim=5", "--init", out)
     assert "out.weight is (8, 512)" in other and "(5, 512) in this network" in other
+    capsys.readouterr()
+    main("--data", tiny, "--out", tmp_path / "d", *FLAGS, "--steps=1", "--init", out)     # another split
+    assert f"the model in {out} was trained on" in capsys.readouterr().err
+    assert "holds a run of other data than phantoms" in error_of(capsys, "--out", out, *FLAGS)
     assert "leave this flag away" in error_of(capsys, "--out", out, "--apply", new, "--lr=1")
     assert "no such file" in error_of(capsys, "--out", tmp_path / "none", "--apply", new)
 
