@@ -792,7 +792,7 @@ def crop(image, mask, size, margin=1.3):
 
 
 def load_framed(path, size, frame="image"):
-    """load() with images in a frame: image; crop, the square around the mask; wall, see unwrap(). Infarct and
+    """load() with images in a frame: image; crop, a square around the wall; wall, see unwrap(). Infarct and
     no-reflow count as wall: no disease gets into the geometry."""
     if frame == "image":
         return load(path, size)

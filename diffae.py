@@ -61,7 +61,7 @@ class Config:
     seed: int = 0             # of the split, the weights, the order of the data and every draw
     target: str = ""          # column that the probe predicts; empty: has_infarct if there, else label
     # images and network
-    frame: Literal["image", "crop", "wall"] = "image"   # crop: around the mask; wall: depth by angle
+    frame: Literal["image", "crop", "wall"] = "image"   # crop: around the wall; wall: depth by angle
     size: int = 128           # images are resized to size x size
     patch: int = 1            # patch x patch pixels become channels: 2 is 4x faster, at half the resolution
     base: int = 128           # channels of the first level

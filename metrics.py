@@ -881,7 +881,7 @@ def answer(question, name, ours, other, gain, unit="patients"):
 
 
 def save_applied(folder, script, data, part, cfg, metrics, shown, rows, seconds):
-    """The end of --apply: writes folder/results.json, prints the table, if it has numbers, and the subjects."""
+    """The end of --apply: writes results.json, prints the table and the subjects. part: of known_part()"""
     count = {p: len(np.unique(data.subject[part == p])) for p in np.unique(part).tolist()}
     save_results(Path(folder, "results.json"), f"{script} --apply", data.path, count, seconds,
                  dataclasses.asdict(cfg), metrics, cfg.device)
