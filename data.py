@@ -543,6 +543,8 @@ class Dataset:
     label_names: list
     fingerprint: str      # hash of image and subject, so that a resumed run knows its data
     warnings: list
+    frame: str = "image"  # see load_framed()
+    whole: object = None  # in the frame of the wall: a function row -> its slice and its mask, see unwrap()
 
     def __len__(self):
         return len(self.subject)
@@ -791,22 +793,65 @@ def crop(image, mask, size, margin=1.3):
     return resample(image[None], start, np.repeat(side / size, 2), size)[0]
 
 
+def wrap(flat, image, mask):
+    """The reverse of unwrap(): draws `flat` (size,size), a heart in the frame of its wall, onto its slice.
+
+    image, mask (H,W) -> like image. What lies further out than half a wall stays as it is in `image`."""
+    middle, inner, outer = wall_borders(mask, np.deg2rad(np.arange(360)))
+    y, x = np.indices(image.shape) - middle[:, None, None]
+    angle, radius = np.arctan2(y, x) % (2 * np.pi), np.hypot(y, x)
+    full = np.linspace(0, 2 * np.pi, 361)
+    inner, outer = (np.interp(angle, full, np.append(r, r[0])) for r in (inner, outer))
+    depth = np.where(radius < inner, radius / np.maximum(inner, 1e-6) - 1, (radius - inner) / (outer - inner))
+    at = (depth + 1) / 2.5 * (len(flat) - 1), angle / (2 * np.pi) * len(flat)
+    ring = np.concatenate([flat, flat[:, :1]], 1)           # angle 360 is angle 0
+    return np.where(depth < 1.5, ndimage.map_coordinates(ring, at, order=1, mode="nearest"), image)
+
+
+def has_masks(path):
+    """Whether the file, or the first one of a folder, has masks."""
+    for first in sorted(glob.glob(f"{path}/[!.]*.h5"))[:1] if os.path.isdir(path) else [path]:
+        with open_h5(first) as file:
+            return "mask" in list(file)
+    return False
+
+
 def load_framed(path, size, frame="image"):
-    """load() with images in a frame: image; crop, a square around the wall; wall, see unwrap(). Infarct and
-    no-reflow count as wall: no disease gets into the geometry."""
-    if frame == "image":
+    """load() with hearts in a frame: image; crop, a square around the wall; wall, see unwrap(). "" is crop if
+    every mask shows a wall, else image. Infarct and no-reflow count as wall: disease is not geometry."""
+    if frame == "image" or not frame and not has_masks(path):
         return load(path, size)
     data = load(path)
     kind = ids_by_name(data, ((2, "myo|infarct|reflow|wall"), (0, "rv|right"), (1, "cavity|lv|left")))
     kind[kind > 2] = 0
-    if data.mask is None or data.image.ndim != 3 or not {1, 2} <= set(kind.tolist()):
-        fail(f"{path}: --frame {frame} needs slices with a mask that names an LV cavity and a myocardium")
-    masks, images = kind[in_memory(data.mask)], np.empty((len(data), size, size), np.uint8)
-    for k, (image, mask) in enumerate(zip(tqdm(in_memory(data.image), frame, disable=None), masks)):
-        if (mask == 2).sum() < 5:
-            fail(f"{path}: mask[{k}]: has no myocardium, so there is no frame {frame}; leave this row out")
-        images[k] = to_uint8((unwrap if frame == "wall" else crop)(image, mask, size))
-    return replace(data, image=images, mask=None)
+    images, wrong = np.empty((len(data), size, size), np.uint8), "has no masks of slices"
+    if data.mask is not None and data.image.ndim == 3:
+        wrong = "" if {1, 2} <= set(kind.tolist()) else "names no LV cavity and no myocardium in mask_names"
+    for rows in () if wrong else blocks(data.image):
+        for k, image, mask in zip(rows, data.image[rows], kind[data.mask[rows]]):
+            if (mask == 2).sum() < 5:
+                wrong = wrong or f"has no myocardium in mask[{k}]"
+                continue
+            images[k] = to_uint8((unwrap if frame == "wall" else crop)(image, mask, size))
+    if wrong and frame:
+        fail(f"{path}: {wrong}, so there is no frame {frame}; --frame image needs no masks")
+    if wrong:
+        print(f"{path}: {wrong}, so images are shown whole; see --frame")
+        return load(path, size)
+    print(f"{path}: frame {frame or 'crop'}, hearts resized to {size}x{size}; see --frame and --size")
+    whole = lambda row: (data.image[[row]][0], kind[data.mask[[row]][0]])
+    return replace(data, image=images, mask=None, frame=frame or "crop",
+                   whole=whole if frame == "wall" else None)
+
+
+def on_hearts(data, rows, images):
+    """Images (n,size,size) in [0,1] of `rows` as people look at hearts: from the frame of the wall back onto
+    their slices, the square around the heart, (n,96,96). In other frames they stay as they are."""
+    if data.whole is None:
+        return images
+    slices, masks = zip(*map(data.whole, rows))
+    return np.stack([crop(wrap(x, image / 255, mask), mask, 96, 1.5)
+                     for x, image, mask in zip(images, slices, masks)])
 
 
 def load_study(path, test="", size=None, seed=0, fractions=(0.7, 0.1, 0.2), fold="", frame="image"):
@@ -818,7 +863,7 @@ def load_study(path, test="", size=None, seed=0, fractions=(0.7, 0.1, 0.2), fold
     data = load_framed(path, size, frame)
     if not test:
         return data, split(data, seed, fractions, fold)
-    other = load_framed(test, size, frame)
+    other = load_framed(test, size, data.frame)
     here, there = ({s.casefold() for s in d.subject} for d in (data, other))     # P01 and p01 are one person
     if both := sorted(here & there):
         fail(f"{test}: subject: {len(both)} are also in {path}: {', '.join(both[:5])}; a subject belongs to "
@@ -842,7 +887,9 @@ def load_study(path, test="", size=None, seed=0, fractions=(0.7, 0.1, 0.2), fold
     columns = {k: join(known[k], v) for k, v in other.columns.items() if k in known}
     joined = Dataset(f"{path} + {test}", join(data.image, other.image), join(data.mask, other.mask),
                      join(data.subject, other.subject), columns, None, data.attrs, data.label_names,
-                     data.fingerprint, data.warnings + other.warnings)
+                     data.fingerprint, data.warnings + other.warnings, data.frame,
+                     data.whole and (lambda row: (data.whole(row) if row < len(data) else
+                                                  other.whole(row - len(data)))))
     return joined, join(part, np.full(len(other), "test"))
 
 

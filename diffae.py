@@ -9,7 +9,7 @@ the simplest rival? A probe answers: a linear model, fitted to the frozen codes 
       |                           |
       +--- DDIM up with z_sem --> x_T (B,1,H,W) --- DDIM down with z_sem --> image (B,1,H,W)
 
-Up is towards noise, down towards the image. In the demo H = W = 48 and d = 128. In these images (late
+Up is towards noise, down towards the image. In the demo H = W = 48 and d = 192. In these images (late
 gadolinium enhancement) healthy muscle is a dark ring and an infarct is a bright part of the ring.
 
 Preechakul et al., Diffusion Autoencoders, CVPR 2022 (arXiv 2111.15640).
@@ -61,7 +61,7 @@ class Config:
     seed: int = 0             # of the split, the weights, the order of the data and every draw
     target: str = ""          # column that the probe predicts; empty: has_infarct if there, else label
     # images and network
-    frame: Literal["image", "crop", "wall"] = "image"   # crop: around the wall; wall: depth by angle
+    frame: Literal["", "image", "crop", "wall"] = ""    # empty: crop where all hearts have masks, else image
     size: int = 128           # images are resized to size x size
     patch: int = 1            # patch x patch pixels become channels: 2 is 4x faster, at half the resolution
     base: int = 128           # channels of the first level
@@ -88,8 +88,8 @@ class Config:
     ema: float = 0.9999       # decay of the averaged weights; the averaged weights are evaluated
     save_every: int = 500     # steps between checkpoints
     # evaluation
-    S: int = 20               # DDIM steps, both ways
-    stride: Literal["trailing", "leading"] = "trailing"     # DDIM times end at T-1; paper: 0, 50, .. 950
+    S: int = 50               # DDIM steps, both ways; paper: 20
+    stride: Literal["quadratic", "trailing", "leading"] = "quadratic"   # see times(); paper: leading
     draws: int = 8            # images from z_sem and random x_T; their mean is scored
     eval_images: int = 1000   # at most this many test images are reconstructed
 
@@ -97,12 +97,12 @@ class Config:
 PRESETS = {
     "paper": {},
     "demo": dict(size=48, patch=2, base=32, mult=(1, 2, 4), enc_mult=(1, 2, 4, 4), blocks=1, attention=6,
-                 groups=0, dropout=0.0, z_dim=128, steps=600, batch=32, lr=1e-3, save_every=200,
-                 eval_images=40),
+                 groups=0, dropout=0.0, z_dim=192, steps=600, batch=32, lr=1e-3, save_every=200,
+                 S=20, eval_images=40),
 }
 RECIPES = {
     "ours": {},
-    "paper": dict(predict="eps", t_power=1.0, spatial=False, augment=0.0, flip=True, stride="leading"),
+    "paper": dict(predict="eps", t_power=1.0, spatial=False, augment=0.0, flip=True, stride="leading", S=20),
 }
 # A run may go on in the same folder with other values of these. All other settings need another --out.
 MAY_CHANGE = {"data", "test", "out", "apply", "preset", "device", "target", "steps", "save_every", "S",
@@ -257,6 +257,30 @@ class Encoder(nn.Module):
     def forward(self, x):
         h = self.trunk(F.pixel_unshuffle(x, self.patch))       # (B,C,h,w), 3x3 in the demo, 4x4 in the paper
         return self.out(h.flatten(1) if self.spatial else h.mean((2, 3))).float()
+
+
+class RingEncoder(Encoder):
+    """Encoder for the frame of the wall, where rows are depth and columns are the angle, a closed ring.
+
+    A turn of the heart shifts the columns. So mean and maximum over the columns forget the turn and nothing
+    else. The code is these two of a few channels in each row. Convolutions wrap around: a border of zeros
+    would tell them the angle. (The rows wrap, too. It touches the outermost.) x (B,ch_in,H,W) -> (B,ch_out)
+    float32; ch_out: a multiple of twice the rows, which are 12 to 23"""
+    def __init__(self, cfg, ch_in, ch_out):
+        halvings = max(0, int(math.log2(cfg.size / cfg.patch / 12)))
+        mult = cfg.enc_mult[:halvings + 1]
+        super().__init__(dataclasses.replace(cfg, enc_mult=mult), ch_in, ch_out)
+        numbers = 2 * (cfg.size // cfg.patch // 2 ** (len(mult) - 1))
+        if ch_out % numbers:
+            raise ValueError(f"z_dim {cfg.z_dim}: in the frame of the wall it is a multiple of {numbers}")
+        self.out = nn.Conv2d(mult[-1] * cfg.base, ch_out // numbers, 1)
+        for layer in self.trunk.modules():
+            if isinstance(layer, nn.Conv2d):
+                layer.padding_mode = "circular"
+
+    def forward(self, x):
+        h = self.out(self.trunk(F.pixel_unshuffle(x, self.patch))).float()
+        return torch.cat([h.mean(3), h.amax(3)], 1).flatten(1)
 
 
 class UNet(nn.Module):
@@ -441,15 +465,44 @@ class VAE(nn.Module):
         return (self.decoder(z) - x0).square().mean() + self.cfg.vae_beta * kl / x0[0].numel()
 
 
+class Supervised(nn.Module):
+    """A ceiling for the codes: the same encoder, trained on the labels y (0 or 1) of training patients."""
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.encoder, self.head = Encoder(cfg, 1, cfg.z_dim), nn.Linear(cfg.z_dim, 1)
+
+    def encode(self, batch):
+        """batch["image"] (B,1,H,W) -> (B,z_dim): what is probed."""
+        return self.encoder(batch["image"])
+
+    def forward(self, batch, g):
+        x0 = D.moved(batch["image"], self.cfg, g)
+        log_odds = self.head(self.encoder(x0)).squeeze(1).float()
+        return F.binary_cross_entropy_with_logits(log_odds, batch["y"])
+
+
+def build(network, cfg):
+    """Model(cfg), VAE(cfg) or Supervised(cfg), in the frame of the wall with a RingEncoder. The published
+    recipe keeps its networks in every frame."""
+    net = network(cfg)
+    if cfg.frame == "wall" and cfg.spatial:
+        net.encoder = RingEncoder(cfg, 1, net.encoder.out.out_features)
+    return net.to(memory_format=torch.channels_last)
+
+
 # --------------------------------------------------------------------------------------------------------
 # Samplers: functions of eps_fn(x_t, t), so that tests can replace the network by an exact formula
 
 def times(S, T, stride="trailing"):
-    """S of T times, increasing. trailing: round(i T/S) - 1, i = 1..S; leading: floor(i T/S), i = 0..S-1."""
+    """S of T times, increasing. trailing: round(i T/S) - 1, i = 1..S; leading: floor(i T/S), i = 0..S-1;
+    quadratic: round(i^2 T/S^2) - 1, dense at low noise (DDIM, sec. D.2), where x_T gets its fine detail."""
     if not 1 <= S <= T:
         raise ValueError(f"S={S} sampling steps: from 1 to T={T} are possible")
     if stride == "leading":
         return [i * T // S for i in range(S)]
+    if stride == "quadratic":
+        return [max(i - 1, round(i * i * T / S ** 2) - 1) for i in range(1, S + 1)]
     return [round(i * T / S) - 1 for i in range(1, S + 1)]
 
 
@@ -480,7 +533,7 @@ def ddim_encode(eps_fn, x0, S, alpha_bar, stride="trailing", clip=False):
     """x_0 -> x_T, up the levels (DiffAE eq. 8); S = 4: -1, 249, 499, 749, 999. Level -1 is not trained: the
     first step takes eps at t = 0. stride "leading" is the original code's: 0, 250, 500, 750, T."""
     x, up = x0, times(S, len(alpha_bar), stride)
-    up = [-1] + up if stride == "trailing" else up + [len(alpha_bar)]
+    up = up + [len(alpha_bar)] if stride == "leading" else [-1] + up
     for t, t_next in zip(up, up[1:]):
         x = ddim_step(x, t, t_next, eps_fn(x, max(t, 0)), alpha_bar, clip)
     return x
@@ -534,7 +587,8 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
         M.warn_if_edited(cfg, __file__)
     if step >= steps:
         return ema, step
-    if cfg.init and not step and "prior" not in name:       # a prior belongs to the codes of its own run
+    own = "prior" in name or "supervised" in name           # of the codes or labels of this run
+    if cfg.init and not step and not own:
         other = Path(cfg.init, f"{name}.pt")
         weights, _ = D.averaged_weights(other)
         D.load_weights(other, "ema", weights, model)
@@ -666,7 +720,8 @@ def preview(cfg, loader):
 def evaluate(cfg, data, part, models, prior, device):
     """Every number and picture of a run. -> metrics, as in results.json
 
-    models: {"": the diffusion autoencoder, "untrained": the same at step 0, "vae": ..}; prior: a Prior"""
+    models: {"": the diffusion autoencoder, "untrained": the same at step 0, "vae": .., "supervised": ..}
+    prior: a Prior"""
     out, train = Path(cfg.out), np.flatnonzero(part == "train")
     loader = D.Loader({"image": data.image}, device)
     test = M.evenly(np.flatnonzero(part == "test"), cfg.eval_images)
@@ -680,25 +735,31 @@ def evaluate(cfg, data, part, models, prior, device):
     # the trivial rows have one image for both. Ours comes last: its x_T, z and draws are used below.
     recon = M.trivial_images(data, train, test, cfg.z_dim)
     recon["vae"] = M.to_image(in_batches(models["vae"].decoder, codes["vae"][test]))
-    mean, metrics = dict(recon), {}
+    mean, single, metrics = dict(recon), {"vae": recon["vae"]}, {}
     for row in tqdm(("untrained", ""), "evaluate: images", unit="model"):
         model, z, dot = models[row], codes[row][test], f".{row}" if row else ""
         x_T = encode_noise(model, x0, z)
         recon[row] = M.to_image(decode(model, x_T, z))
         draws = [M.to_image(decode(model, x, z)) for x in noise]
-        mean[row] = np.mean(draws, 0)
+        mean[row], single[row] = np.mean(draws, 0), draws[0]
         of_another = M.to_image(decode(model, noise[0], z[wrong]))      # a slice of another patient
         gain = M.ssim(real, draws[0]) - M.ssim(real, of_another)
         metrics["semantic_gain" + dot] = M.row_of(np.mean, who, gain)
         sd_error = (x_T.std((1, 2, 3)) - 1).abs()           # noise has an SD of 1; alone that is no proof
         metrics["x_T_sd_error" + dot] = M.row_of(np.mean, who, sd_error, better="lower")
     metrics |= M.image_numbers("recon", recon, real, who) | M.image_numbers("semantic_mean", mean, real, who)
+    for row, images in single.items():
+        grain = M.row_of(lambda a, b: a.mean() / b.mean(), who, M.roughness(images), M.roughness(real))
+        metrics["grain" + (f".{row}" if row else "")] = grain
     gain = M.ssim(real, mean[""]) - M.ssim(real, mean["vae"])
     metrics["semantic_mean_gain.vae"] = M.row_of(np.mean, who, gain)
 
     # What is read from the codes of all test images, by a linear probe fitted to the training patients
     all_codes = {row: code.cpu().numpy() for row, code in codes.items()}
     all_codes["pca"] = M.pca_codes(data, train, cfg.z_dim)
+    if data.frame == "wall":        # sorted along the angle: a linear code that forgets where on the ring
+        ring = dataclasses.replace(data, image=np.sort(data.image, 2))
+        all_codes["pca_sorted"] = M.pca_codes(ring, train, cfg.z_dim)
     axis = None
     M.save_codes(out / "codes.csv", data, part, all_codes[""])
     try:
@@ -716,9 +777,16 @@ def evaluate(cfg, data, part, models, prior, device):
     middle = [np.flatnonzero(who == p)[(who == p).sum() // 2] for p in np.unique(who)[:8]]
     rows = {"test image": real, "z_sem + x_T": recon[""], "z_sem, random x_T": draws[0],
             f"mean of {cfg.draws} random x_T": mean[""], "VAE": mean["vae"], "PCA": mean["pca"]}
-    M.grid(out / "reconstructions.png", [x[middle] for x in rows.values()], list(rows), list(who[middle]),
+    M.grid(out / "reconstructions.png", [D.on_hearts(data, test[middle], x[middle]) for x in rows.values()],
+           list(rows), list(who[middle]),
            f"A middle slice of test patients, whom no network has seen. {cfg.S} DDIM steps.")
-    edits(out, model, x_T[middle], z[middle], axis)
+    picture = lambda x: D.on_hearts(data, test[middle], M.to_image(x))
+    if axis is not None and data.frame == "wall":       # an edit must change the wall and nothing else
+        healthy, ill = (M.to_image(decode(model, x_T, z + k * axis)) for k in (-2, 2))
+        change, depth = abs(ill - healthy).mean(2), np.linspace(-1, 1.5, cfg.size)
+        for name, rows in ("cavity", depth < 0), ("wall", abs(depth - 0.5) < 0.5), ("outside", depth > 1):
+            metrics[f"edit_{name}"] = M.row_of(np.mean, who, change[:, rows].mean(1))
+    edits(out, model, x_T[middle], z[middle], axis, picture)
     new = decode(model, torch.randn(8, *x0.shape[1:], generator=g, device=device), prior.sample(8, g))
     bank = data.image[M.evenly(train, 5000)] / 255
     _, nearest = M.nearest(M.to_image(new), bank)
@@ -728,9 +796,9 @@ def evaluate(cfg, data, part, models, prior, device):
     return metrics
 
 
-def edits(out, model, x_T, z, axis):
+def edits(out, model, x_T, z, axis, picture):
     """interpolation.png and manipulation.png. x_T (n,1,H,W), z (n,d). axis (d,): direction of the probe, as
-    long as one SD of the training codes; None if there is no probe."""
+    long as one SD of the training codes; None if there is no probe. picture: n images (B,1,H,W) -> to show"""
     alpha, lines = torch.linspace(0, 1, 7, device=z.device), []
     for i in range(0, len(z) - 1, 2):
         between = slerp(x_T[[i] * 7], x_T[[i + 1] * 7], alpha), torch.lerp(z[[i]], z[[i + 1]], alpha[:, None])
@@ -739,7 +807,7 @@ def edits(out, model, x_T, z, axis):
         M.grid(out / "interpolation.png", lines, [], [f"{a:.2f}" for a in alpha.tolist()],
                "From one test patient (0) to another (1): z_sem on a straight line, x_T on the sphere.")
     if axis is not None:
-        moved = {f"{k:+d} SD": M.to_image(decode(model, x_T, z + k * axis)) for k in (-4, -2, -1, 0, 1, 2, 4)}
+        moved = {f"{k:+d} SD": picture(decode(model, x_T, z + k * axis)) for k in (-4, -2, -1, 0, 1, 2, 4)}
         M.grid(out / "manipulation.png", list(moved.values()), list(moved), [],
                "A column per patient. z_sem moved along the probe, + towards its class 1, in SDs; x_T kept.")
 
@@ -752,10 +820,10 @@ def load(out, name="ckpt", device=""):
 
     name: ckpt, the diffusion autoencoder; ckpt_vae, the VAE; ckpt_prior_STEPS, the prior. device: "" is the
     first of cuda, mps, cpu that is there. A file that is damaged or of another network exits 2."""
-    build = VAE if name == "ckpt_vae" else Model
+    make = lambda cfg: build(VAE if name == "ckpt_vae" else Model, cfg)
     if name.startswith("ckpt_prior"):
-        build = lambda cfg: Prior(cfg.T, torch.zeros(2, cfg.z_dim))
-    return D.trained(Path(out, f"{name}.pt"), Config, build, device)
+        make = lambda cfg: Prior(cfg.T, torch.zeros(2, cfg.z_dim))
+    return D.trained(Path(out, f"{name}.pt"), Config, make, device)
 
 
 def apply(out, path, device):
@@ -800,10 +868,12 @@ def apply(out, path, device):
 # makes DDIM a mere scaling, and the image comes back. Its x_T is no noise then, but 0.9 times the image. So
 # look at the SD of x_T, and at z_sem alone: the mean of images from random x_T.
 SHOWN = {"recon_ssim": "z_sem + x_T, SSIM", "semantic_mean_ssim": "z_sem alone (mean), SSIM",
-         "semantic_gain": "right - wrong z_sem, SSIM", "x_T_sd_error": "SD of x_T, off 1 by",
+         "semantic_gain": "right - wrong z_sem, SSIM", "grain": "grain of one draw, times real",
+         "x_T_sd_error": "SD of x_T, off 1 by",
          "probe_auroc": "AUROC, slice", "patient_auroc": "AUROC, patient",
          "ill_auroc": "AUROC, slices of the ill", "probe_f1": "F1, slice", "probe_r2": "R2, slice"}
 ROWS = {"": "diffusion autoencoder", "untrained": "the same, untrained", "vae": "VAE", "pca": "PCA",
+        "pca_sorted": "PCA, sorted along the angle", "supervised": "same encoder, from labels",
         "copy": "next slice of patient", "constant": "mean training image",
         "all_positive": "all called positive", "mean": "mean training label"}
 
@@ -817,13 +887,13 @@ def main(argv):
     try:        # settings that do not fit each other are an error before anything is read or written
         times(cfg.S, cfg.T, cfg.stride)
         with torch.device("meta"):
-            model, vae, t = Model(cfg), VAE(cfg), torch.zeros(2, dtype=torch.long)
+            model, vae, t = build(Model, cfg), build(VAE, cfg), torch.zeros(2, dtype=torch.long)
             x0 = torch.empty(2, 1, cfg.size, cfg.size)
             images = model.unet(x0, t, model.encoder(x0)), vae.decoder(vae.encode({"image": x0}))
         if cfg.size < 11 or any(x.shape != x0.shape for x in images):
             raise ValueError(f"--size {cfg.size} is below 11 or cannot be halved as often as the levels ask")
     except (ValueError, RuntimeError, OverflowError) as e:
-        D.fail(f"--size {cfg.size}, --patch, --mult, --enc_mult, --groups, --S: do not fit each other ({e})")
+        D.fail(f"--size {cfg.size}, --patch, --mult, --enc_mult, --groups, --z_dim, --S: do not fit ({e})")
     held = M.lock(out) if rank == 0 else None           # until the process ends
     path = D.phantom_path(cfg, "hearts.h5")
     if rank == 0 and not cfg.data and not os.path.exists(path):
@@ -832,7 +902,8 @@ def main(argv):
         dist.barrier()
     data, part = D.load_study(path, cfg.test, cfg.size, cfg.seed, fold=cfg.fold, frame=cfg.frame)
     count, facts = D.describe(data, part)
-    cfg = dataclasses.replace(cfg, target=D.choose_target(data, cfg.target, ["has_infarct"]))
+    target = D.choose_target(data, cfg.target, ["has_infarct"])
+    cfg = dataclasses.replace(cfg, target=target, frame=data.frame)
     if rank == 0:
         if cfg.init:
             M.known_part(cfg.init, data.subject[part == "test"])
@@ -845,10 +916,17 @@ def main(argv):
     images, val_images = (D.Loader({"image": data.image}, device, r) for r in rows)
     watch = preview(cfg, val_images) if len(val_images) else None
     torch.manual_seed(D.mix(cfg.seed, 0))
-    model, vae = Model(cfg), VAE(cfg)
+    model, vae = build(Model, cfg), build(VAE, cfg)
     models = {"untrained": copy.deepcopy(model).to(device).eval()}      # what random features already give
     models[""], reached = fit(model, images, cfg, "ckpt", cfg.steps, facts, watch)
     models["vae"], _ = fit(vae, images, cfg, "ckpt_vae", reached, facts)
+    y = data.columns.get(cfg.target, np.full(len(data), np.nan)).astype(float)
+    known = rows[0][~np.isnan(y[rows[0]])]
+    if set(y[known]) == {0, 1} and len(known) >= cfg.batch:
+        labelled = D.Loader({"image": data.image, "y": y}, device, known)
+        torch.manual_seed(D.mix(cfg.seed, 2))
+        net = build(Supervised, cfg)
+        models["supervised"], _ = fit(net, labelled, cfg, "ckpt_supervised", reached // 2, facts)
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()

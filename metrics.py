@@ -26,7 +26,7 @@ from lifelines import CoxPHFitter, KaplanMeierFitter
 from lifelines.plotting import add_at_risk_counts
 from lifelines.statistics import multivariate_logrank_test
 from matplotlib.figure import Figure  # without pyplot: no display is needed
-from scipy.ndimage import gaussian_filter, maximum_filter
+from scipy.ndimage import gaussian_filter, laplace, maximum_filter
 from scipy.stats import ks_2samp, norm, rankdata
 from sklearn.covariance import LedoitWolf
 from sklearn.decomposition import PCA
@@ -107,6 +107,11 @@ def nmse(real, fake):
 
 
 # ---- Generated images, as a population and one by one ------------------------------------------------------
+
+def roughness(images):
+    """Variance of the Laplacian of images (N,H,W): grain raises it, blur lowers it. -> (N,)"""
+    return np.array([laplace(x).var() for x in to_numpy(images)])
+
 
 def frechet(a, b):
     """Frechet distance of two sets of features (n,d), (m,d) as Gaussians: |mean_a - mean_b|^2 +
@@ -789,6 +794,7 @@ GLOSSARY = {  # first words of keys in results.json; a longer one wins
     "recon_ssim": "likeness of the image drawn from z_sem and its own noise; 1 is the image itself",
     "semantic": "the same, from z_sem alone: the noise is random",
     "semantic_gain": "likeness with the right z_sem minus with another's; 0: it is ignored",
+    "grain": "variance of the Laplacian, over that of real images; 1 is as rough as they are",
     "x_T_sd_error": "a noise image has an SD of 1; far from 1, it still holds the image",
     "z_T_sd_error": "a noise latent has an SD of 1; far from 1, it still holds the scan",
     "probe_auroc": "a line through the codes scores an ill image above a healthy one; 0.5 is chance",
@@ -812,6 +818,7 @@ GLOSSARY = {  # first words of keys in results.json; a longer one wins
     "kid": "the same, by a kernel; 0 is one distribution",
     "fd_vq": "distance of the sets in the VQ-VAE's features; compare with real slices",
     "kid_vq": "the same, by a kernel; 0 is one distribution",
+    "edit": "mean change of grey there, from 2 SD towards health to 2 SD towards disease",
     "interp": "a scan that is missing between two visits, drawn from both",
     "manip": "what a step of one SD along z_sem's disease direction does to this volume",
     "recon_s": "seconds to encode and draw one scan again",

@@ -409,11 +409,14 @@ class VAE(nn.Module):
 # Samplers: functions of eps_fn(x_t, t), so that tests can replace the network by an exact formula
 
 def times(S, T, stride="trailing"):
-    """S of T times, increasing. trailing: round(i T/S) - 1, i = 1..S; leading: floor(i T/S), i = 0..S-1."""
+    """S of T times, increasing. trailing: round(i T/S) - 1, i = 1..S; leading: floor(i T/S), i = 0..S-1;
+    quadratic: round(i^2 T/S^2) - 1, dense at low noise (DDIM, sec. D.2), where x_T gets its fine detail."""
     if not 1 <= S <= T:
         raise ValueError(f"S={S} sampling steps: from 1 to T={T} are possible")
     if stride == "leading":
         return [i * T // S for i in range(S)]
+    if stride == "quadratic":
+        return [max(i - 1, round(i * i * T / S ** 2) - 1) for i in range(1, S + 1)]
     return [round(i * T / S) - 1 for i in range(1, S + 1)]
 
 
@@ -444,7 +447,7 @@ def ddim_encode(eps_fn, x0, S, alpha_bar, stride="trailing", clip=False):
     """x_0 -> x_T, up the levels (DiffAE eq. 8); S = 4: -1, 249, 499, 749, 999. Level -1 is not trained: the
     first step takes eps at t = 0. stride "leading" is the original code's: 0, 250, 500, 750, T."""
     x, up = x0, times(S, len(alpha_bar), stride)
-    up = [-1] + up if stride == "trailing" else up + [len(alpha_bar)]
+    up = up + [len(alpha_bar)] if stride == "leading" else [-1] + up
     for t, t_next in zip(up, up[1:]):
         x = ddim_step(x, t, t_next, eps_fn(x, max(t, 0)), alpha_bar, clip)
     return x
@@ -485,7 +488,8 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
         M.warn_if_edited(cfg, __file__)
     if step >= steps:
         return ema, step
-    if cfg.init and not step and "prior" not in name:       # a prior belongs to the codes of its own run
+    own = "prior" in name or "supervised" in name           # of the codes or labels of this run
+    if cfg.init and not step and not own:
         other = Path(cfg.init, f"{name}.pt")
         weights, _ = D.averaged_weights(other)
         D.load_weights(other, "ema", weights, model)

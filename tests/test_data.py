@@ -212,6 +212,16 @@ def test_unwrap_is_depth_by_angle():
     assert abs(turned - np.roll(data.unwrap(np.sin(angle), mask, 48), -12, 1))[3:].max() < 0.05
 
 
+def test_wrap_draws_a_wall_back_onto_its_heart():
+    """wrap(unwrap(x)) is x up to half a wall outside, and the slice itself beyond; angle 360 is angle 0."""
+    mask, depth, angle = ring()
+    image = np.sin(2 * angle) * (depth > 0.1) + depth.clip(-1, 1.5)
+    back = data.wrap(data.unwrap(image, mask, 96), 0 * image + 7, mask)
+    inside = (depth > 0.2) & (depth < 1.3)
+    assert abs(back - image)[inside].max() < 0.1 and (back[depth > 1.6] == 7).all()
+    assert abs(back - image)[(depth < 0) & (depth > -0.8)].max() < 0.15
+
+
 def test_frames_follow_the_mask_and_not_the_disease(tmp_path, capsys):
     """The ids of infarct and no-reflow are wall; crop: the heart fills the square; a slice without heart is refused."""
     mask, depth, angle = ring(10, 16, (30, 60), 96)
@@ -223,14 +233,26 @@ def test_frames_follow_the_mask_and_not_the_disease(tmp_path, capsys):
     write("a.h5", [mask, ill], data.HEART)
     for frame in ("wall", "crop"):
         d = data.load_framed(tmp_path / "a.h5", 32, frame)
-        assert d.image.shape == (2, 32, 32) and np.array_equal(*d.image) and d.mask is None
+        assert d.image.shape == (2, 32, 32) and np.array_equal(*d.image) and d.mask is None and d.frame == frame
+        shown = data.on_hearts(d, np.arange(2), flat := d.image / 255)
+        wanted = flat[0] if frame == "crop" else data.crop(image / 255, mask, 96, 1.5)
+        assert np.array_equal(*shown) and shown[0].shape == wanted.shape and abs(shown[0] - wanted).mean() < 0.01
     middle = np.argwhere(d.image[0] < 50).mean(0)       # the cavity's dark centre
     assert abs(middle - 15.5).max() < 1 and abs(np.ptp(np.argwhere(d.image[0] < 141), 0) - 32 / 1.3).max() < 3
     assert np.array_equal(data.load_framed(tmp_path / "a.h5", 96).image[0], image)
     write("b.h5", [mask, 0 * mask], data.HEART)
     one_error(capsys, lambda: data.load_framed(tmp_path / "b.h5", 32, "wall"), "b.h5", "mask[1]", "no myocardium")
     write("c.h5", [mask], ["background", "head", "neck"])
-    one_error(capsys, lambda: data.load_framed(tmp_path / "c.h5", 32, "crop"), "c.h5", "--frame crop")
+    one_error(capsys, lambda: data.load_framed(tmp_path / "c.h5", 32, "crop"), "c.h5", "no frame crop")
+    assert [data.load_framed(tmp_path / f"{f}.h5", 32, "").frame for f in "abc"] == ["crop", "image", "image"]
+    assert "mask[1]" in capsys.readouterr().out
+    big, row = np.kron(image, np.ones((2, 2), np.uint8)), dict(subject=np.array(["z"]))
+    data.write(str(tmp_path / "d.h5"), [dict(image=big[None], mask=np.kron(mask, np.ones((2, 2), np.uint8))[None], **row)],
+               dict(mask_names=data.HEART))
+    both, _ = data.load_study(tmp_path / "a.h5", tmp_path / "d.h5", 32, frame="wall")
+    assert [both.whole(k)[0].shape for k in range(3)] == [(96, 96), (96, 96), (192, 192)]
+    shown = data.on_hearts(both, [1, 2], both.image[1:] / 255)      # each on its own slice, whatever its size
+    assert abs(shown[0] - shown[1]).mean() < 0.02
 
 
 def test_in_the_frame_of_the_wall_motion_is_a_turn_and_a_mirror():

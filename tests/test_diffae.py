@@ -158,6 +158,24 @@ def test_spatial_encoder_sees_position_and_pooling_does_not():
     assert moved[True] > 3 * moved[False], moved
 
 
+@pytest.mark.parametrize("size, step", [(20, 1), (48, 4)])
+def test_in_the_frame_of_the_wall_a_turn_leaves_z_sem_as_it_is(size, step):
+    """There a turn of the heart shifts columns by multiples of the encoder's step. Depth is kept."""
+    cfg, x = replace(TINY, size=size, frame="wall", z_dim=2 * size), torch.rand(2, 1, size, size)
+    turned, deeper = x.roll(4 * step, 3), x.roll(4 * step, 2)
+    for network in (m.Model, m.VAE):
+        torch.manual_seed(0)
+        z = m.build(network, cfg).encoder
+        assert torch.allclose(z(turned), z(x), atol=1e-4) and not torch.allclose(z(deeper), z(x), atol=1e-2)
+    assert type(m.build(m.Model, replace(cfg, spatial=False)).encoder) is m.Encoder      # as published
+
+
+def test_roughness_is_the_variance_of_the_laplacian():
+    noise = np.random.default_rng(0).normal(0, 0.1, (3, 400, 400))
+    assert np.allclose(M.roughness(noise), 20 * 0.01, rtol=0.03)        # weights 1, 1, 1, 1, -4: 4 + 16
+    assert M.roughness(np.linspace(0, 1, 50)[None] * np.ones((1, 50, 1)))[0] < 1e-4
+
+
 def test_augment_is_a_rigid_motion_of_the_image():
     """The disc's mass stays, its centre moves; strength 0 only flips, if asked."""
     x = torch.zeros(64, 1, 32, 32)
@@ -198,6 +216,14 @@ def test_ddim_round_trip_of_the_gaussian_oracle(S, rmse):
     assert (back - x0).square().mean().sqrt().item() == pytest.approx(rmse, rel=0.02)
 
 
+@pytest.mark.parametrize("stride, S, sd", [("trailing", 20, 0.453), ("trailing", 250, 0.937), ("quadratic", 50, 0.953)])
+def test_encoded_noise_gets_its_sd_from_steps_at_low_noise(stride, S, sd):
+    """N(.5, .002) has much fine detail. With the exact eps, few even steps leave x_T far from an SD of 1."""
+    x0 = 0.5 + 0.002 ** 0.5 * torch.randn(100_000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x_T = m.ddim_encode(gaussian_eps(0.5, 0.002 ** 0.5), x0, S, AB, stride)
+    assert x_T.std().item() == pytest.approx(sd, abs=0.006)
+
+
 def test_ddim_decode_of_the_oracle_gives_its_distribution():
     x_T = torch.randn(200_000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     x = m.ddim_decode(gaussian_eps(), x_T, 1000, AB)
@@ -208,6 +234,8 @@ def test_ddim_decode_of_the_oracle_gives_its_distribution():
 def test_times_work_for_any_number_of_steps(S):
     ts = m.times(S, 1000)
     assert len(ts) == S and ts[-1] == 999 and ts[0] >= 0 and all(b > a for a, b in zip(ts, ts[1:]))
+    dense = m.times(S, 1000, "quadratic")
+    assert len(dense) == S and dense[-1] == 999 and dense[0] >= 0 and all(b > a for a, b in zip(dense, dense[1:]))
     assert m.times(20, 1000, "leading") == list(range(0, 1000, 50))
     with pytest.raises(ValueError):
         m.times(1001, 1000)
@@ -345,7 +373,7 @@ def test_whole_run_leaves_results_and_pictures(tiny, tmp_path, capsys, monkeypat
     monkeypatch.setattr(m, "fit", spy)
     main("--data", tiny, "--out", out, *FLAGS)
     data, part = D.load_study(tiny, "", 16, 0)
-    for name in ("ckpt", "ckpt_vae"):       # the networks see the training patients and nobody else
+    for name in ("ckpt", "ckpt_vae", "ckpt_supervised"):       # the networks see the training patients and nobody else
         assert np.array_equal(seen[name], np.flatnonzero(part == "train"))
     results, printed = json.loads((out / "results.json").read_text()), capsys.readouterr().out
     assert results["script"] == "diffae" and results["n"] == {"train": 8, "val": 2, "test": 2}
@@ -355,7 +383,7 @@ def test_whole_run_leaves_results_and_pictures(tiny, tmp_path, capsys, monkeypat
         assert set(results["metrics"][key]) == {"value", "ci", "n", "unit", "better"}, key
         assert results["metrics"][key]["n"] == 2, key
     rows = {"recon_ssim": "constant copy pca untrained vae", "semantic_mean_ssim": "constant copy pca untrained vae",
-            "probe_auroc": "pca untrained vae", "probe_f1": "all_positive pca untrained vae"}
+            "probe_auroc": "pca untrained vae supervised", "grain": "untrained vae", "probe_f1": "all_positive pca untrained vae"}
     for key, names in rows.items():
         assert all(f"{key}.{name}" in results["metrics"] for name in names.split()), key
     for name in ("reconstructions", "interpolation", "manipulation", "samples", "curves", "preview"):
