@@ -20,7 +20,7 @@ Preechakul et al., Diffusion Autoencoders, CVPR 2022 (arXiv 2111.15640).
 
 --preset is the size and the budget (demo or paper), --recipe the method. `--recipe paper` is as published,
 but lr and EMA warm up. `--recipe ours`, the default, differs in this:
-- predict v, t_power 0.5: at low noise x_t already shows the image. Only at high noise is z_sem needed. The
+- predict v, t_power 0.7: at low noise x_t already shows the image. Only at high noise is z_sem needed. The
   eps loss gives high noise little weight. So the UNet predicts v, and large t are drawn more often;
 - spatial: faces are aligned, hearts are not. Average pooling forgets where things are, and AdaGN scales whole
   channels. So the encoder flattens its last feature map, and a linear layer turns z_sem into an image that
@@ -76,7 +76,7 @@ class Config:
     spatial: bool = True      # the encoder keeps position and the UNet sees an image of z_sem; paper: false
     # objective
     predict: Literal["v", "eps"] = "v"    # what the UNet outputs; paper: eps
-    t_power: float = 0.5      # times are drawn as T u^t_power: 0.5 favours high noise; paper: 1, uniform
+    t_power: float = 0.7      # times are drawn as T u^t_power: below 1 favours high noise; paper: 1, uniform
     augment: float = 0.5      # strength of random rotation, zoom and shift of the training images; paper: 0
     flip: bool = False        # random left-right flips (paper: true; but a heart has its left and its right)
     T: int = 1000             # diffusion steps, linear beta; with far fewer, level T - 1 is not pure noise
@@ -96,7 +96,7 @@ class Config:
 
 PRESETS = {
     "paper": {},
-    "demo": dict(size=48, patch=2, base=32, mult=(1, 2, 4), enc_mult=(1, 2, 4, 4), blocks=1, attention=6,
+    "demo": dict(size=48, base=16, mult=(1, 2, 4), enc_mult=(1, 2, 4, 4), blocks=1, attention=6,
                  groups=0, dropout=0.0, z_dim=192, steps=600, batch=32, lr=1e-3, save_every=200,
                  S=20, eval_images=40),
 }
