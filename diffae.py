@@ -10,7 +10,8 @@ the simplest rival? A probe answers: a linear model, fitted to the frozen codes 
       +--- DDIM up with z_sem --> x_T (B,1,H,W) --- DDIM down with z_sem --> image (B,1,H,W)
 
 Up is towards noise, down towards the image. In the demo H = W = 48 and d = 192. In these images (late
-gadolinium enhancement) healthy muscle is a dark ring and an infarct is a bright part of the ring.
+gadolinium enhancement) healthy muscle is a dark ring and an infarct is a bright part of the ring. Where the
+data have masks, images are cropped to the heart; --frame wall unrolls the ring to depth by angle.
 
 Preechakul et al., Diffusion Autoencoders, CVPR 2022 (arXiv 2111.15640).
 
@@ -26,7 +27,8 @@ but lr and EMA warm up. `--recipe ours`, the default, differs in this:
   channels. So the encoder flattens its last feature map, and a linear layer turns z_sem into an image that
   the UNet sees beside x_t. The VAE gets the same encoder;
 - augment 0.5, no flip: small random motions of the training images, and no mirrored hearts;
-- stride trailing: the noisiest DDIM level is T - 1, the noisiest that was trained.
+- stride quadratic: DDIM ends at T - 1, the noisiest level that was trained, and steps finely at low noise;
+- frame wall: the encoder pools over the angle and keeps the depth, see RingEncoder.
 """
 import copy, dataclasses, math, os, signal, sys, time
 from dataclasses import dataclass
@@ -850,9 +852,10 @@ def apply(out, path, device):
     D.write(folder / "reconstructions.h5", [dict(image=D.to_uint8(255 * images), subject=data.subject)],
             dict(source=f"z_sem + x_T of {path} by the model in {out}"))
     noise = torch.randn(x0[:1].shape, generator=torch.Generator(cfg.device).manual_seed(0), device=cfg.device)
-    alone = decode(model, noise.expand(len(few), -1, -1, -1), z[few])
-    M.grid(folder / "reconstructions.png", [data.image[few] / 255, images[few], M.to_image(alone)],
-           ["image", "z_sem + x_T", "z_sem, random x_T"], list(data.subject[few]), f"Images of {path}.")
+    alone = M.to_image(decode(model, noise.expand(len(few), -1, -1, -1), z[few]))
+    shown = [D.on_hearts(data, few, x) for x in (data.image[few] / 255, images[few], alone)]
+    M.grid(folder / "reconstructions.png", shown, ["image", "z_sem + x_T", "z_sem, random x_T"],
+           list(data.subject[few]), f"Images of {path}.")
     new = np.flatnonzero(~np.isin(part, ["train", "val"]))      # numbers are of those it did not learn from
     if len(new):
         metrics |= M.image_numbers("recon", {"": images[new]}, data.image[new] / 255, data.subject[new])
