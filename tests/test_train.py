@@ -96,7 +96,7 @@ def starts(folder):
 
 def world(values, width=0.0, n=9):
     """The runs of one seed, in which each name of a rule has its value and an interval of that half width."""
-    labels = ("ours", "paper", "long", "scaled", "SA")
+    labels = ("ours", "paper", "long", "scaled", "image", "wall", "SA")
     runs = {label: dict(config={"preset": "paper"}, metrics={}, undertrained="") for label in labels}
     for name, v in values.items():
         label, _, key = name.rpartition(":")
