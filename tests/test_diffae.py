@@ -167,6 +167,12 @@ def test_in_the_frame_of_the_wall_a_turn_leaves_z_sem_as_it_is(size, step):
         torch.manual_seed(0)
         z = m.build(network, cfg).encoder
         assert torch.allclose(z(turned), z(x), atol=1e-4) and not torch.allclose(z(deeper), z(x), atol=1e-2)
+    rows = {20: 20, 48: 12}[size]
+    x, bright = x * 0, x * 0
+    bright[:, :, size // 2, :size // 4] = 3      # a bright part of the ring moves maxima: of the VAE's mean and variance alike
+    torch.manual_seed(0)
+    moved = (z(bright) - z(x)).abs()[0].view(2, -1, 2, rows).sum((1, 3))
+    assert (moved > 0.05).all() and (moved[:, 1] > moved[:, 0]).all(), moved
     assert type(m.build(m.Model, replace(cfg, spatial=False)).encoder) is m.Encoder      # as published
 
 
