@@ -1296,9 +1296,9 @@ def heart(rng, size, infarcted):
     d_rv = ellipse(rx, ry, a, b, 1 + 0.07 * np.cos(3 * np.arctan2(ry, rx) + 0.5))
     d_heart = np.minimum(d_epi, d_rv - 2.2)
 
-    # Grey values as the inversion time leaves them: myocardium nulled, blood medium, scar and fat bright.
+    # Grey values as the inversion time leaves them: myocardium nulled, blood and scar medium, fat bright.
     blood, muscle = rng.uniform(0.52, 0.72), rng.uniform(0.12, 0.28)
-    scar_grey, fat = rng.uniform(0.92, 1.05), rng.uniform(0.75, 0.95)
+    scar_grey, fat = blood * rng.uniform(0.85, 1.1), rng.uniform(0.75, 0.95)
     coarse, fine = smooth_noise(rng, n, size, 14), smooth_noise(rng, n, size, 4, 0.3)
 
     # Thorax: lung with vessels, liver below, stomach, aorta, chest wall to the upper left.

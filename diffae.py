@@ -282,7 +282,7 @@ class RingEncoder(Encoder):
 
     def forward(self, x):
         h = self.out(self.trunk(F.pixel_unshuffle(x, self.patch))).float()
-        return torch.cat([h.mean(3), h.amax(3)], 2).flatten(1)      # channel by channel: the VAE cuts it in two
+        return torch.cat([h.mean(3), h.amax(3)], 2).flatten(1)     # channel by channel: a VAE halves it
 
 
 class UNet(nn.Module):

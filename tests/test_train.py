@@ -169,7 +169,7 @@ def test_dry_run_lists_the_commands_of_the_four_scripts(capsys, tmp_path, monkey
     flags = ["--dry-run", "--more", "--seeds", "2", "--gpus", "2"]
     t.main([*flags, "--", "--steps=9", "--ldae.S", "50", "--diffae.z_dim=4"])
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
-    assert len(lines) == 2 * (4 + 2 + 3 + 2) and not list(tmp_path.iterdir())
+    assert len(lines) == 2 * (6 + 2 + 3 + 2) and not list(tmp_path.iterdir())
     found = {next(w for w in words if w.startswith("--out=")): words for words in lines}
     long = set(found["--out=out/diffae_long_s1"])
     assert {"--nproc_per_node=2", "--recipe=paper", "--z_dim=4", "--seed=1", "--steps=45"} <= long
