@@ -1,0 +1,529 @@
+"""The checks of the exercises, one generator for each, and below them the tests of the course.
+
+A check yields (what is compared, what came, what was expected, the largest difference that is allowed). What was
+expected comes from closed forms, loops in float64 or reference libraries. m: the module that holds the student's
+function. rng: a numpy Generator for the inputs, so that `grade` can ask with others."""
+import contextlib
+import io
+import math
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import torch
+
+F32, F64 = 1e-5, 1e-10      # what rounding may do; a mistake does more
+
+
+def schedule(T=1000):
+    """alpha_bar of DDPM in float64, (T,)"""
+    return np.cumprod([1 - (1e-4 + (0.02 - 1e-4) * t / (T - 1)) for t in range(T)])
+
+
+def normal(rng, *shape, dtype=torch.float64):
+    return torch.as_tensor(rng.normal(size=shape)).to(dtype)
+
+
+def mixtures(rng):
+    """Images, volumes and codes with noise and times: (shape, x0, eps, t, sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t))"""
+    ab, c = schedule(), int(rng.integers(1, 4))
+    for shape, dtype in ((3, 1, 4, 5), torch.float32), ((4, c, 3, 5, 2), torch.float64), ((2, 7), torch.float64):
+        t = rng.integers(0, 1000, shape[0])
+        a = np.array([math.sqrt(ab[k]) for k in t]).reshape(-1, *[1] * (len(shape) - 1))
+        yield shape, normal(rng, *shape, dtype=dtype), normal(rng, *shape, dtype=dtype), torch.as_tensor(t), a, np.sqrt(1 - a ** 2)
+
+
+# ------------------------------------------------------------------------------------- diffae.py
+
+def e01(m, rng):
+    ab = torch.as_tensor(schedule())
+    for shape, x0, eps, t, a, s in mixtures(rng):
+        wanted = np.array([a[i] * x0[i].numpy() + s[i] * eps[i].numpy() for i in range(len(t))])
+        yield f"x_t of shape {shape} at t = {t.tolist()}", m.q_sample(x0, t, eps, ab), wanted, F32
+    x0, eps = normal(rng, 2, 3), normal(rng, 2, 3)
+    ends = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    yield "alpha_bar 1 gives x0, 0 gives eps", m.q_sample(x0, torch.tensor([0, 1]), eps, ends), torch.stack([x0[0], eps[1]]), F32
+    x = m.q_sample(torch.full((400, 1), 0.7).double(), torch.full((400,), 300), normal(rng, 400, 1) * 0 + 1, ab)
+    yield "x_t of 0.7 and eps 1 at t = 300", x.mean(), 0.7 * 0.394011123 ** 0.5 + (1 - 0.394011123) ** 0.5, F32
+
+
+def e02(m, rng):
+    ab = torch.as_tensor(schedule())
+    for shape, x0, eps, t, a, s in mixtures(rng):
+        x_t = torch.as_tensor(a * x0.numpy() + s * eps.numpy())
+        v = m.v_target(x0, t, eps, ab)
+        # (x_t, v) is (x0, eps), turned by an angle: a product of complex numbers
+        turned = (x0.numpy() + 1j * eps.numpy()) * (a - 1j * s)
+        yield f"v of shape {shape} at t = {t.tolist()}", v, turned.imag, F32
+        yield ".. gives eps back by eps_from_v", m.eps_from_v(v, x_t, t, ab), eps, F32
+        yield ".. and x0 as a x_t - s v", a * x_t.numpy() - s * v.numpy(), x0, F32
+
+
+def ddim_steps(m, rng):
+    """Steps from a mixture of known x0 and eps: the result is their mixture at the other level."""
+    ab = schedule()
+    level = lambda t: 1.0 if t < 0 else 0.0 if t == 1000 else ab[t]
+    mix = lambda x0, eps, t: math.sqrt(level(t)) * x0 + math.sqrt(1 - level(t)) * eps
+    far = sorted(rng.integers(1, 999, 2).tolist())
+    for t, s in ((far[1], far[0]), (far[0], far[1]), (49, -1), (0, -1), (-1, 49), (950, 1000), (400, 401), (1, 0)):
+        x0, eps = normal(rng, 2, 1, 3, 4), normal(rng, 2, 1, 3, 4)
+        x = m.ddim_step(mix(x0, eps, t), t, s, eps, torch.as_tensor(ab))
+        yield f"from level {t} to level {s}", x, mix(x0, eps, s), F64
+    x0, eps = torch.tensor([[0.5, 3.0, -1.2]]).double(), normal(rng, 1, 3)
+    x, inside = mix(x0, eps, 600), torch.tensor([[0.5, 1.0, -1.0]]).double()
+    new_eps = (x - math.sqrt(level(600)) * inside) / math.sqrt(1 - level(600))      # x is still their mixture
+    yield "clipped, from 600 to 550", m.ddim_step(x, 600, 550, eps, torch.as_tensor(ab), clip=True), mix(inside, new_eps, 550), F64
+    yield "at the clean level nothing is clipped", m.ddim_step(x0, -1, 100, eps, torch.as_tensor(ab), clip=True), mix(x0, eps, 100), F64
+
+
+e03 = ddim_steps
+
+
+def gaussian_eps(sd):
+    """The exact eps_hat of x0 ~ N(0.5, sd^2)."""
+    ab = schedule()
+    return lambda x, t: math.sqrt(1 - ab[t]) * (x - math.sqrt(ab[t]) * 0.5) / (ab[t] * sd ** 2 + 1 - ab[t])
+
+
+def e04(m, rng):
+    ab = schedule()
+    alpha_bar = torch.as_tensor(ab)
+    ratio = lambda t: math.sqrt(1 / ab[t] - 1) if t >= 0 else 0.0
+    for S, stride in ((4, "trailing"), (int(rng.integers(5, 30)), "trailing"), (10, "quadratic")):
+        up, called = [-1] + m.times(S, 1000, stride), []
+        x0, eps = normal(rng, 2, 1, 3, 3), {t: normal(rng, 2, 1, 3, 3) for t in range(1000)}
+        x_T = m.ddim_encode(lambda x, t: called.append(t) or eps[t], x0, S, alpha_bar, stride)
+        yield f"S = {S}, {stride}: the times that eps_fn is called at", called, [max(t, 0) for t in up[:-1]], F64
+        # x / sqrt(alpha_bar) moves by eps times the change of sqrt(1 / alpha_bar - 1): Euler's method (DDIM eq. 14)
+        y = x0 + sum(eps[max(t, 0)] * (ratio(s) - ratio(t)) for t, s in zip(up, up[1:]))
+        yield ".. x_T of eps that hang on t alone", x_T, y * math.sqrt(ab[999]), F64
+    E, x0 = normal(rng, 2, 3), normal(rng, 2, 3)
+    yield "leading: x_T is the last eps", m.ddim_encode(lambda x, t: E, x0, 20, alpha_bar, "leading"), E, F64
+    for S, rmse in ((20, 0.104), (50, 0.048), (100, 0.025), (250, 0.0103), (500, 0.0052)):
+        two = torch.tensor([0.25, 0.75]).double()       # all maps are straight lines: two points tell them
+        back = m.ddim_decode(gaussian_eps(0.25), m.ddim_encode(gaussian_eps(0.25), two, S, alpha_bar), S, alpha_bar)
+        slope, middle = (back[1] - back[0]) / 0.5, back.mean()
+        got = math.sqrt((middle - 0.5) ** 2 + (0.25 * (slope - 1)) ** 2)
+        yield f"there and back of N(0.5, 0.25^2), S = {S}: RMSE", got, rmse, 5e-4
+
+
+def e05(m, rng):
+    for dtype, tolerance in (torch.float64, F64), (torch.float32, F32):
+        n, size = 5, (5, 1, int(rng.integers(3, 6)), 4)
+        q = [np.linalg.qr(rng.normal(size=(math.prod(size[1:]), 2)))[0].T for _ in range(n)]     # two axes of each sample
+        u, v = (np.stack([axes[i] for axes in q]) for i in (0, 1))
+        omega, alpha, r = (rng.uniform(*span, (n, 1)) for span in ((0.3, 2.8), (0, 1), (1, 3)))
+        point = lambda angle: torch.as_tensor((r * (np.cos(angle) * u + np.sin(angle) * v)).reshape(size)).to(dtype)
+        a, b = point(0 * omega), point(omega)
+        yield f"each sample by its own angle and alpha, {dtype}", m.slerp(a, b, torch.as_tensor(alpha.ravel()).to(dtype)), point(alpha * omega), tolerance
+        for k in (0, 0.5, 1):
+            yield f"alpha = {k}", m.slerp(a, b, k), point(k * omega), tolerance
+    a = normal(rng, 3, 4)
+    for c, wanted in (a, a), (2 * a, 1.3 * a), (-a, 0.4 * a):
+        yield "parallel samples on a straight line, alpha 0.3", m.slerp(a, c, 0.3), wanted, F64
+    yield "numbers that are not finite, from a to 0", (~m.slerp(a, 0 * a, 0.3).isfinite()).sum(), 0, F64
+
+
+def group_norm(h, groups):
+    """Without its weights, in numpy. (B,C,H,W) -> same"""
+    rows = h.reshape(len(h), groups, -1)
+    rows = (rows - rows.mean(2, keepdims=True)) / np.sqrt(rows.var(2, keepdims=True) + 1e-5)
+    return rows.reshape(h.shape)
+
+
+def e06(m, rng):
+    silu = lambda x: x / (1 + np.exp(-x))
+    for how in ("", "down", "up"):
+        cfg = SimpleNamespace(base=16, z_dim=6, groups=0, dropout=0.0)
+        torch.manual_seed(int(rng.integers(1000)))
+        block = m.ResBlock(32, 32, cfg, how).double()
+        for p in block.parameters():
+            torch.nn.init.normal_(p, 0.1, 0.2)      # nothing is zero, no gain is 1
+        x, emb, z = normal(rng, 2, 32, 4, 6), normal(rng, 2, 64), normal(rng, 2, 6)
+        with torch.no_grad():
+            affine = lambda layer, h: h * layer.weight.numpy().reshape(-1, 1, 1) + layer.bias.numpy().reshape(-1, 1, 1)
+            h = torch.as_tensor(silu(affine(block.norm1, group_norm(x.numpy(), 2))))
+            h = affine(block.norm2, group_norm(block.conv1(m.resample(h, how)).numpy(), 2))
+            by_t = silu(emb.numpy()) @ block.t_proj.weight.numpy().T + block.t_proj.bias.numpy()
+            by_z = silu(z.numpy()) @ block.z_proj.weight.numpy().T + block.z_proj.bias.numpy()
+            for b in range(2):
+                for c in range(32):     # DiffAE eq. 7, one channel at a time
+                    h[b, c] = (1 + by_z[b, c]) * ((1 + by_t[b, c]) * h[b, c] + by_t[b, 32 + c])
+            wanted = m.resample(x, how) + block.conv2(torch.as_tensor(silu(h)))
+            yield f"block that goes {how or 'level'}", block(x, emb, z), wanted, F64
+
+
+class Toy(torch.nn.Module):
+    """Three weights that are pulled to the data; remembers how they were at each step."""
+    def __init__(self, start):
+        super().__init__()
+        self.w, self.seen = torch.nn.Parameter(torch.as_tensor(start).float()), []
+
+    def forward(self, batch, g):
+        self.seen.append(self.w.detach().double().numpy().copy())
+        return (self.w - batch["y"].mean()).square().sum()
+
+    def __deepcopy__(self, memo):
+        return Toy(self.w.detach().clone())
+
+
+def e07(m, rng):
+    for ema, steps in (0.9999, 40), (0.3, 25):
+        cfg = m.Config(out="/nowhere", batch=4, ema=ema, lr=0.3, save_every=1000, device="cpu", seed=int(rng.integers(99)))
+        toy = Toy(rng.normal(size=3) + 3)
+        loader = m.D.Loader({"y": rng.normal(size=20).astype(np.float32)}, "cpu")
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), \
+                mock.patch.multiple(m.D, save_checkpoint=mock.DEFAULT), \
+                mock.patch.multiple(m.M, record=mock.DEFAULT, log_line=mock.DEFAULT):
+            averaged, reached = m.fit(toy, loader, cfg, "ckpt", steps, {})
+        weights = toy.seen[1:] + [toy.w.detach().double().numpy()]
+        wanted = toy.seen[0]
+        for k, w in enumerate(weights):
+            decay = min(ema, (1 + k) / (10 + k))
+            wanted = decay * wanted + (1 - decay) * w
+        yield f"averaged weights after {steps} steps, decay {ema}", averaged.w, wanted, F32
+        yield "steps made", reached, steps, F64
+
+
+# ------------------------------------------------------------------------------------- normative.py
+
+def e10(m, rng):
+    age, rows = rng.uniform(20, 80, 50), np.arange(40)
+    c = rng.normal(size=(3, 4)) * np.array([[30], [1], [0.01]])
+    curve = lambda a: np.stack([c[0] + c[1] * x + c[2] * x * x for x in a])
+    z = curve(age)
+    z[40:] = 1e3        # these rows are not to be used
+    inside = np.linspace(age[rows].min(), age[rows].max(), 7)
+    yield "a parabola comes back", m.age_mean(z, age, rows)(inside), curve(inside), 1e-9
+    noisy = z + rng.normal(size=z.shape)
+    fitted = np.stack([np.polyval(np.polyfit(age[rows], noisy[rows, k], 2), inside) for k in range(4)], 1)
+    f = m.age_mean(noisy, age, rows)
+    yield "least squares, as numpy's polyfit", f(inside), fitted, 1e-9
+    yield "constant below and above these ages", f(np.array([-5.0, 200.0])), fitted[[0, -1]], 1e-9
+
+
+def e11(m, rng):
+    n, d = int(rng.integers(20, 40)), int(rng.integers(2, 6))
+    mean, logvar, rows = rng.normal(1, 2, (n, d)), rng.normal(-1, 1, (n, d)), np.arange(15)
+    wanted = []
+    for i in range(n):
+        terms = []
+        for k in range(d):
+            healthy = [mean[r, k] for r in rows]
+            mu = sum(healthy) / 15
+            variance = sum((h - mu) ** 2 for h in healthy) / 15
+            terms.append(abs(mean[i, k] - mu) / math.sqrt(variance + math.exp(logvar[i, k])))
+        wanted.append(-sum(terms) / d)
+    yield f"scores of {n} people, {d} numbers each", m.latent_deviation(mean, logvar, rows), wanted, F64
+
+
+def e12(m, rng):
+    x_T = torch.as_tensor(rng.normal(size=2000))
+    x = m.ddim_decode(gaussian_eps(0.25), (x_T - x_T.mean()) / x_T.std(), 1000, torch.as_tensor(schedule()))
+    yield "samples of N(0.5, 0.25^2): mean and SD", [x.mean(), x.std()], [0.5, 0.25], 5e-3
+    yield from ddim_steps(m, rng)
+
+
+def e13(m, rng):
+    from sklearn.covariance import LedoitWolf
+    n, rows = 40, np.arange(25)
+    age, left = rng.uniform(20, 80, n), rng.uniform(1, 2, n)
+    z = rng.normal(size=(n, 3)) + 4 + age[:, None] * rng.normal(size=3) / 30
+    got = m.five_scores(z, left, age, rows)
+    at_age = np.stack([np.polyval(np.polyfit(age[rows], z[rows, k], 2), np.clip(age, age[rows].min(), age[rows].max()))
+                       for k in range(3)], 1)
+    cosine = lambda a, b: sum(a * b) / math.sqrt(sum(a * a) * sum(b * b))
+    healthy = sum(z[rows]) / len(rows)
+    wanted = {"residual": -left, "cosine": [cosine(row, healthy) for row in z],
+              "age_matched": [cosine(z[i], at_age[i]) for i in range(n)],
+              "l2": [-math.sqrt(sum((z[i] - at_age[i]) ** 2)) for i in range(n)],
+              "mahalanobis": -np.sqrt(LedoitWolf().fit((z - at_age)[rows]).mahalanobis(z - at_age))}
+    for kind in wanted:
+        yield f"score {kind}", got[kind], wanted[kind], 1e-8
+
+
+# ------------------------------------------------------------------------------------- cond_ldm.py
+
+def small_vq(m, rng, size=16):
+    """A VQ-VAE in float64 of which nothing is zero, and a batch of images."""
+    cfg = m.Config(size=size, patch=1, channels=(8, 16), depth=1, groups=0, codebook=32, augment=0.0, gan=0.0, device="cpu")
+    torch.manual_seed(int(rng.integers(1000)))
+    vq = m.VQVAE(cfg).double()
+    for p in vq.parameters():
+        torch.nn.init.normal_(p, 0, 0.1)
+    vq.unused.zero_()
+    return vq, {"image": torch.as_tensor(rng.uniform(-1, 1, (3, 1, size, size)))}
+
+
+def nearest_code(z, codes):
+    """z (B,C,h,w), codes (K,C) -> (B,h,w), one at a time"""
+    return np.array([[[min(range(len(codes)), key=lambda k: ((column - codes[k]) ** 2).sum()) for column in line.T]
+                      for line in image.transpose(1, 0, 2)] for image in z])
+
+
+def e15(m, rng):
+    vq, _ = small_vq(m, rng)
+    for h, w in ((3, 4), (int(rng.integers(1, 6)), 5)):
+        z = normal(rng, 2, vq.codes.shape[1], h, w) * 0.1
+        wanted = nearest_code(z.numpy(), vq.codes.detach().numpy())
+        yield f"nearest of 32 codes, latents of {h}x{w}", vq.nearest(z), wanted, F64
+        yield ".. and look_up gives these codes", vq.look_up(vq.nearest(z)), vq.codes[torch.as_tensor(wanted)].permute(0, 3, 1, 2), F64
+
+
+def e16(m, rng):
+    vq, batch = small_vq(m, rng)
+    z = (normal(rng, 3, vq.codes.shape[1], 8, 8) * 0.1).requires_grad_()
+    vq.encoder.forward = lambda x: z
+    index = torch.as_tensor(nearest_code(z.detach().numpy(), vq.codes.detach().numpy()))
+    e = vq.codes[index].permute(0, 3, 1, 2).detach().requires_grad_()
+    error = (vq.decoder(e) - batch["image"]).square().mean()
+    at_e, = torch.autograd.grad(error, e)
+    gap = z.detach() - e.detach()
+    loss = vq(batch, torch.Generator())
+    yield "the loss: error of the image + 1.2 times that of the latents", loss, error + 1.2 * gap.square().mean(), F64
+    at_z, at_codes = torch.autograd.grad(loss, (z, vq.codes))
+    yield "gradient at the latents", at_z, at_e + 0.4 * gap / gap.numel(), F64
+    pull = np.zeros(tuple(vq.codes.shape))
+    for b, y, x in np.ndindex(*index.shape):
+        pull[index[b, y, x]] -= 2 * gap[b, :, y, x].numpy() / gap.numel()
+    yield "gradient at the codes", at_codes, pull, F64
+    used = torch.zeros(32)
+    used[index.flatten()] = 1
+    yield "steps trained; steps that each code was idle", [*vq.unused, vq.trained], [*(1 - used), 1], F64
+
+
+def two_gaussians(x_t, t, cond, s=0.3):
+    """Exact eps of x0 ~ N(+-1, s^2), one line of x_t each: the Gaussian of sign(cond), or both where cond is 0."""
+    ab = torch.as_tensor(scaled_schedule())[t].view(-1, 1)
+    var = ab * s * s + 1 - ab
+    eps = lambda c: (1 - ab).sqrt() * (x_t - ab.sqrt() * c) / var
+    p = torch.sigmoid(2 * ab.sqrt() * x_t / var)
+    return torch.where(cond == 0, p * eps(1) + (1 - p) * eps(-1), eps(cond.sign()))
+
+
+def scaled_schedule():
+    """alpha_bar of latent diffusion in float64, (1000,)"""
+    return np.cumprod([1 - (0.0015 ** 0.5 + (0.0195 ** 0.5 - 0.0015 ** 0.5) * t / 999) ** 2 for t in range(1000)])
+
+
+def e17(m, rng):
+    model = SimpleNamespace(condition=lambda c: c, eps=two_gaussians)
+    for w in (0, 1, 2, float(rng.uniform(3, 5))):
+        x, cond, t = normal(rng, 9, 1), torch.ones(9, 1).double(), int(rng.integers(1000))
+        levels = torch.full((9,), t)
+        with_, without = two_gaussians(x, levels, cond).numpy(), two_gaussians(x, levels, 0 * cond).numpy()
+        yield f"w = {w:.3g}, t = {t}", m.guided(model, cond, w)(x, t), (1 - w) * without + w * with_, F64
+    from scipy.stats import norm
+    x_T, ab = torch.as_tensor(norm.ppf((np.arange(500) + 0.5) / 500))[:, None], torch.as_tensor(scaled_schedule())
+    for w, mean, sd in (0, 0.0, 1.041), (1, 0.9965, 0.2916), (2, 1.185, 0.2087), (4, 1.3909, 0.1678):
+        x = m.ddim_decode(m.guided(model, torch.ones_like(x_T), w), x_T, 500, ab)
+        yield f"samples of N(1, 0.3^2) beside N(-1, 0.3^2), w = {w}: mean and SD", [x.mean(), x.std()], [mean, sd], 6e-4
+
+
+def e18(m, rng):
+    for predict in ("v", "eps"):
+        cfg = m.Config(size=16, patch=1, channels=(8, 16), depth=1, groups=0, unet=(16, 32), device="cpu", predict=predict)
+        z0 = torch.as_tensor(rng.normal(3, 5, (6, 3, 8, 8))).float()
+        model, calls, real = m.Model(cfg, z0), [], m.q_sample
+        model.unet.forward = lambda z_t, t, cond: torch.zeros_like(z_t)
+        edges, mask = (torch.as_tensor(rng.integers(0, n, shape)) for n, shape in ((2, (6, 3, 16, 16)), (4, (6, 16, 16))))
+        batch = dict(z0=z0, edges=edges, mask=mask, kind=torch.ones(6, 2))
+        with mock.patch.object(m, "q_sample", lambda *args: calls.append(args) or real(*args)):
+            loss = model(batch, torch.Generator().manual_seed(int(rng.integers(1000))))
+        x, t, eps, _ = calls[-1]
+        yield f"predict {predict}: latents that get noise: mean and SD", [x.mean(), x.std()], [0, 1], 3e-3
+        wanted = (z0.double() - z0.double().mean((0, 2, 3), keepdim=True)) / z0.double().std((0, 2, 3), keepdim=True)
+        yield ".. themselves", x, wanted, F32
+        a = np.sqrt(scaled_schedule()[t.numpy()]).reshape(-1, 1, 1, 1)
+        target = a * eps.numpy() - np.sqrt(1 - a * a) * wanted.numpy() if predict == "v" else eps
+        yield ".. the loss of a network that says 0", loss, (np.asarray(target, np.float64) ** 2).mean(), F32
+
+
+# ------------------------------------------------------------------------------------- ldae.py
+
+def e20(m, rng):
+    for T in (1000, int(rng.integers(20, 100))):
+        ab = schedule(T)
+        wanted = []
+        for t in range(T):
+            before, beta = (ab[t - 1] if t else 1.0), 1 - ab[t] / (ab[t - 1] if t else 1.0)
+            variance = beta * (1 - before) / (1 - ab[t])                # of q(x_{t-1} | x_t, x_0)
+            wanted.append(-variance * math.sqrt((1 - beta) * (1 - ab[t])) / beta)      # times d eps / d mean
+        yield f"s_t for T = {T}", m.shift_training(torch.as_tensor(ab)), wanted, F64
+    s = m.shift_training(torch.as_tensor(schedule())).double()
+    ratio = [float(s[t]) / -math.sqrt(1 - schedule()[t]) for t in (0, 1, 10, 100)]
+    yield "beside the coefficient of sampling at t = 0, 1, 10, 100", ratio, [0, 0.454708, 0.863722, 0.981076], 1e-6
+
+
+def e21(m, rng):
+    ab = schedule()
+    for predict in ("eps", "v"):
+        shape = (3, 2, *rng.integers(2, 5, 3).tolist())
+        z_t, out, G = (normal(rng, *shape) for _ in range(3))
+        t, z_sem = torch.as_tensor(rng.integers(0, 1000, 3)), normal(rng, 3, 8)
+        stub = SimpleNamespace(cfg=SimpleNamespace(predict=predict), alpha_bar=torch.as_tensor(ab),
+                               outputs=lambda *args: (out, G) if args == (z_t, t, z_sem) else (None, None))
+        wanted = np.empty(shape)
+        for i, k in enumerate(t.tolist()):
+            noise, signal = math.sqrt(1 - ab[k]), math.sqrt(ab[k])
+            if predict == "eps":
+                wanted[i] = out[i] - noise * G[i]
+            else:       # x0_hat = signal z_t - noise v, and eps_hat fills what is missing in z_t
+                x0_hat = signal * z_t[i] - noise * (out[i] + G[i])
+                wanted[i] = (z_t[i] - signal * x0_hat) / noise
+        yield f"predict {predict}, t = {t.tolist()}", m.Model.eps(stub, z_t, t, z_sem), wanted, F32
+
+
+def e22(m, rng):
+    S = int(rng.integers(5, 40))
+    z0 = normal(rng, 3, 2, 4, 3, 5)
+    model = SimpleNamespace(cfg=SimpleNamespace(S=S), alpha_bar=torch.as_tensor(schedule()), eps=lambda z, t, z_sem: 0 * z)
+    z_T = m.travel(m.ddim_encode, model, z0, torch.zeros(3, 8))
+    yield f"z_T of a network that says 0, S = {S}", z_T, math.sqrt(schedule()[999]) * z0, F64
+    back = m.travel(m.ddim_decode, model, z_T, torch.zeros(3, 8))
+    yield "mean squared error there and back", (back - z0).square().mean(), 0, F64
+    yield "largest latent that comes back", abs(back).max(), abs(z0).max(), F64
+
+
+# ------------------------------------------------------------------------------------- metrics.py, data.py
+
+def e24(m, rng):
+    taps = np.exp(-np.arange(-5, 6) ** 2 / (2 * 1.5 ** 2))
+    for shape in ((2, 13, 14), (1, 11, 12, 13)):
+        a = rng.uniform(0, 1, shape)
+        b = np.clip(a + rng.normal(0, 0.2, shape), 0, 1)
+        window = taps
+        for _ in shape[2:]:
+            window = np.multiply.outer(window, taps)
+        window, wanted = window / window.sum(), []
+        for x, y in zip(a, b):
+            values = []
+            for corner in np.ndindex(*[s - 10 for s in shape[1:]]):
+                p, q = (image[tuple(slice(c, c + 11) for c in corner)] for image in (x, y))
+                mp, mq = (window * p).sum(), (window * q).sum()
+                vp, vq, both = (window * (p - mp) ** 2).sum(), (window * (q - mq) ** 2).sum(), (window * (p - mp) * (q - mq)).sum()
+                values.append((2 * mp * mq + 1e-4) * (2 * both + 9e-4) / ((mp ** 2 + mq ** 2 + 1e-4) * (vp + vq + 9e-4)))
+            wanted.append(np.mean(values))
+        yield f"SSIM of {shape}, window by window", m.ssim(a, b), wanted, F64
+        yield ".. as tensors with a channel axis", m.ssim(*(torch.as_tensor(x)[:, None] for x in (a, b))), wanted, F64
+        yield ".. of an image with itself", m.ssim(a, a), np.ones(len(a)), F64
+
+
+def e25(m, rng):
+    who = np.repeat([f"p{i}" for i in range(9)], rng.integers(1, 5, 9))
+    order, seen = rng.permutation(len(who)), []
+    who, x = who[order], rng.normal(size=len(who))
+    code, size = np.unique(who, return_inverse=True)[1], np.unique(who, return_counts=True)[1]
+    got = m.bootstrap(lambda a, b: seen.append(b.astype(int)) or a.mean(), who, x, code, n=200)
+    yield "value, and number of subjects", [got["value"], got["n"]], [x.mean(), 9], F64
+    yield "resamples that hold another number of subjects than 9", sum((1 / size[s]).sum().round(6) != 9 for s in seen), 0, F64
+    times_ = [np.bincount(s, minlength=9) / size for s in seen]
+    yield "resamples that hold a part of a subject", sum((abs(t - t.round()) > 1e-9).any() for t in times_), 0, F64
+    yield "all resamples are not the same", float(len({tuple(t) for t in times_}) > 100), 1, F64
+    a, b = sorted(rng.normal(size=2))
+    two = m.bootstrap(np.mean, ["a", "b", "b"], np.array([a, b, b]))        # both, a alone, or b alone
+    yield "two subjects: interval from one to the other", two["ci"], [a, b], F64
+    one = m.bootstrap(np.mean, ["a", "a"], np.array([1.0, 2.0]))
+    yield "one subject: no interval", one["ci"], [np.nan, np.nan], F64
+    nan = m.bootstrap(lambda v: v[0] if len(set(v)) == 2 else np.nan, ["a", "b"], np.array([3.0, 3.5]))
+    yield "resamples where the statistic is nan are left out", nan["ci"], [3.0, 3.5], F64
+    many = np.repeat(rng.normal(size=200), 4)                               # four copies are no more evidence
+    low, high = m.bootstrap(np.mean, np.repeat(np.arange(200), 4), many)["ci"]
+    yield "width of the interval is about 3.92 SD / sqrt(200)", float(0.8 < (high - low) / (3.92 * many.std() / 200 ** 0.5) < 1.2), 1, F64
+
+
+def e26(m, rng):
+    def by_hand(risk, time, event):
+        right = pairs = 0.0
+        for i in range(len(time)):
+            for j in range(len(time)):
+                if event[i] and (time[j] > time[i] or time[j] == time[i] and not event[j]):
+                    pairs += 1
+                    right += 1.0 if risk[i] > risk[j] else 0.5 if risk[i] == risk[j] else 0.0
+        return right / pairs
+    ten = [5, 6, 6, 2, 4, 4, 9, 8, 1, 3], [6, 7, 10, 15, 19, 25, 6, 7, 32, 3], [1, 0, 1, 1, 0, 1, 1, 1, 0, 1]
+    yield "ten patients", m.c_index(*map(np.array, ten)), by_hand(*ten), F64
+    for n in (20, int(rng.integers(30, 50))):
+        risk, time, event = rng.integers(0, 8, n) / 7, rng.integers(1, 12, n).astype(float), rng.random(n) < 0.67
+        yield f"{n} patients with ties", m.c_index(risk, time, event), by_hand(risk, time, event), F64
+    picks = rng.integers(n, size=(4, n))
+    counts = np.stack([np.bincount(p, minlength=n) for p in picks])
+    yield "resamples, all at once", m.c_index(risk, time, event, counts), [by_hand(risk[p], time[p], event[p]) for p in picks], F64
+    yield "no pair is known", m.c_index([1, 2], [5, 9], [0, 1]), np.nan, F64
+
+
+class Rows(SimpleNamespace):
+    """The part of a data set that a split looks at."""
+    def __len__(self):
+        return len(self.subject)
+
+
+def e27(m, rng):
+    n = 40
+    who = np.repeat([f"p{i:02d}" for i in range(n)], 4)
+    label = np.repeat(rng.permutation(np.arange(n) % 2), 4)
+    data = Rows(split=None, subject=who, columns={"label": label})
+    seed = int(rng.integers(1000))
+    part = m.split(data, seed)
+    parts = {s: set(part[who == s]) for s in who}
+    yield "subjects with rows in more than one part", sum(len(p) > 1 for p in parts.values()), 0, F64
+    for value in (0, 1):
+        count = [len(set(who[(label == value) & (part == p)])) for p in ("train", "val", "test")]
+        yield f"subjects of class {value} in train, val, test", count, [14, 2, 4], F64
+    order = rng.permutation(len(who))
+    moved = m.split(Rows(split=None, subject=who[order], columns={"label": label[order]}), seed)
+    yield "rows whose part hangs on the order of the rows", (moved != part[order]).sum(), 0, F64
+    tested = [set(who[m.split(data, seed, fold=f"{k}/5") == "test"]) for k in range(5)]
+    yield "how often each subject is tested in five folds", [sum(s in t for t in tested) for s in sorted(set(who))], np.ones(n), F64
+    # A code that knows who it is, and nothing of disease: the label of the nearest training row
+    code = np.repeat(rng.normal(size=(n, 8)), 4, 0) + 0.01 * rng.normal(size=(len(who), 8))
+    train, test = np.flatnonzero(part == "train"), np.flatnonzero(part == "test")
+    near = train[((code[test][:, None] - code[train]) ** 2).sum(2).argmin(1)]
+    yield "such a code foretells the class of all test rows", float((label[near] == label[test]).all()), 0, F64
+
+
+def e28(m, rng):
+    who = np.repeat(np.arange(120), 2)
+    y = rng.permutation(np.arange(120) % 2)[who].astype(float)
+    z = rng.normal(size=(240, 4)) + 0.5 * y[:, None]
+    part = np.repeat(["train", "val", "test"], [120, 60, 60])
+    table, _ = m.predict({"": z}, y, part, who.astype(str))
+    score, cut = table["score"].to_numpy(), float(table["cut"].iloc[0])
+
+    def f1(threshold, rows):
+        called, true = score[rows] >= threshold, y[rows] > 0
+        return 2 * (called & true).sum() / (called.sum() + true.sum())
+    val = part == "val"
+    yield "F1 of the threshold on validation rows is the best there", f1(cut, val), max(f1(c, val) for c in score[val]), F64
+    other = np.where(part == "test", 1 - y, y)
+    again, _ = m.predict({"": z}, other, part, who.astype(str))
+    yield "with other labels of test rows: the threshold", again["cut"].iloc[0], cut, F64
+    yield ".. the scores", again["score"], score, F64
+    fitted = np.sign(score[part == "train"].mean() - np.median(score)) * 0 + np.corrcoef(score[part == "train"], y[part == "train"])[0, 1]
+    yield "scores rise with the label on training rows", float(fitted > 0.2), 1, F64
+
+
+def e29(m, rng):
+    n = 80
+    score = rng.permutation(np.linspace(-1, 1, n))
+    death, top = rng.exponential(900, n), score > np.median(score)
+    lost = np.where(top, rng.uniform(50, 250, n), rng.uniform(900, 1500, n))     # the same risk, other follow-up
+    time, event = np.minimum(death, lost), (death <= lost).astype(int)
+    age, sex = rng.uniform(20, 80, n), np.where(rng.random(n) < 0.5, "M", "F")
+    got = m.survival_numbers({"": score}, time, event, age, sex)
+    seen, expected, variance = 0.0, 0.0, 0.0
+    for t in sorted(set(time[event == 1])):        # the log-rank test by hand
+        at_risk, died = time >= t, (time == t) & (event == 1)
+        share = (at_risk & top).sum() / at_risk.sum()
+        seen, expected = seen + (died & top).sum(), expected + died.sum() * share
+        variance += died.sum() * share * (1 - share) * (at_risk.sum() - died.sum()) / max(at_risk.sum() - 1, 1)
+    p = math.erfc(abs(seen - expected) / math.sqrt(2 * variance))
+    yield "log-rank p of two halves with the same risk, followed for unequal spans", got["logrank_p"]["value"], p, 1e-8
+    later = np.sort(time)
+    share = lambda rows: np.array([(time[rows] <= t).mean() for t in later])
+    from scipy.stats import ks_2samp
+    yield "KS p, which is not a test of survival", got["ks_p"]["value"], ks_2samp(time[top], time[~top]).pvalue, 1e-8
+    yield "events", got["events"]["value"], event.sum(), F64
+
+
+# ---- Below this line: the tests of the course. ---------------------------------------------------------------
