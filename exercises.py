@@ -9,10 +9,10 @@
     python exercises.py handout DIR e01 e03              # for students: no solutions, no hints, no history
     python exercises.py grade alice/ bob/ --ids e01 e03  # writes grades.csv
 
-The table is exercises.toml, the checks are the generators in tests/test_exercises.py. Your work stays in your
-files. `.exercises/` keeps the original of each function that is started, and your attempts.
+The table is exercises.toml, the checks are the generators in tests/test_exercises.py. `.exercises/` keeps the
+original of each function that is started, and your attempts.
 """
-import ast, difflib, importlib, json, subprocess, sys, tomllib
+import ast, difflib, importlib, io, json, subprocess, sys, tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -31,11 +31,6 @@ def table():
     return tomllib.loads((ROOT / "exercises.toml").read_text())
 
 
-def read(path):
-    """The text of a file, its line ends as they are."""
-    return path.read_bytes().decode()
-
-
 # ---- One function of a file, and nothing else --------------------------------------------------------------
 
 def find(text, name):
@@ -49,45 +44,27 @@ def find(text, name):
     return node
 
 
-def lines_of(text, name):
-    """-> first and last + 1 of the function's lines, its decorators among them"""
-    node = find(text, name)
-    return min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1, node.end_lineno
+def cut(text, name):
+    """-> the text before a function, the function's own lines with its decorators, the text after it"""
+    node, lines = find(text, name), list(io.StringIO(text, newline=""))
+    first, end = min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1, node.end_lineno
+    return "".join(lines[:first]), "".join(lines[first:end]), "".join(lines[end:])
 
 
-def source(text, name):
-    """-> the function's own lines"""
-    first, last = lines_of(text, name)
-    return "\n".join(text.split("\n")[first:last])
-
-
-def put(text, name, new):
-    """The text with other lines for this function; every other line stays as it is."""
-    first, last = lines_of(text, name)
-    lines = text.split("\n")
-    return "\n".join(lines[:first] + [new] + lines[last:])
-
-
-def blank(text, name, message):
-    """The function's lines with the body replaced by one `raise`; signature and docstring stay."""
-    body, lines = find(text, name).body, text.split("\n")
-    top = body[0].lineno - 1
-    if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):       # the docstring
-        top = body[0].end_lineno
+def given(text, name, key, e):
+    """The function's lines as exercise `key` gives them to a student. A bug: with the mistake in it. Write: the
+    body is one `raise`; signature and docstring stay."""
+    before, own, _ = cut(text, name)
+    if e["kind"] == "bug":
+        if own.count(e["old"]) != 1:
+            raise LookupError(f"{key}: the text to change is not in {name} exactly once")
+        return own.replace(e["old"], e["new"])
+    body, lines = find(text, name).body, list(io.StringIO(text, newline=""))
+    top = body[0].end_lineno if ast.get_docstring(find(text, name)) is not None else body[0].lineno - 1
     while lines[top - 1].strip().startswith("#"):       # a comment may tell too much
         top -= 1
-    line = " " * body[0].col_offset + f"raise NotImplementedError({json.dumps(message)})"
-    return "\n".join(lines[lines_of(text, name)[0]:top] + [line])
-
-
-def changed(text, name, key, e):
-    """The function's lines as exercise `key` gives them to the student: blank, or with the bug."""
-    if e["kind"] == "write":
-        return blank(text, name, f"{key}: {e['equation']}")
-    whole = source(text, name)
-    if whole.count(e["old"]) != 1:
-        raise LookupError(f"{key}: the line to change is not in {name} exactly once")
-    return whole.replace(e["old"], e["new"])
+    line = " " * body[0].col_offset + f"raise NotImplementedError({json.dumps(f'{key}: ' + e['equation'])})\n"
+    return "".join(lines[:top])[len(before):] + line
 
 
 # ---- For students ------------------------------------------------------------------------------------------
@@ -95,6 +72,7 @@ def changed(text, name, key, e):
 def pick(key):
     """-> exercise `key`, its file, the file that keeps its original; exits if there is no such exercise"""
     e = table().get(key) or fail(f"{key}: no such exercise; python exercises.py lists them")
+    KEPT.mkdir(exist_ok=True)
     return e, ROOT / e["script"], KEPT / f"{key}.txt"
 
 
@@ -102,68 +80,66 @@ def show_list():
     """Every exercise on a line."""
     print("id   kind        file         minutes  level  state    title")
     for key, e in table().items():
-        states = [s for s, end in (("done", "done"), ("started", "txt")) if (KEPT / f"{key}.{end}").exists()]
-        print(f"{key:4} {e['kind']:11} {e['script']:12} {e['minutes']:7}  {'*' * e['difficulty']:5}  "
-              f"{(states + [''])[0]:8} {e['title']}")
+        state = {"done": "done", "txt": "started"}
+        state = next((word for end, word in state.items() if (KEPT / f"{key}.{end}").exists()), "")
+        print(f"{key:4} {e['kind']:11} {e['script']:12} {e['minutes']:7}  {'*' * e['difficulty']:5}  {state:8} "
+              f"{e['title']}")
     print("\npython exercises.py start ID, then check ID; hint ID helps, solve ID shows, reset ID undoes")
 
 
 def start(key):
     """Blanks the function, or hides the bug in it, or asks for a prediction; says what to do."""
     e, path, kept = pick(key)
-    print(f"{key}  {e['title']}  ({e['script']}, {e['minutes']} minutes)\n\n{e['text'].strip()}\n")
-    if kept.exists() and e["kind"] != "experiment":
-        fail(f"{key} is started already; check it, or put the original back with reset {key}")
-    KEPT.mkdir(exist_ok=True)
+    task = f"{key}  {e['title']}  ({e['script']}, {e['minutes']} minutes)\n\n{e['text']}"
     if e["kind"] == "experiment":
         if not kept.exists():
-            kept.write_text(input(f"{e['predict']}\nYour prediction, in a line: "))
+            kept.write_text(input(f"{task}\n{e['predict']}\nYour prediction, in a line: "))
         print(f"You predicted: {kept.read_text()}\nNow run, then check {key}:\n\n" + "\n".join(e["commands"]))
         return
     if e.get("given"):
-        print(f"It is in {e['script']} already.")
+        print(f"{task}\nIt waits for you in {e['script']}.")
         return
-    text = read(path)
+    if kept.exists():
+        fail(f"{key} is started already; check it, or put the original back: python exercises.py reset {key}")
+    text, name = path.read_bytes().decode(), e["function"]
+    before, own, after = cut(text, name)
     head = subprocess.run(["git", "-C", ROOT, "show", f"HEAD:./{e['script']}"], capture_output=True)
-    if head.returncode == 0 and source(head.stdout.decode(), e["function"]) != source(text, e["function"]):
-        fail(f"{e['function']} in {e['script']} differs from the last commit, and start would lose that: put it "
-             "back, or commit it; another exercise may use it")
-    new = changed(text, e["function"], key, e)
-    kept.write_bytes(source(text, e["function"]).encode())
-    path.write_bytes(put(text, e["function"], new).encode())
-    where = f"{e['function']} in {e['script']} is blank now" if e["kind"] == "write" else f"It is in {e['script']}"
-    print(f"{where}. Then: python exercises.py check {key}")
+    if head.returncode == 0 and cut(head.stdout.decode(), name)[1] != own:
+        fail(f"{name} in {e['script']} is not as in the last commit, and would be lost: commit it, or put it back")
+    new = given(text, name, key, e)
+    kept.write_bytes(own.encode())
+    path.write_bytes((before + new + after).encode())
+    where = f"{name} in {e['script']} is blank now. " if e["kind"] == "write" else ""
+    print(f"{task}\n{where}Then: python exercises.py check {key}")
 
 
 def give_back(key, aloud):
     """solve and reset: the very lines that start took. The attempt is kept."""
     e, path, kept = pick(key)
     if not kept.exists():
-        fail(f"{key} is not started" + (": a handout has no solutions" if e.get("given") else ""))
+        fail(f"{key} is not started" + (", and a handout has no solutions" if e.get("given") else ""))
     if e["kind"] != "experiment":
-        text, old = read(path), kept.read_bytes().decode()
-        mine = source(text, e["function"])
+        old = kept.read_bytes().decode()
+        before, mine, after = cut(path.read_bytes().decode(), e["function"])
         (KEPT / f"{key}.mine.txt").write_bytes(mine.encode())
-        path.write_bytes(put(text, e["function"], old).encode())
+        path.write_bytes((before + old + after).encode())
         if aloud:
-            print("\n".join(difflib.unified_diff(mine.split("\n"), old.split("\n"), "yours", "original",
-                                                 lineterm="")))
-        print(f"{e['function']} in {e['script']} is the original again; yours is in .exercises/{key}.mine.txt")
+            both = mine.splitlines(True), old.splitlines(True)
+            print("".join(difflib.unified_diff(*both, "yours", "original")))
+        print(f"{e['function']} in {e['script']} is the original; yours is in .exercises/{key}.mine.txt")
     elif aloud:
-        print(e.get("because", ""))
+        print(e.get("because", "a handout has no solutions"))
     kept.unlink()
 
 
 def hint(key):
     """The first hint; when asked again, both."""
-    e, _, _ = pick(key)
-    if "hint" not in e:
-        fail("a handout has no hints")
-    seen = KEPT / f"{key}.hints"
-    KEPT.mkdir(exist_ok=True)
-    print("\n".join(e["hint"][:2 if seen.exists() else 1]))
+    e, seen = pick(key)[0], KEPT / f"{key}.hints"
+    print("\n".join(e.get("hint", ["A handout has no hints."])[:1 + seen.exists()]))
     seen.touch()
 
+
+# ---- Checks ------------------------------------------------------------------------------------------------
 
 def checks():
     """-> {id: generator function}: the part of tests/test_exercises.py above the mark"""
@@ -190,13 +166,13 @@ def difference(got, wanted):
     return float(abs(got - wanted)[~nan].max(initial=0) / size)
 
 
-def run(generator, module, seed):
-    """The checks of an exercise on a module. -> lists [name, array that came, array wanted, tolerance], and in
-    the end the exception, as a line, or ''"""
+def run(generator, load, seed):
+    """The checks of an exercise on the module that load() gives. -> lists [name, what came, what was wanted,
+    tolerance], arrays; the exception that ended them, in a line, or ''"""
     import numpy
     done = []
     try:
-        for name, got, wanted, tolerance in generator(module, numpy.random.default_rng(seed)):
+        for name, got, wanted, tolerance in generator(load(), numpy.random.default_rng(seed)):
             done.append([name, as_array(got), as_array(wanted), tolerance])
     except Exception as error:      # whatever a student's function may raise
         return done, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -205,65 +181,58 @@ def run(generator, module, seed):
 
 def short(x):
     """An array in a few characters."""
-    some = " ".join(f"{v:.5g}" for v in x.ravel()[:3])
-    return some if x.size <= 3 else f"{some} .. {tuple(x.shape)}"
+    return " ".join(f"{v:.5g}" for v in x.ravel()[:3]) + (f" .. {x.shape}" if x.size > 3 else "")
 
 
 def check(key):
     """Runs the checks of an exercise on the student's file, or judges the results of an experiment."""
     e, path, kept = pick(key)
     if e["kind"] == "experiment":
-        judge(key, e, kept)
-        return
-    sys.path.insert(0, str(ROOT))
-    done, error = run(checks()[key], importlib.import_module(path.stem), 0)
-    right = not error
-    for name, got, wanted, tolerance in done:
-        off = difference(got, wanted)
-        right &= off <= tolerance
-        print(f"{'ok   ' if off <= tolerance else 'WRONG'} {name}: expected {short(wanted)}, got {short(got)}, "
-              f"largest difference {off:.1e} (allowed {tolerance:.0e})")
-    if error:
-        print(f"WRONG {error}")
-    KEPT.mkdir(exist_ok=True)
+        right = judge(e, kept.read_text() if kept.exists() else "(nothing)")
+    else:
+        sys.path.insert(0, str(ROOT))
+        done, error = run(checks()[key], lambda: importlib.import_module(path.stem), 0)
+        off = [difference(got, wanted) for _, got, wanted, _ in done]
+        right = not error and all(d <= tolerance for d, (*_, tolerance) in zip(off, done))
+        for d, (name, got, wanted, tolerance) in zip(off, done):
+            print("ok   " if d <= tolerance else "WRONG", f"{name}: expected {short(wanted)}, got {short(got)}, "
+                  f"largest difference {d:.1e} (allowed {tolerance:.0e})")
+        print(f"WRONG {error}\n" * bool(error) + f"{key}: {'all right' if right else 'not yet'}")
     if right and (kept.exists() or e.get("given")):
         (KEPT / f"{key}.done").touch()
-    print(f"{key}: all right" if right else f"{key}: not yet")
     sys.exit(not right)
 
 
 def holds(rule, results):
-    """"a.b > 0.6 and paper:c < ours:c" -> [(clause, its two values, whether it holds)]; results {label: metrics}
-
-    A key without a label is of the only run. KeyError: there is no such number."""
+    """"a > 0.6 and paper:b < ours:b", numbers of results {label: metrics}; no label: those of the first run.
+    -> [(clause, its two values, whether it holds)]; KeyError: there is no such number"""
     def value(term):
         label, _, key = term.rpartition(":")
-        if term.replace(".", "", 1).lstrip("-").isdigit():
-            return float(term)
-        return results[label or next(iter(results))][key]["value"]
-    clauses = [(c, *map(value, (c.split()[0], c.split()[2])), c.split()[1]) for c in rule.split(" and ")]
-    return [(c, a, b, a > b if sign == ">" else a < b) for c, a, b, sign in clauses]
+        is_number = term.replace(".", "", 1).lstrip("-").isdigit()
+        return float(term) if is_number else results[label or next(iter(results))][key]["value"]
+    found = []
+    for clause in rule.split(" and "):
+        left, sign, right = clause.split()
+        a, b = value(left), value(right)
+        found.append((clause, a, b, a > b if sign == ">" else a < b))
+    return found
 
 
-def judge(key, e, kept):
-    """The rule of an experiment on the results of its runs, beside what the student predicted."""
+def judge(e, predicted):
+    """The rule of an experiment on the results of its runs, beside what was predicted. -> holds or not"""
     results = {}
-    for run_ in e["runs"]:
-        label, _, folder = run_.partition("=")
+    for label, folder in (r.split("=") for r in e["runs"]):
         file = ROOT / folder / "results.json"
         if not file.exists():
             fail(f"{folder}/results.json: no such file; run first: {'; '.join(e['commands'])}")
         results[label] = json.loads(file.read_text())["metrics"]
-    print(f"{e['predict']}\nYou predicted: {kept.read_text() if kept.exists() else '(nothing)'}\nIt came:")
+    print(f"{e['predict']}\nYou predicted: {predicted}\nIt came:")
     found = holds(e["rule"], results)
     for clause, a, b, true in found:
         print(f"{'yes' if true else 'no '}  {clause}  ({a:.4g}, {b:.4g})")
-    if all(true for *_, true in found):
-        KEPT.mkdir(exist_ok=True)
-        (KEPT / f"{key}.done").touch()
-        print(e.get("because", "As in our runs.").strip())
-    else:
-        print("In our runs all of these are so. Did you run the command as it stands, to its end?")
+    right = all(true for *_, true in found)
+    print(e.get("because", "") if right else "In our runs all of these are so. Did yours run to its end?")
+    return right
 
 
 def main(words):
