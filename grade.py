@@ -1,0 +1,275 @@
+"""For the lecturer: `python exercises.py handout DIR IDS..` and `grade SUBMISSIONS.. --ids IDS..`.
+
+A handout is the last commit with the chosen functions blanked (or their bug put in), in every script that has
+the same function, without solutions, hints, history and the tests that would tell.
+
+A submission is a folder with the scripts, or one .py file. Nothing of it is imported or run as a whole: only the
+named functions are read from it, by AST, and each is put into a clean copy of the last commit in a temporary
+folder. There a process runs the checks of exercises.toml on inputs that no student has seen (another seed, other
+sizes) and sends back WHAT CAME, numbers alone. This process compares them with what the original gives. So it
+does not help to print "passed", to exit, or to change what a check compares with.
+Three walls: 1. names and attributes that a formula does not need are refused before anything runs; 2. each
+function runs in a process of its own, with limits of time and memory, its output closed; 3. an audit hook in that
+process refuses to open files, to start processes and to connect. Needs git, and Linux or macOS.
+"""
+import argparse, ast, csv, importlib, io, json, os, secrets, select, signal, subprocess, sys, tarfile, tempfile
+import textwrap, time, types
+from pathlib import Path
+from unittest import mock
+
+import exercises as X
+
+SECRET = ("hint", "old", "new", "because")      # keys of the table that a handout lacks
+LEFT_OUT = ("tests", ".ci", "RESULTS.md", "LOG.md", "grade.py")
+# What a function may use beside its own variables, torch, numpy and what the original uses.
+BUILTINS = set("abs all any bool complex dict enumerate filter float int isinstance len list map max min pow range "
+               "reversed round set slice sorted str sum tuple zip True False None ValueError TypeError "
+               "NotImplementedError ZeroDivisionError IndexError AssertionError print".split())
+MODULES = {"torch", "nn", "F", "np", "math"}
+MAY_CALL = {"signal_noise", "q_sample", "v_target", "eps_from_v", "times", "ddim_step", "per_sample", "resample"}
+REFUSED = set("load save savez savez_compressed savetxt loadtxt genfromtxt fromfile tofile fromregex memmap "
+              "from_file frombuffer open_memmap hub ops jit compile utils distributed multiprocessing package "
+              "library classes serialization storage untyped_storage ctypeslib f2py testing lib core open exec "
+              "eval system popen set_default_dtype use_deterministic_algorithms ctypes data_ptr".split())
+FORMULAS = {"array", "trace", "select", "copy", "random", "linalg", "fft", "special", "functional"}
+SECONDS, MEMORY, ANSWER = 20, 2 << 30, 1 << 25     # of a function: time, bytes beyond the start, bytes it sends
+
+
+def commit(folder):
+    """The files of the last commit, in an empty folder."""
+    made = subprocess.run(["git", "-C", X.ROOT, "archive", "HEAD", "."], capture_output=True)
+    if made.returncode:
+        X.fail(f"no last commit to start from: {made.stderr.decode().strip()}")
+    with tarfile.open(fileobj=io.BytesIO(made.stdout)) as tar:
+        tar.extractall(folder, filter="data")
+
+
+# ---- handout -----------------------------------------------------------------------------------------------
+
+def handout(words):
+    """handout DIR IDS..: for students. A function that other scripts have in the same words is taken there, too."""
+    folder, keys = Path(words[0]), words[1:]
+    table = {key: X.pick(key)[0] for key in keys}
+    if not keys or folder.exists() and any(folder.iterdir()):
+        X.fail(f"{folder}: name an empty folder, then exercises")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        commit(temporary)
+        for path in Path(temporary).iterdir():
+            if path.name not in LEFT_OUT:
+                path.rename(folder / path.name)
+        checks = Path(temporary, "tests", "test_exercises.py").read_text().partition(X.MARK)[0]
+    (folder / "tests").mkdir()
+    (folder / "tests" / "test_exercises.py").write_text(checks)
+    for key, e in table.items():
+        if e["kind"] == "experiment":
+            continue
+        name, text = e["function"], (folder / e["script"]).read_bytes().decode()
+        own = X.cut(text, name)[1]
+        new = X.given(text, name, key, e)
+        for path in folder.glob("*.py"):
+            before, same, after = path.read_bytes().decode().partition(own)
+            if same:
+                path.write_bytes((before + new + after).encode())
+    lines = ["# The exercises of this course."]
+    for key, e in table.items():
+        kept = {k: v for k, v in e.items() if k not in SECRET} | {"given": 1}
+        lines += ["", f"[{key}]", *(f"{k} = {json.dumps(v)}" for k, v in kept.items())]
+    (folder / "exercises.toml").write_text("\n".join(lines) + "\n")
+    print(f"{folder}: {', '.join(keys)}")
+
+
+# ---- grade -------------------------------------------------------------------------------------------------
+
+def words_of(node):
+    """-> names that a function reads, its attributes, its own variables"""
+    reads = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    attributes = {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
+    own = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+    own |= {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)}
+    own |= {n.name for n in ast.walk(node) if isinstance(n, (ast.FunctionDef, ast.ExceptHandler)) and n.name}
+    return reads, attributes, own
+
+
+def refusal(node, original):
+    """Why a submitted function does not run, in a line, or ''. Both are AST nodes."""
+    header = lambda n: [ast.dump(part) for part in (n.args, *n.decorator_list)]
+    if type(node) is not type(original) or header(node) != header(original):
+        return "another signature than the original's"
+    if any(isinstance(n, (ast.Import, ast.ImportFrom, ast.Global, ast.ClassDef, ast.AsyncFunctionDef, ast.Await))
+           for n in ast.walk(node)):
+        return "imports, global, classes and async are not allowed"
+    reads, attributes, own = words_of(node)
+    known_reads, known_attributes, _ = words_of(original)
+    bad = own & (MODULES | BUILTINS | {"D", "M"}) - words_of(original)[2]
+    bad |= reads - own - known_reads - BUILTINS - MODULES - MAY_CALL
+    bad |= {a for a in attributes - known_attributes - FORMULAS
+            if a.startswith("_") or a in REFUSED or a in sys.stdlib_module_names}
+    bad |= {f"{n.attr} = .." for n in ast.walk(node) if isinstance(n, ast.Attribute)
+            and not isinstance(n.ctx, ast.Load) and n.attr not in known_attributes}
+    bad |= {n.name for n in ast.walk(node) if isinstance(n, ast.FunctionDef) and n.name.startswith("__")}
+    return f"not allowed here: {', '.join(sorted(bad))}" if bad else ""
+
+
+def taken(path, e, original):
+    """The function of exercise e in a submission -> its text, as indented in the original; or ValueError."""
+    file = path / e["script"] if path.is_dir() else path
+    if file.is_symlink() or not file.is_file() or file.stat().st_size > 2_000_000:
+        raise ValueError(f"no file {file.name}, or a link, or more than 2 MB")
+    try:
+        node = X.find(file.read_bytes().decode(), e["function"])
+        text = ast.unparse(node)
+    except LookupError as error:
+        raise ValueError(str(error)) from None
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"cannot be read: {type(error).__name__}") from None
+    why = refusal(node, original)
+    if why:
+        raise ValueError(why)
+    return textwrap.indent(text, " " * original.col_offset) + "\n"
+
+
+def load(script, text):
+    """A module made from the text of a script."""
+    module = types.ModuleType(script.removesuffix(".py"))
+    module.__file__ = str(X.ROOT / script)
+    with mock.patch.dict(sys.modules, {module.__name__: module}):
+        exec(compile(text, script, "exec"), module.__dict__)
+    return module
+
+
+def wall(event, args):
+    """The audit hook of a process that runs a submission: reads of Python's own files, and nothing else."""
+    if event == "open":
+        path, _, flags = args
+        inside = isinstance(path, (str, bytes)) and os.fsdecode(path).startswith((sys.prefix, sys.base_prefix))
+        if not inside or flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC):
+            raise PermissionError("files are not allowed")
+    elif event.startswith(("os.", "subprocess.", "socket.", "shutil.", "gc.")) and event not in (
+            "os.listdir", "os.scandir", "os.putenv", "os.unsetenv"):
+        raise PermissionError(f"{event} is not allowed")
+
+
+def answer(job, pipe, generators):
+    """In a process of its own: runs the checks of a job, sends [[name, tolerance, shape, numbers], ..] and the
+    exception that ended them."""
+    import resource
+    _, key, text, seed = job
+    e = X.table()[key]
+    before, own, after = X.cut((X.ROOT / e["script"]).read_bytes().decode(), e["function"])
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for number in (0, 1, 2):
+        os.dup2(nothing, number)
+    statm = Path("/proc/self/statm")
+    limits = {resource.RLIMIT_CPU: SECONDS, resource.RLIMIT_FSIZE: 0, resource.RLIMIT_CORE: 0}
+    if statm.exists():
+        limits[resource.RLIMIT_AS] = int(statm.read_text().split()[0]) * resource.getpagesize() + MEMORY
+    for which, most in limits.items():
+        resource.setrlimit(which, (most, most))
+    sys.addaudithook(wall)
+    done, error = X.run(generators[key], lambda: load(e["script"], before + (text or own) + after), seed)
+    numbers = [[name, tolerance, got.shape, got.ravel().tolist()] for name, got, _, tolerance in done]
+    data = json.dumps([numbers, error]).encode()
+    while data:
+        data = data[os.write(pipe, data[:65536]):]
+
+
+def receive(pipe, seconds):
+    """All that comes through a pipe until it ends -> bytes; too late or too much -> None"""
+    data, end = b"", time.monotonic() + seconds
+    while len(data) < ANSWER and select.select([pipe], [], [], max(0, end - time.monotonic()))[0]:
+        some = os.read(pipe, 65536)
+        if not some:
+            return data
+        data += some
+    return None
+
+
+def serve():
+    """In the clean copy: imports everything once, then forks for each job from stdin; a line of stdout for each."""
+    jobs, seconds = json.loads(sys.stdin.read())
+    sys.path.insert(0, str(X.ROOT))
+    generators = X.checks()
+    for script in {e["script"] for e in X.table().values()}:
+        importlib.import_module(script.removesuffix(".py"))
+    for job in jobs:
+        out, into = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                os.setsid()
+                os.close(out)
+                answer(job, into, generators)
+            finally:
+                os._exit(0)
+        os.close(into)
+        data = receive(out, seconds)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(out)
+        said = None if data is None else data.decode(errors="replace")
+        print(json.dumps([job[0], job[1], said]), flush=True)
+
+
+def points(e, said, wanted):
+    """What a process said, beside what the original's said -> points from 0 to 1, reason"""
+    import numpy as np
+    if said is None:
+        return 0.0, f"no answer within {SECONDS} s"
+    try:
+        came, error = json.loads(said)
+        came = [np.reshape(np.array(numbers, float), shape) for _, _, shape, numbers in came]
+        error = str(error)[:300]
+    except (ValueError, TypeError):
+        return 0.0, "it ended without an answer"
+    lost, right = [error] if error else [], 0
+    for got, (name, tolerance, shape, numbers) in zip(came, wanted):
+        off = X.difference(got, np.reshape(np.array(numbers, float), shape))
+        right += off <= tolerance
+        if off > tolerance:
+            lost.append(f"{name}: off by {off:.2g} (allowed {tolerance:.0e})")
+    share = right / len(wanted)
+    return round(float(share == 1) if e["kind"] == "bug" else share, 2), "; ".join(lost)     # a bug is found or not
+
+
+def grade(words):
+    """grade SUBMISSIONS.. --ids IDS..: writes grades.csv (submission, exercise, points from 0 to 1, reason)."""
+    parser = argparse.ArgumentParser(prog="exercises.py grade")
+    parser.add_argument("submissions", nargs="+", type=Path)
+    parser.add_argument("--ids", nargs="+", default=[k for k, e in X.table().items() if e["kind"] != "experiment"])
+    parser.add_argument("--out", default="grades.csv")
+    parser.add_argument("--seconds", type=float, default=SECONDS)
+    args = parser.parse_args(words)
+    seed, rows, jobs = secrets.randbits(32), [], []
+    with tempfile.TemporaryDirectory() as tree:
+        commit(tree)
+        for key in args.ids:
+            e = X.pick(key)[0]
+            if e["kind"] == "experiment":
+                X.fail(f"{key} is an experiment: its results are not graded")
+            jobs.append([-1, key, None, seed])
+            original = X.find(Path(tree, e["script"]).read_bytes().decode(), e["function"])
+            for path in args.submissions:
+                rows.append([str(path), key, 0.0, ""])
+                try:
+                    jobs.append([len(rows) - 1, key, taken(path, e, original), seed])
+                except ValueError as error:
+                    rows[-1][3] = str(error)
+        command = [sys.executable, "-I", "-c", "import sys; sys.path.insert(0, '.'); import grade; grade.serve()"]
+        made = subprocess.run(command, input=json.dumps([jobs, args.seconds]), stdout=subprocess.PIPE, cwd=tree, text=True,
+                              env={"OMP_NUM_THREADS": "1", "MPLCONFIGDIR": tree})
+    said = [json.loads(line) for line in made.stdout.splitlines()]
+    if len(said) != len(jobs):
+        X.fail("the process that grades has ended early; nothing is written")
+    wanted = {}
+    for at, key, text in said:
+        if at < 0:
+            wanted[key], error = json.loads(text)
+            if error:
+                X.fail(f"{key}: the original fails its own checks: {error}")
+        else:
+            rows[at][2:] = points(X.table()[key], text, wanted[key])
+    with open(args.out, "w", newline="") as f:
+        csv.writer(f).writerows([["submission", "exercise", "points", "reason"], *rows])
+    for row in rows:
+        print(f"{row[0]}  {row[1]}  {row[2]:.2f}  {row[3]}")
