@@ -144,7 +144,7 @@ def wall(event, args):
         path, _, flags = args
         inside = isinstance(path, (str, bytes)) and os.fsdecode(path).startswith((sys.prefix, sys.base_prefix))
         if not inside or flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC):
-            raise PermissionError("files are not allowed")
+            raise PermissionError(f"files are not allowed: {path}")
     elif event.startswith(("os.", "subprocess.", "socket.", "shutil.", "gc.")) and event not in (
             "os.listdir", "os.scandir", "os.putenv", "os.unsetenv"):
         raise PermissionError(f"{event} is not allowed")
@@ -218,7 +218,7 @@ def points(e, said, wanted):
     """What a process said, beside what the original's said -> points from 0 to 1, reason"""
     import numpy as np
     if said is None:
-        return 0.0, f"no answer within {SECONDS} s"
+        return 0.0, f"no answer in time"
     try:
         came, error = json.loads(said)
         came = [np.reshape(np.array(numbers, float), shape) for _, _, shape, numbers in came]
