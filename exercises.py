@@ -1,7 +1,7 @@
 """The course: exercises that are cut out of the scripts, and check themselves. EXERCISES.md tells more.
 
     python exercises.py                  # the list
-    python exercises.py start e03        # blanks one function of a script (or hides a bug in it); says the task
+    python exercises.py start e03        # blanks one function of a script (or hides a bug in it)
     python exercises.py check e03        # what was expected, what came
     python exercises.py hint e03         # again: the second hint
     python exercises.py solve e03        # puts the original back, and shows it; reset does it silently
@@ -52,8 +52,8 @@ def cut(text, name):
 
 
 def given(text, name, key, e):
-    """The function's lines as exercise `key` gives them to a student. A bug: with the mistake in it. Write: the
-    body is one `raise`; signature and docstring stay."""
+    """The function's lines as exercise `key` gives them to a student. Bug: with the mistake in it. Write: the body
+    is one `raise`; signature and docstring stay."""
     before, own, _ = cut(text, name)
     if e["kind"] == "bug":
         if own.count(e["old"]) != 1:
@@ -80,10 +80,9 @@ def show_list():
     """Every exercise on a line."""
     print("id   kind        file         minutes  level  state    title")
     for key, e in table().items():
-        state = {"done": "done", "txt": "started"}
-        state = next((word for end, word in state.items() if (KEPT / f"{key}.{end}").exists()), "")
-        print(f"{key:4} {e['kind']:11} {e['script']:12} {e['minutes']:7}  {'*' * e['difficulty']:5}  {state:8} "
-              f"{e['title']}")
+        has, level = (lambda end: (KEPT / f"{key}.{end}").exists()), "*" * e["difficulty"]
+        state = "done" if has("done") else "started" if has("txt") else ""
+        print(f"{key:4} {e['kind']:11} {e['script']:12} {e['minutes']:7}  {level:5}  {state:8} {e['title']}")
     print("\npython exercises.py start ID, then check ID; hint ID helps, solve ID shows, reset ID undoes")
 
 
@@ -105,7 +104,7 @@ def start(key):
     before, own, after = cut(text, name)
     head = subprocess.run(["git", "-C", ROOT, "show", f"HEAD:./{e['script']}"], capture_output=True)
     if head.returncode == 0 and cut(head.stdout.decode(), name)[1] != own:
-        fail(f"{name} in {e['script']} is not as in the last commit, and would be lost: commit it, or put it back")
+        fail(f"{name} in {e['script']} is not as in the last commit and would be lost: commit it, or put it back")
     new = given(text, name, key, e)
     kept.write_bytes(own.encode())
     path.write_bytes((before + new + after).encode())
@@ -195,8 +194,9 @@ def check(key):
         off = [difference(got, wanted) for _, got, wanted, _ in done]
         right = not error and all(d <= tolerance for d, (*_, tolerance) in zip(off, done))
         for d, (name, got, wanted, tolerance) in zip(off, done):
-            print("ok   " if d <= tolerance else "WRONG", f"{name}: expected {short(wanted)}, got {short(got)}, "
-                  f"largest difference {d:.1e} (allowed {tolerance:.0e})")
+            verdict = "ok   " if d <= tolerance else "WRONG"
+            print(f"{verdict} {name}: expected {short(wanted)}, got {short(got)}, largest difference {d:.1e} "
+                  f"(allowed {tolerance:.0e})")
         print(f"WRONG {error}\n" * bool(error) + f"{key}: {'all right' if right else 'not yet'}")
     if right and (kept.exists() or e.get("given")):
         (KEPT / f"{key}.done").touch()

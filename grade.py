@@ -3,17 +3,17 @@
 A handout is the last commit with the chosen functions blanked (or their bug put in), in every script that has
 the same function, without solutions, hints, history and the tests that would tell.
 
-A submission is a folder with the scripts, or one .py file. Nothing of it is imported or run as a whole: only the
+A submission is a folder with the scripts, or one .py file. Nothing of it is imported or run as a whole. Only the
 named functions are read from it, by AST, and each is put into a clean copy of the last commit in a temporary
-folder. There a process runs the checks of exercises.toml on inputs that no student has seen (another seed, other
-sizes) and sends back WHAT CAME, numbers alone. This process compares them with what the original gives. So it
-does not help to print "passed", to exit, or to change what a check compares with.
+folder. There a process runs the checks on inputs that no student has seen (another seed, other sizes) and sends
+back WHAT CAME, numbers alone. This process compares them with what the original gives. So it does not help to
+print "passed", to exit, or to change what a check compares with.
 Three walls: 1. names and attributes that a formula does not need are refused before anything runs; 2. each
-function runs in a process of its own, with limits of time and memory, its output closed; 3. an audit hook in that
-process refuses to open files, to start processes and to connect. Needs git, and Linux or macOS.
+function runs in a process of its own, with limits of time and memory, its output closed; 3. an audit hook in
+that process refuses to open files, to start processes and to connect. Needs git, and Linux or macOS.
 """
-import argparse, ast, csv, importlib, io, json, os, secrets, select, signal, subprocess, sys, tarfile, tempfile
-import textwrap, time, types
+import argparse, ast, csv, importlib, io, json, os, secrets, select, shutil, signal, subprocess, sys, tarfile
+import tempfile, textwrap, time, types
 from pathlib import Path
 from unittest import mock
 
@@ -21,17 +21,18 @@ import exercises as X
 
 SECRET = ("hint", "old", "new", "because")      # keys of the table that a handout lacks
 LEFT_OUT = ("tests", ".ci", "RESULTS.md", "LOG.md", "grade.py")
-# What a function may use beside its own variables, torch, numpy and what the original uses.
-BUILTINS = set("abs all any bool complex dict enumerate filter float int isinstance len list map max min pow range "
-               "reversed round set slice sorted str sum tuple zip True False None ValueError TypeError "
-               "NotImplementedError ZeroDivisionError IndexError AssertionError print".split())
+# What a function may use beside its own variables and what the original uses
 MODULES = {"torch", "nn", "F", "np", "math"}
 MAY_CALL = {"signal_noise", "q_sample", "v_target", "eps_from_v", "times", "ddim_step", "per_sample", "resample"}
-REFUSED = set("load save savez savez_compressed savetxt loadtxt genfromtxt fromfile tofile fromregex memmap "
-              "from_file frombuffer open_memmap hub ops jit compile utils distributed multiprocessing package "
-              "library classes serialization storage untyped_storage ctypeslib f2py testing lib core open exec "
-              "eval system popen set_default_dtype use_deterministic_algorithms ctypes data_ptr".split())
-FORMULAS = {"array", "trace", "select", "copy", "random", "linalg", "fft", "special", "functional"}
+BUILTINS = set("""abs all any bool complex dict enumerate filter float int isinstance len list map max min pow print
+    range reversed round set slice sorted str sum tuple zip ValueError TypeError IndexError AssertionError
+    NotImplementedError ZeroDivisionError""".split())
+# Attributes that it may not use: these, names of Python's own modules but FORMULAS, and all that begin with _
+REFUSED = set("""load save savez savez_compressed savetxt loadtxt genfromtxt fromfile tofile fromregex memmap from_file
+    frombuffer open_memmap hub ops jit compile utils distributed multiprocessing package library classes
+    serialization storage untyped_storage ctypeslib f2py testing lib core open exec eval system popen
+    set_default_dtype use_deterministic_algorithms data_ptr""".split())
+FORMULAS = {"array", "trace", "select", "copy", "random"}
 SECONDS, MEMORY, ANSWER = 20, 2 << 30, 1 << 25     # of a function: time, bytes beyond the start, bytes it sends
 
 
@@ -47,36 +48,37 @@ def commit(folder):
 # ---- handout -----------------------------------------------------------------------------------------------
 
 def handout(words):
-    """handout DIR IDS..: for students. A function that other scripts have in the same words is taken there, too."""
-    folder, keys = Path(words[0]), words[1:]
-    table = {key: X.pick(key)[0] for key in keys}
-    if not keys or folder.exists() and any(folder.iterdir()):
+    """handout DIR IDS..: for students. The function is blanked in all scripts that have it in the same words."""
+    folder, table = Path(words[0]), {key: X.pick(key)[0] for key in words[1:]}
+    if not table or folder.exists() and any(folder.iterdir()):
         X.fail(f"{folder}: name an empty folder, then exercises")
-    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
-        commit(temporary)
-        for path in Path(temporary).iterdir():
-            if path.name not in LEFT_OUT:
-                path.rename(folder / path.name)
-        checks = Path(temporary, "tests", "test_exercises.py").read_text().partition(X.MARK)[0]
-    (folder / "tests").mkdir()
-    (folder / "tests" / "test_exercises.py").write_text(checks)
-    for key, e in table.items():
-        if e["kind"] == "experiment":
-            continue
-        name, text = e["function"], (folder / e["script"]).read_bytes().decode()
-        own = X.cut(text, name)[1]
-        new = X.given(text, name, key, e)
-        for path in folder.glob("*.py"):
-            before, same, after = path.read_bytes().decode().partition(own)
-            if same:
-                path.write_bytes((before + new + after).encode())
-    lines = ["# The exercises of this course."]
-    for key, e in table.items():
-        kept = {k: v for k, v in e.items() if k not in SECRET} | {"given": 1}
-        lines += ["", f"[{key}]", *(f"{k} = {json.dumps(v)}" for k, v in kept.items())]
-    (folder / "exercises.toml").write_text("\n".join(lines) + "\n")
-    print(f"{folder}: {', '.join(keys)}")
+        tree, blanked = Path(temporary), {}
+        commit(tree)
+        checks = (tree / "tests" / "test_exercises.py").read_text().partition(X.MARK)[0]
+        for name in LEFT_OUT:
+            shutil.rmtree(tree / name) if (tree / name).is_dir() else (tree / name).unlink(missing_ok=True)
+        (tree / "tests").mkdir()
+        (tree / "tests" / "test_exercises.py").write_text(checks)
+        for key, e in table.items():
+            if e["kind"] == "experiment":
+                continue
+            text, name = (tree / e["script"]).read_bytes().decode(), e["function"]
+            own = X.cut(text, name)[1]
+            if own in blanked:
+                X.fail(f"{blanked[own]} and {key} use the same function: hand them out one after the other")
+            new = X.given(text, name, key, e)
+            blanked[new] = key
+            for path in tree.glob("*.py"):
+                path.write_bytes(path.read_bytes().replace(own.encode(), new.encode()))
+        lines = ["# The exercises of this course."]
+        for key, e in table.items():
+            secret = (*SECRET, "function") if e["kind"] == "bug" else SECRET
+            kept = {k: v for k, v in e.items() if k not in secret} | {"given": 1}
+            lines += ["", f"[{key}]", *(f"{k} = {json.dumps(v)}" for k, v in kept.items())]
+        (tree / "exercises.toml").write_text("\n".join(lines) + "\n")
+        shutil.copytree(tree, folder, dirs_exist_ok=True)
+    print(f"{folder}: {', '.join(table)}")
 
 
 # ---- grade -------------------------------------------------------------------------------------------------
@@ -96,8 +98,8 @@ def refusal(node, original):
     header = lambda n: [ast.dump(part) for part in (n.args, *n.decorator_list)]
     if type(node) is not type(original) or header(node) != header(original):
         return "another signature than the original's"
-    if any(isinstance(n, (ast.Import, ast.ImportFrom, ast.Global, ast.ClassDef, ast.AsyncFunctionDef, ast.Await))
-           for n in ast.walk(node)):
+    never = ast.Import, ast.ImportFrom, ast.Global, ast.ClassDef, ast.AsyncFunctionDef, ast.Await
+    if any(isinstance(n, never) for n in ast.walk(node)):
         return "imports, global, classes and async are not allowed"
     reads, attributes, own = words_of(node)
     known_reads, known_attributes, _ = words_of(original)
@@ -142,7 +144,8 @@ def wall(event, args):
     """The audit hook of a process that runs a submission: reads of Python's own files, and nothing else."""
     if event == "open":
         path, _, flags = args
-        inside = isinstance(path, (str, bytes)) and os.fsdecode(path).startswith((sys.prefix, sys.base_prefix))
+        own = sys.prefix, sys.base_prefix, "/proc/self/maps"        # the last one: threadpoolctl
+        inside = isinstance(path, (str, bytes)) and os.fsdecode(path).startswith(own)
         if not inside or flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC):
             raise PermissionError(f"files are not allowed: {path}")
     elif event.startswith(("os.", "subprocess.", "socket.", "shutil.", "gc.")) and event not in (
@@ -152,7 +155,8 @@ def wall(event, args):
 
 def numbers(done, error):
     """What X.run() gives -> as JSON: [[name, tolerance, shape, numbers], ..], and the exception"""
-    return json.dumps([[[name, tolerance, got.shape, got.ravel().tolist()] for name, got, _, tolerance in done], error])
+    came = [[name, tolerance, got.shape, got.ravel().tolist()] for name, got, _, tolerance in done]
+    return json.dumps([came, error])
 
 
 def answer(job, pipe, generators):
@@ -188,7 +192,7 @@ def receive(pipe, seconds):
 
 
 def serve():
-    """In the clean copy: runs the originals, then forks for each job from stdin. A line of stdout for each."""
+    """In the clean copy: runs the originals, then forks for each job of stdin. A line of stdout for each."""
     seed, keys, jobs, seconds = json.loads(sys.stdin.read())
     generators = X.checks()
     for key in keys:        # this also imports what they need: after the fork it could not be read
@@ -232,14 +236,17 @@ def points(e, said, wanted):
         if off > tolerance:
             lost.append(f"{name}: off by {off:.2g} (allowed {tolerance:.0e})")
     share = right / len(wanted)
-    return round(float(share == 1) if e["kind"] == "bug" else share, 2), "; ".join(lost)     # a bug is found or not
+    if e["kind"] == "bug":      # it is found, or not
+        share = float(share == 1)
+    return round(share, 2), "; ".join(lost)
 
 
 def grade(words):
-    """grade SUBMISSIONS.. --ids IDS..: writes grades.csv (submission, exercise, points from 0 to 1, reason)."""
+    """grade SUBMISSIONS.. --ids IDS..: writes grades.csv: submission, exercise, points from 0 to 1, reason."""
     parser = argparse.ArgumentParser(prog="exercises.py grade")
     parser.add_argument("submissions", nargs="+", type=Path)
-    parser.add_argument("--ids", nargs="+", default=[k for k, e in X.table().items() if e["kind"] != "experiment"])
+    all_ids = [key for key, e in X.table().items() if e["kind"] != "experiment"]
+    parser.add_argument("--ids", nargs="+", default=all_ids)
     parser.add_argument("--out", default="grades.csv")
     parser.add_argument("--seconds", type=float, default=SECONDS)
     args = parser.parse_args(words)
@@ -257,8 +264,9 @@ def grade(words):
                     jobs.append([len(rows) - 1, key, taken(path, e, original), seed])
                 except ValueError as error:
                     rows[-1][3] = str(error)
-        command = [sys.executable, "-I", "-c", "import sys; sys.path.insert(0, '.'); import grade; grade.serve()"]
-        made = subprocess.run(command, input=json.dumps([seed, args.ids, jobs, args.seconds]), stdout=subprocess.PIPE, cwd=tree, text=True,
+        program = "import sys; sys.path.insert(0, '.'); import grade; grade.serve()"
+        made = subprocess.run([sys.executable, "-I", "-c", program], stdout=subprocess.PIPE, text=True, cwd=tree,
+                              input=json.dumps([seed, args.ids, jobs, args.seconds]),
                               env={"OMP_NUM_THREADS": "1", "MPLCONFIGDIR": tree})
     said = [json.loads(line) for line in made.stdout.splitlines()]
     if len(said) != len(args.ids) + len(jobs):
