@@ -52,8 +52,8 @@ def cut(text, name):
 
 
 def given(text, name, key, e):
-    """The function's lines as exercise `key` gives them to a student. Bug: with the mistake in it. Write: the body
-    is one `raise`; signature and docstring stay."""
+    """The function's lines as exercise `key` gives them to a student. A bug: with the mistake. Write: the body is
+    one `raise`; signature and docstring stay."""
     before, own, _ = cut(text, name)
     if e["kind"] == "bug":
         if own.count(e["old"]) != 1:
@@ -104,7 +104,7 @@ def start(key):
     before, own, after = cut(text, name)
     head = subprocess.run(["git", "-C", ROOT, "show", f"HEAD:./{e['script']}"], capture_output=True)
     if head.returncode == 0 and cut(head.stdout.decode(), name)[1] != own:
-        fail(f"{name} in {e['script']} is not as in the last commit and would be lost: commit it, or put it back")
+        fail(f"{name} in {e['script']} is not as in the last commit and would be lost: commit it first")
     new = given(text, name, key, e)
     kept.write_bytes(own.encode())
     path.write_bytes((before + new + after).encode())

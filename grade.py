@@ -3,11 +3,11 @@
 A handout is the last commit with the chosen functions blanked (or their bug put in), in every script that has
 the same function, without solutions, hints, history and the tests that would tell.
 
-A submission is a folder with the scripts, or one .py file. Nothing of it is imported or run as a whole. Only the
-named functions are read from it, by AST, and each is put into a clean copy of the last commit in a temporary
-folder. There a process runs the checks on inputs that no student has seen (another seed, other sizes) and sends
-back WHAT CAME, numbers alone. This process compares them with what the original gives. So it does not help to
-print "passed", to exit, or to change what a check compares with.
+A submission is a folder with the scripts, or one .py file. Nothing of it is imported or run as a whole. The
+named functions alone are read from it, by AST, and each is put into a clean copy of the last commit in a
+temporary folder. There a process runs the checks on inputs that no student has seen (another seed, other sizes)
+and sends back WHAT CAME, numbers alone. This process compares them with what the original gives. So it does not
+help to print "passed", to exit, or to change what a check compares with.
 Three walls: 1. names and attributes that a formula does not need are refused before anything runs; 2. each
 function runs in a process of its own, with limits of time and memory, its output closed; 3. an audit hook in
 that process refuses to open files, to start processes and to connect. Needs git, and Linux or macOS.
@@ -23,17 +23,17 @@ SECRET = ("hint", "old", "new", "because")      # keys of the table that a hando
 LEFT_OUT = ("tests", ".ci", "RESULTS.md", "LOG.md", "grade.py")
 # What a function may use beside its own variables and what the original uses
 MODULES = {"torch", "nn", "F", "np", "math"}
-MAY_CALL = {"signal_noise", "q_sample", "v_target", "eps_from_v", "times", "ddim_step", "per_sample", "resample"}
-BUILTINS = set("""abs all any bool complex dict enumerate filter float int isinstance len list map max min pow print
-    range reversed round set slice sorted str sum tuple zip ValueError TypeError IndexError AssertionError
+MAY_CALL = set("signal_noise q_sample v_target eps_from_v times ddim_step per_sample resample".split())
+BUILTINS = set("""abs all any bool complex dict enumerate filter float int isinstance len list map max min pow
+    print range reversed round set slice sorted str sum tuple zip ValueError TypeError IndexError AssertionError
     NotImplementedError ZeroDivisionError""".split())
 # Attributes that it may not use: these, names of Python's own modules but FORMULAS, and all that begin with _
-REFUSED = set("""load save savez savez_compressed savetxt loadtxt genfromtxt fromfile tofile fromregex memmap from_file
-    frombuffer open_memmap hub ops jit compile utils distributed multiprocessing package library classes
+REFUSED = set("""load save savez savez_compressed savetxt loadtxt genfromtxt fromfile tofile fromregex memmap
+    from_file frombuffer open_memmap hub ops jit compile utils distributed multiprocessing package library classes
     serialization storage untyped_storage ctypeslib f2py testing lib core open exec eval system popen
     set_default_dtype use_deterministic_algorithms data_ptr""".split())
 FORMULAS = {"array", "trace", "select", "copy", "random"}
-SECONDS, MEMORY, ANSWER = 20, 2 << 30, 1 << 25     # of a function: time, bytes beyond the start, bytes it sends
+SECONDS, MEMORY, ANSWER = 20, 2 << 30, 1 << 25      # of a function: time, bytes beyond the start, bytes it sends
 
 
 def commit(folder):
@@ -48,7 +48,7 @@ def commit(folder):
 # ---- handout -----------------------------------------------------------------------------------------------
 
 def handout(words):
-    """handout DIR IDS..: for students. The function is blanked in all scripts that have it in the same words."""
+    """handout DIR IDS..: for students. A function is blanked in all scripts that have it in the same words."""
     folder, table = Path(words[0]), {key: X.pick(key)[0] for key in words[1:]}
     if not table or folder.exists() and any(folder.iterdir()):
         X.fail(f"{folder}: name an empty folder, then exercises")
@@ -242,7 +242,7 @@ def points(e, said, wanted):
 
 
 def grade(words):
-    """grade SUBMISSIONS.. --ids IDS..: writes grades.csv: submission, exercise, points from 0 to 1, reason."""
+    """grade SUBMISSIONS.. --ids IDS..: writes grades.csv: submission, exercise, points of 1, reason."""
     parser = argparse.ArgumentParser(prog="exercises.py grade")
     parser.add_argument("submissions", nargs="+", type=Path)
     all_ids = [key for key, e in X.table().items() if e["kind"] != "experiment"]
@@ -265,8 +265,8 @@ def grade(words):
                 except ValueError as error:
                     rows[-1][3] = str(error)
         program = "import sys; sys.path.insert(0, '.'); import grade; grade.serve()"
-        made = subprocess.run([sys.executable, "-I", "-c", program], stdout=subprocess.PIPE, text=True, cwd=tree,
-                              input=json.dumps([seed, args.ids, jobs, args.seconds]),
+        made = subprocess.run([sys.executable, "-I", "-c", program], stdout=subprocess.PIPE, text=True,
+                              input=json.dumps([seed, args.ids, jobs, args.seconds]), cwd=tree,
                               env={"OMP_NUM_THREADS": "1", "MPLCONFIGDIR": tree})
     said = [json.loads(line) for line in made.stdout.splitlines()]
     if len(said) != len(args.ids) + len(jobs):

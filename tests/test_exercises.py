@@ -30,7 +30,8 @@ def mixtures(rng):
     for shape, dtype in ((3, 1, 4, 5), torch.float32), ((4, c, 3, 5, 2), torch.float64), ((2, 7), torch.float64):
         t = rng.integers(0, 1000, shape[0])
         a = np.array([math.sqrt(ab[k]) for k in t]).reshape(-1, *[1] * (len(shape) - 1))
-        yield shape, normal(rng, *shape, dtype=dtype), normal(rng, *shape, dtype=dtype), torch.as_tensor(t), a, np.sqrt(1 - a ** 2)
+        x0, eps = (normal(rng, *shape, dtype=dtype) for _ in range(2))
+        yield shape, x0, eps, torch.as_tensor(t), a, np.sqrt(1 - a ** 2)
 
 
 # ------------------------------------------------------------------------------------- diffae.py
@@ -42,9 +43,10 @@ def e01(m, rng):
         yield f"x_t of shape {shape} at t = {t.tolist()}", m.q_sample(x0, t, eps, ab), wanted, F32
     x0, eps = normal(rng, 2, 3), normal(rng, 2, 3)
     ends = torch.tensor([1.0, 0.0], dtype=torch.float64)
-    yield "alpha_bar 1 gives x0, 0 gives eps", m.q_sample(x0, torch.tensor([0, 1]), eps, ends), torch.stack([x0[0], eps[1]]), F32
-    x = m.q_sample(torch.full((400, 1), 0.7).double(), torch.full((400,), 300), normal(rng, 400, 1) * 0 + 1, ab)
-    yield "x_t of 0.7 and eps 1 at t = 300", x.mean(), 0.7 * 0.394011123 ** 0.5 + (1 - 0.394011123) ** 0.5, F32
+    x = m.q_sample(x0, torch.tensor([0, 1]), eps, ends)
+    yield "alpha_bar 1 gives x0, 0 gives eps", x, torch.stack([x0[0], eps[1]]), F32
+    x = m.q_sample(torch.tensor([[0.7]]), torch.tensor([300]), torch.tensor([[1.0]]), ab)
+    yield "x_t of 0.7 and eps 1 at t = 300", x, [[0.7 * 0.394011123 ** 0.5 + (1 - 0.394011123) ** 0.5]], F32
 
 
 def e02(m, rng):
@@ -72,8 +74,9 @@ def ddim_steps(m, rng):
     x0, eps = torch.tensor([[0.5, 3.0, -1.2]]).double(), normal(rng, 1, 3)
     x, inside = mix(x0, eps, 600), torch.tensor([[0.5, 1.0, -1.0]]).double()
     new_eps = (x - math.sqrt(level(600)) * inside) / math.sqrt(1 - level(600))      # x is still their mixture
-    yield "clipped, from 600 to 550", m.ddim_step(x, 600, 550, eps, torch.as_tensor(ab), clip=True), mix(inside, new_eps, 550), F64
-    yield "at the clean level nothing is clipped", m.ddim_step(x0, -1, 100, eps, torch.as_tensor(ab), clip=True), mix(x0, eps, 100), F64
+    step = lambda *args: m.ddim_step(*args, torch.as_tensor(ab), clip=True)
+    yield "clipped, from 600 to 550", step(x, 600, 550, eps), mix(inside, new_eps, 550), F64
+    yield "at the clean level nothing is clipped", step(x0, -1, 100, eps), mix(x0, eps, 100), F64
 
 
 e03 = ddim_steps
@@ -115,7 +118,8 @@ def e05(m, rng):
         omega, alpha, r = (rng.uniform(*span, (n, 1)) for span in ((0.3, 2.8), (0, 1), (1, 3)))
         point = lambda angle: torch.as_tensor((r * (np.cos(angle) * u + np.sin(angle) * v)).reshape(size)).to(dtype)
         a, b = point(0 * omega), point(omega)
-        yield f"each sample by its own angle and alpha, {dtype}", m.slerp(a, b, torch.as_tensor(alpha.ravel()).to(dtype)), point(alpha * omega), tolerance
+        got = m.slerp(a, b, torch.as_tensor(alpha.ravel()).to(dtype))
+        yield f"each sample by its own angle and alpha, {dtype}", got, point(alpha * omega), tolerance
         for k in (0, 0.5, 1):
             yield f"alpha = {k}", m.slerp(a, b, k), point(k * omega), tolerance
     a = normal(rng, 3, 4)
@@ -267,7 +271,8 @@ def e15(m, rng):
         z = normal(rng, 2, vq.codes.shape[1], h, w) * 0.1
         wanted = nearest_code(z.numpy(), vq.codes.detach().numpy())
         yield f"nearest of 32 codes, latents of {h}x{w}", vq.nearest(z), wanted, F64
-        yield ".. and look_up gives these codes", vq.look_up(vq.nearest(z)), vq.codes[torch.as_tensor(wanted)].permute(0, 3, 1, 2), F64
+        codes = vq.codes[torch.as_tensor(wanted)].permute(0, 3, 1, 2)
+        yield ".. and look_up gives these codes", vq.look_up(vq.nearest(z)), codes, F64
 
 
 def e16(m, rng):
@@ -401,7 +406,8 @@ def e24(m, rng):
             for corner in np.ndindex(*[s - 10 for s in shape[1:]]):
                 p, q = (image[tuple(slice(c, c + 11) for c in corner)] for image in (x, y))
                 mp, mq = (window * p).sum(), (window * q).sum()
-                vp, vq, both = (window * (p - mp) ** 2).sum(), (window * (q - mq) ** 2).sum(), (window * (p - mp) * (q - mq)).sum()
+                vp, vq = (window * (p - mp) ** 2).sum(), (window * (q - mq) ** 2).sum()
+                both = (window * (p - mp) * (q - mq)).sum()
                 values.append((2 * mp * mq + 1e-4) * (2 * both + 9e-4) / ((mp ** 2 + mq ** 2 + 1e-4) * (vp + vq + 9e-4)))
             wanted.append(np.mean(values))
         yield f"SSIM of {shape}, window by window", m.ssim(a, b), wanted, F64
@@ -416,7 +422,8 @@ def e25(m, rng):
     code, size = np.unique(who, return_inverse=True)[1], np.unique(who, return_counts=True)[1]
     got = m.bootstrap(lambda a, b: seen.append(b.astype(int)) or a.mean(), who, x, code, n=200)
     yield "value, and number of subjects", [got["value"], got["n"]], [x.mean(), 9], F64
-    yield "resamples that hold another number of subjects than 9", sum((1 / size[s]).sum().round(6) != 9 for s in seen), 0, F64
+    drawn = [(1 / size[s]).sum().round(6) for s in seen]
+    yield "resamples that hold another number of subjects than 9", np.not_equal(drawn, 9).sum(), 0, F64
     times_ = [np.bincount(s, minlength=9) / size for s in seen]
     yield "resamples that hold a part of a subject", sum((abs(t - t.round()) > 1e-9).any() for t in times_), 0, F64
     yield "all resamples are not the same", float(len({tuple(t) for t in times_}) > 100), 1, F64
@@ -429,7 +436,8 @@ def e25(m, rng):
     yield "resamples where the statistic is nan are left out", nan["ci"], [3.0, 3.5], F64
     many = np.repeat(rng.normal(size=200), 4)                               # four copies are no more evidence
     low, high = m.bootstrap(np.mean, np.repeat(np.arange(200), 4), many)["ci"]
-    yield "width of the interval is about 3.92 SD / sqrt(200)", float(0.8 < (high - low) / (3.92 * many.std() / 200 ** 0.5) < 1.2), 1, F64
+    width = (high - low) / (3.92 * many.std() / 200 ** 0.5)
+    yield "width of the interval is about 3.92 SD / sqrt(200)", float(0.8 < width < 1.2), 1, F64
 
 
 def e26(m, rng):
@@ -448,7 +456,8 @@ def e26(m, rng):
         yield f"{n} patients with ties", m.c_index(risk, time, event), by_hand(risk, time, event), F64
     picks = rng.integers(n, size=(4, n))
     counts = np.stack([np.bincount(p, minlength=n) for p in picks])
-    yield "resamples, all at once", m.c_index(risk, time, event, counts), [by_hand(risk[p], time[p], event[p]) for p in picks], F64
+    wanted = [by_hand(risk[p], time[p], event[p]) for p in picks]
+    yield "resamples, all at once", m.c_index(risk, time, event, counts), wanted, F64
     yield "no pair is known", m.c_index([1, 2], [5, 9], [0, 1]), np.nan, F64
 
 
@@ -474,7 +483,8 @@ def e27(m, rng):
     moved = m.split(Rows(split=None, subject=who[order], columns={"label": label[order]}), seed)
     yield "rows whose part hangs on the order of the rows", (moved != part[order]).sum(), 0, F64
     tested = [set(who[m.split(data, seed, fold=f"{k}/5") == "test"]) for k in range(5)]
-    yield "how often each subject is tested in five folds", [sum(s in t for t in tested) for s in sorted(set(who))], np.ones(n), F64
+    often = [sum(s in t for t in tested) for s in sorted(set(who))]
+    yield "how often each subject is tested in five folds", often, np.ones(n), F64
     # A code that knows who it is, and nothing of disease: the label of the nearest training row
     code = np.repeat(rng.normal(size=(n, 8)), 4, 0) + 0.01 * rng.normal(size=(len(who), 8))
     train, test = np.flatnonzero(part == "train"), np.flatnonzero(part == "test")
@@ -499,7 +509,8 @@ def e28(m, rng):
     again, _ = m.predict({"": z}, other, part, who.astype(str))
     yield "with other labels of test rows: the threshold", again["cut"].iloc[0], cut, F64
     yield ".. the scores", again["score"], score, F64
-    yield "scores rise with the label on training rows", float(np.corrcoef(score[part == "train"], y[part == "train"])[0, 1] > 0.2), 1, F64
+    train = part == "train"
+    yield "scores rise with the label on training rows", float(np.corrcoef(score[train], y[train])[0, 1] > 0.2), 1, F64
 
 
 def e29(m, rng):
@@ -524,3 +535,326 @@ def e29(m, rng):
 
 
 # ---- Below this line: the tests of the course. ---------------------------------------------------------------
+
+import csv
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+import exercises as X
+import grade as G
+
+TABLE = X.table()
+OF = {kind: [key for key, e in TABLE.items() if e["kind"] == kind] for kind in ("write", "bug", "experiment")}
+# Plausible mistakes in the functions that students write: exercise, what is in the original, what comes instead
+WRONG = [
+    ("e01", "a * x0 + s * eps", "a * x0 + s ** 2 * eps"),
+    ("e01", "a * x0 + s * eps", "s * x0 + a * eps"),
+    ("e02", "a * eps - s * x0", "s * x0 - a * eps"),
+    ("e03", "        eps_hat = (x - math.sqrt(ab_from) * x0_hat) / math.sqrt(1 - ab_from)\n", ""),
+    ("e03", "1.0 if t < 0 else ", ""),
+    ("e03", " and ab_from < 1", ""),
+    ("e04", "eps_fn(x, max(t, 0))", "eps_fn(x, t_next)"),
+    ("e04", "    up = up + [len(alpha_bar)] if stride == \"leading\" else [-1] + up\n", "    up = [-1] + up\n"),
+    ("e05", "F.cosine_similarity(a, b, dim=1).clamp(-1, 1).acos().unsqueeze(1)",
+     "F.cosine_similarity(a.flatten(), b.flatten(), dim=0).clamp(-1, 1).acos().view(1, 1)"),
+    ("e05", "omega.sin() < 1e-4, omega.sin().clamp(min=1e-4)", "omega.sin() < -1, omega.sin()"),
+    ("e06", "+ t_shift * (1 + z_gain)", "+ t_shift"),
+    ("e06", "self.skip(resample(x, self.how)) + h", "resample(x, self.how) + h"),
+    ("e10", "np.clip(a, low, high)", "a"),
+    ("e10", "np.linalg.lstsq(powers(age[rows]), z[rows], rcond=None)", "np.linalg.lstsq(powers(age), z, rcond=None)"),
+    ("e11", "mean[rows].var(0)", "mean[rows].std(0)"),
+    ("e11", "np.exp(logvar)", "np.exp(logvar / 2)"),
+    ("e15", "torch.cdist(r, self.codes, compute_mode=\"donot_use_mm_for_euclid_dist\").argmin(1)", "(r @ self.codes.T).argmax(1)"),
+    ("e16", "self.decoder(z + (e - z).detach())", "self.decoder(e)"),
+    ("e16", "F.mse_loss(e, z.detach()) + 0.2 * F.mse_loss(z, e.detach())", "1.2 * F.mse_loss(e, z)"),
+    ("e17", "eps_u + w * (eps_c - eps_u)", "eps_c + w * (eps_c - eps_u)"),
+    ("e20", "(1 - before)", "(1 - alpha_bar)"),
+    ("e21", "out - signal_noise", "out + signal_noise"),
+    ("e21", "eps_from_v(out + G, z_t", "eps_from_v(out, z_t"),
+    ("e24", "truncate=3.5", "truncate=4"),
+    ("e24", "0.03 ** 2", "0.03"),
+    ("e25", "np.concatenate([rows[i] for i in rng.integers(len(rows), size=len(rows))])", "rng.integers(len(index), size=len(index))"),
+    ("e25", "    draws = [d for d in draws if not np.isnan(d)]\n", ""),
+    ("e26", " + (risk == risk[i]) / 2", ""),
+    ("e26", " | (time == time[i]) & ~event", ""),
+]
+
+
+def text_of(key):
+    """-> the script of an exercise as text, the name of its function"""
+    return (ROOT / TABLE[key]["script"]).read_bytes().decode(), TABLE[key]["function"]
+
+
+def passes(key, own=None, seed=0):
+    """Do the checks of an exercise pass with these lines for its function?"""
+    text, name = text_of(key)
+    before, original, after = X.cut(text, name)
+    load = lambda: G.load(TABLE[key]["script"], before + own + after) if own else importlib.import_module(TABLE[key]["script"][:-3])
+    done, error = X.run(globals().get(key), load, seed)
+    return not error and all(X.difference(got, wanted) <= tolerance for _, got, wanted, tolerance in done)
+
+
+def test_the_table_has_what_was_asked_for():
+    assert len(OF["write"]) >= 8 and len(OF["bug"]) >= 5 and len(OF["experiment"]) >= 4
+    for script in ("diffae.py", "normative.py", "cond_ldm.py", "ldae.py"):
+        assert sum(e["script"] == script for e in TABLE.values()) >= 3, script
+    for key, e in TABLE.items():
+        assert len(e["hint"]) == 2 if e["kind"] != "experiment" else e["predict"] and e["commands"], key
+        assert e["kind"] == "experiment" or e["function"] in text_of(key)[0].replace("class ", "") or "." in e["function"]
+
+
+@pytest.mark.parametrize("key", OF["write"] + OF["bug"])
+def test_the_original_passes_and_what_the_student_gets_does_not(key):
+    text, name = text_of(key)
+    assert passes(key) and passes(key, seed=1)
+    for seed in range(3):
+        assert not passes(key, X.given(text, name, key, TABLE[key]), seed)
+
+
+@pytest.mark.parametrize("key, old, new", WRONG)
+def test_a_plausible_mistake_fails(key, old, new):
+    own = X.cut(*text_of(key))[1]
+    assert own.count(old) == 1 and key in OF["write"]
+    assert not passes(key, own.replace(old, new)) and not passes(key, own.replace(old, new), seed=1)
+
+
+def test_every_function_that_is_written_has_a_plausible_mistake():
+    assert {key for key, *_ in WRONG} == set(OF["write"])
+
+
+def numbers_of(script):
+    """The first table of a script in RESULTS.md -> {"ours": {key: {"value": ..}}, "paper": ..}"""
+    m, found = importlib.import_module(script), {"ours": {}, "paper": {}}
+    names = {title: key for key, title in m.SHOWN.items()}
+    rows = {title: row for row, title in m.ROWS.items()}
+    section = (ROOT / "RESULTS.md").read_text().split(f"\n## {script}\n")[1].split("\n## ")[0]
+    lines = [[c.strip() for c in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("|")]
+    for cells in lines[2:]:
+        recipe, _, title = cells[0].partition(": ")
+        row = rows[title] if title else ""
+        for head, cell in zip(lines[0][1:], cells[1:]):
+            key = next((k for t, k in names.items() if head.startswith(t + " ")), None)
+            if key and cell != "-":
+                found[recipe][f"{key}.{row}".strip(".")] = {"value": float(cell.split()[0])}
+    return found
+
+
+# A line of LOG.md of 2026-11-26
+SEED = {"conv": {"dice": {"value": 0.932}, "edge_f1": {"value": 0.860}},
+        "seed": {"dice": {"value": 0.805}, "edge_f1": {"value": 0.664}}}
+
+
+@pytest.mark.parametrize("key", OF["experiment"])
+def test_the_rule_of_an_experiment_holds_for_our_run_and_not_for_its_opposite(key):
+    results = SEED if key == "e19" else numbers_of(TABLE[key]["script"][:-3])
+    found = X.holds(TABLE[key]["rule"], results)
+    assert all(true for *_, true in found) and all(a != b for _, a, b, _ in found), found
+    opposite = {label: {k: {"value": 1 - v["value"]} for k, v in metrics.items()} for label, metrics in results.items()}
+    assert not any(true for *_, true in X.holds(TABLE[key]["rule"], opposite))
+
+
+# ------------------------------------------------------------------------------------- start, solve, reset, handout
+
+@pytest.fixture
+def course(tmp_path, monkeypatch):
+    """A small repository with the course -> its exercises module, its folder"""
+    folder = tmp_path / "course"
+    (folder / "tests").mkdir(parents=True)
+    for path in (*ROOT.glob("*.py"), ROOT / "exercises.toml", ROOT / "tests" / "test_exercises.py", ROOT / ".gitignore"):
+        shutil.copy(path, folder / path.relative_to(ROOT))
+    git = ["git", "-C", folder, "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "master"]):
+        subprocess.run([*git, *words], check=True)
+    monkeypatch.setattr(X, "ROOT", folder)
+    monkeypatch.setattr(X, "KEPT", folder / ".exercises")
+    return folder
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.*") if path.is_file()}
+
+
+@pytest.mark.parametrize("back", ["solve", "reset"])
+def test_start_touches_one_function_and_the_way_back_gives_the_very_bytes(course, capsys, back):
+    for key in OF["write"] + OF["bug"]:
+        before, (text, name) = files(course), text_of(key)
+        X.main(["start", key])
+        said, after = capsys.readouterr().out, files(course)
+        first, own, rest = X.cut(text, name)
+        changed = after[TABLE[key]["script"]].decode()
+        assert changed.startswith(first) and changed.endswith(rest) and changed != text
+        assert {k for k in before if before[k] != after[k]} == {TABLE[key]["script"]}
+        new = changed[len(first):len(changed) - len(rest)]
+        if key in OF["write"]:
+            assert f"{key}: " in new and new.count("raise NotImplementedError") == 1
+            assert own.startswith(new.rpartition("    raise")[0].rstrip(" "))       # signature, docstring
+        else:       # where it is, is not said; and no comment tells it
+            assert name.split(".")[-1] not in said and key not in new and new.count("#") == own.count("#")
+        X.main([back, key])
+        assert files(course) == before and (course / ".exercises" / f"{key}.mine.txt").read_text() == new
+
+
+def test_start_does_not_lose_an_edit(course, capsys):
+    path = course / "diffae.py"
+    path.write_text(path.read_text().replace("return a * x0 + s * eps", "return s * eps + a * x0"))
+    edited = path.read_bytes()
+    for words, line in ((["start", "e01"], "q_sample in diffae.py is not as in the last commit"),
+                        (["solve", "e01"], "e01 is not started"), (["start", "e99"], "no such exercise")):
+        with pytest.raises(SystemExit) as e:
+            X.main(words)
+        assert e.value.code == 2 and line in capsys.readouterr().err and path.read_bytes() == edited
+    X.main(["start", "e02"])        # another function of the file
+    with pytest.raises(SystemExit):
+        X.main(["start", "e02"])
+    mine = path.read_text().replace('raise NotImplementedError("e02: Salimans & Ho 2022, sec. 4")', "return 3 * x0")
+    path.write_text(mine)
+    X.main(["reset", "e02"])
+    assert path.read_bytes() == edited and "3 * x0" in (course / ".exercises" / "e02.mine.txt").read_text()
+
+
+def test_check_hint_and_list(course, capsys):
+    shutil.copytree(ROOT, course.parent / "again", ignore=shutil.ignore_patterns(".git", "out", ".venv", "assets"))
+    here = [sys.executable, "exercises.py"]
+    def run(*words):
+        made = subprocess.run([*here, *words], cwd=course, capture_output=True, text=True)
+        return made.returncode, made.stdout + made.stderr
+    run("start", "e01")
+    code, said = run("check", "e01")
+    assert code == 1 and "WRONG NotImplementedError: e01: DDPM" in said and "Traceback" not in said
+    path = course / "diffae.py"
+    path.write_text(path.read_text().replace(
+        'raise NotImplementedError("e01: DDPM, Ho et al. 2020, eq. 4")',
+        "a, s = signal_noise(alpha_bar, t, x0.ndim)\n    return eps * s + x0 * a"))
+    code, said = run("check", "e01")
+    assert code == 0 and "e01: all right" in said and "largest difference" in said and "expected" in said
+    X.main([])
+    assert "e01  write       diffae.py         10  *      done" in capsys.readouterr().out
+    X.main(["hint", "e01"])
+    first = capsys.readouterr().out
+    X.main(["hint", "e01"])
+    assert capsys.readouterr().out == "\n".join(TABLE["e01"]["hint"]) + "\n" and len(first.splitlines()) == 1
+
+
+def test_an_experiment_asks_first_and_judges_then(course, capsys, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda question: print(question) or "chance")
+    X.main(["start", "e08"])
+    assert TABLE["e08"]["predict"] in capsys.readouterr().out
+    with pytest.raises(SystemExit) as e:
+        X.main(["check", "e08"])
+    assert e.value.code == 2 and "python diffae.py" in capsys.readouterr().err
+    (course / "out" / "diffae").mkdir(parents=True)
+    metrics = numbers_of("diffae")["ours"]
+    for right in (True, False):
+        metrics["probe_auroc.untrained"]["value"] = 0.77 if right else 0.5
+        (course / "out" / "diffae" / "results.json").write_text(json.dumps({"metrics": metrics}))
+        with pytest.raises(SystemExit) as e:
+            X.main(["check", "e08"])
+        said = capsys.readouterr().out
+        assert e.value.code == (not right) and "You predicted: chance" in said and ("Random convolutions" in said) == right
+
+
+def test_a_handout_gives_nothing_away(course, tmp_path, capsys):
+    keys = ["e01", "e03", "e06", "e07", "e08", "e27"]
+    X.main(["handout", str(tmp_path / "out"), *keys])
+    everything = {p.relative_to(tmp_path / "out"): p.read_text() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    names = {str(path) for path in everything}
+    assert "tests/test_exercises.py" in names and not any(n.startswith(".git/") for n in names) and "grade.py" not in names
+    text = "\n".join(everything.values())
+    for key in keys:
+        e = TABLE[key]
+        for secret in (*e.get("hint", ()), e.get("because", "\0").strip(), e.get("old", "\0")):
+            assert secret not in text, (key, secret)
+    for name in ("q_sample", "ddim_step"):      # in all scripts that have it
+        assert "a * x0 + s * eps" not in text and "x0_hat.clamp(-1, 1)" not in text, name
+    assert "WRONG" not in everything[[p for p in everything if p.name == "test_exercises.py"][0]]
+    for path, source in everything.items():
+        if path.suffix == ".py":
+            compile(source, str(path), "exec")
+    made = subprocess.run([sys.executable, "exercises.py"], cwd=tmp_path / "out", capture_output=True, text=True)
+    assert [line[:3] for line in made.stdout.splitlines()[1:-2]] == keys and made.returncode == 0
+    with pytest.raises(SystemExit):
+        X.main(["handout", str(tmp_path / "out"), "e01"])       # not empty
+    with pytest.raises(SystemExit):
+        X.main(["handout", str(tmp_path / "two"), "e03", "e12"])
+    assert "e03 and e12 use the same function" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------- grade
+
+RIGHT = "    a, s = signal_noise(alpha_bar, t, x0.ndim)\n    return a * x0 + s * eps\n"
+SUBMISSIONS = {     # body of q_sample, points, a word of the reason
+    "right": (RIGHT, 1, ""),
+    "blank": ('    raise NotImplementedError("e01")\n', 0, "NotImplementedError"),
+    "wrong_sign": (RIGHT.replace("+", "-"), 0, "off by"),
+    "infinite_loop": ("    while True:\n        pass\n", 0, "no answer in time"),
+    "exits": ("    os._exit(0)\n", 0, "not allowed here: _exit"),
+    "prints_passed": ('    print("e01: all right\\npassed" * 10**6)\n    return x0\n', 0, "off by"),
+    "patches_torch": ("    torch.Tensor.numpy = lambda x: 0\n    torch.allclose = lambda *a: True\n" + RIGHT, 0, "allclose = .."),
+    "imports_master": ("    import normative\n    return normative.q_sample(x0, t, eps, alpha_bar)\n", 0, "imports"),
+    "syntax_error": ("    return a *\n", 0, "SyntaxError"),
+    "renamed": (None, 0, "no function q_sample"),
+    # .. and what the wall of names lets through, if one takes it down: see below
+    "reads_files": ("    open('/etc/passwd')\n" + RIGHT, 0, "not allowed here: open"),
+    "through_numpy": ("    np.load('a')\n" + RIGHT, 0, "not allowed here: load"),
+    "through_frames": ("    return (lambda: 0).__globals__\n", 0, "not allowed here: __globals__"),
+    "rebinds": ("    torch = x0\n" + RIGHT, 0, "not allowed here: torch"),
+}
+
+
+def submit(folder, names):
+    text = (ROOT / "diffae.py").read_text()
+    for name in names:
+        body = SUBMISSIONS[name][0]
+        (folder / name).mkdir(parents=True)
+        new = text.replace("def q_sample", "def q_sampel") if body is None else text.replace(RIGHT, body, 1)
+        assert new != text or name == "right"
+        (folder / name / "diffae.py").write_text("import pathlib\npathlib.Path('ran').touch()\n" + new)    # never runs
+    return [str(folder / name) for name in names]
+
+
+def graded(folder, monkeypatch, names, *flags):
+    monkeypatch.chdir(folder)
+    X.main(["grade", *submit(folder / "in", names), "--ids", "e01", "--seconds", "2", *flags])
+    with open(folder / "grades.csv", newline="") as f:
+        return {row["submission"].rpartition("/")[2]: row for row in csv.DictReader(f)}
+
+
+def test_submissions_get_what_they_deserve_and_nothing_more(course, tmp_path, monkeypatch):
+    before = files(course)
+    rows = graded(tmp_path, monkeypatch, list(SUBMISSIONS))
+    for name, (_, points, word) in SUBMISSIONS.items():
+        assert float(rows[name]["points"]) == points and word in rows[name]["reason"], rows[name]
+    assert rows["right"]["reason"] == "" and rows["right"]["exercise"] == "e01"
+    assert files(course) == before and sorted(p.name for p in tmp_path.iterdir()) == ["course", "grades.csv", "in"]
+
+
+ATTACKS = {     # what a function might do, if the first wall had a hole
+    "exits": "    import os; os._exit(0)\n",
+    "writes": "    open({path!r}, 'w').write('x')\n" + RIGHT,
+    "deletes": "    import os; os.unlink({keep!r})\n" + RIGHT,
+    "spawns": "    import subprocess; subprocess.run(['touch', {path!r}])\n" + RIGHT,
+    "forks": "    import os; os.fork()\n" + RIGHT,
+    "reads": "    return torch.tensor(len(open({keep!r}).read()))\n",
+    "kills": "    import os, signal; os.kill(os.getppid(), signal.SIGKILL)\n" + RIGHT,
+    "eats": "    return torch.zeros(2 ** 33)\n",
+    "floods": "    return torch.zeros(2 ** 24) + x0.sum()\n",
+    "right": RIGHT,
+}
+
+
+def test_behind_the_first_wall_stand_two_more(course, tmp_path, monkeypatch):
+    """The wall of names is taken down. What runs can neither touch a file nor another's grade."""
+    (tmp_path / "keep").write_text("kept")
+    monkeypatch.setattr(G, "refusal", lambda *_: "")
+    for name, body in ATTACKS.items():
+        monkeypatch.setitem(SUBMISSIONS, name, (body.format(path=str(tmp_path / "made"), keep=str(tmp_path / "keep")), 0, ""))
+    rows = graded(tmp_path, monkeypatch, list(ATTACKS))
+    assert {name: float(row["points"]) for name, row in rows.items()} == {name: float(name == "right") for name in ATTACKS}, rows
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["course", "grades.csv", "in", "keep"]
+    assert (tmp_path / "keep").read_text() == "kept"
