@@ -52,8 +52,8 @@ def cut(text, name):
 
 
 def given(text, name, key, e):
-    """The function's lines as exercise `key` gives them to a student. A bug: with the mistake. Write: the body is
-    one `raise`; signature and docstring stay."""
+    """The function's lines as exercise `key` gives them to a student. A bug: with the mistake. Write: the body
+    is one `raise`; signature and docstring stay."""
     before, own, _ = cut(text, name)
     if e["kind"] == "bug":
         if own.count(e["old"]) != 1:

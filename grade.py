@@ -5,9 +5,9 @@ the same function, without solutions, hints, history and the tests that would te
 
 A submission is a folder with the scripts, or one .py file. Nothing of it is imported or run as a whole. The
 named functions alone are read from it, by AST, and each is put into a clean copy of the last commit in a
-temporary folder. There a process runs the checks on inputs that no student has seen (another seed, other sizes)
-and sends back WHAT CAME, numbers alone. This process compares them with what the original gives. So it does not
-help to print "passed", to exit, or to change what a check compares with.
+temporary folder. There a process runs the checks on inputs that no student has seen (another seed, other
+sizes) and sends back WHAT CAME, numbers alone. This process compares them with what the original gives. So it
+does not help to print "passed", to exit, or to change what a check compares with.
 Three walls: 1. names and attributes that a formula does not need are refused before anything runs; 2. each
 function runs in a process of its own, with limits of time and memory, its output closed; 3. an audit hook in
 that process refuses to open files, to start processes and to connect. Needs git, and Linux or macOS.
@@ -25,15 +25,15 @@ LEFT_OUT = ("tests", ".ci", "RESULTS.md", "LOG.md", "grade.py")
 MODULES = {"torch", "nn", "F", "np", "math"}
 MAY_CALL = set("signal_noise q_sample v_target eps_from_v times ddim_step per_sample resample".split())
 BUILTINS = set("""abs all any bool complex dict enumerate filter float int isinstance len list map max min pow
-    print range reversed round set slice sorted str sum tuple zip ValueError TypeError IndexError AssertionError
-    NotImplementedError ZeroDivisionError""".split())
+    print range reversed round set slice sorted str sum tuple zip ValueError TypeError IndexError
+    AssertionError NotImplementedError ZeroDivisionError""".split())
 # Attributes that it may not use: these, names of Python's own modules but FORMULAS, and all that begin with _
 REFUSED = set("""load save savez savez_compressed savetxt loadtxt genfromtxt fromfile tofile fromregex memmap
-    from_file frombuffer open_memmap hub ops jit compile utils distributed multiprocessing package library classes
-    serialization storage untyped_storage ctypeslib f2py testing lib core open exec eval system popen
+    from_file frombuffer open_memmap hub ops jit compile utils distributed multiprocessing package library
+    classes serialization storage untyped_storage ctypeslib f2py testing lib core open exec eval system popen
     set_default_dtype use_deterministic_algorithms data_ptr""".split())
 FORMULAS = {"array", "trace", "select", "copy", "random"}
-SECONDS, MEMORY, ANSWER = 20, 2 << 30, 1 << 25      # of a function: time, bytes beyond the start, bytes it sends
+SECONDS, MEMORY, ANSWER = 20, 2 << 30, 1 << 25      # of a function: time, bytes on top, bytes that it sends
 
 
 def commit(folder):
@@ -48,7 +48,7 @@ def commit(folder):
 # ---- handout -----------------------------------------------------------------------------------------------
 
 def handout(words):
-    """handout DIR IDS..: for students. A function is blanked in all scripts that have it in the same words."""
+    """handout DIR IDS..: for students. A function is blanked in all scripts that have the same."""
     folder, table = Path(words[0]), {key: X.pick(key)[0] for key in words[1:]}
     if not table or folder.exists() and any(folder.iterdir()):
         X.fail(f"{folder}: name an empty folder, then exercises")

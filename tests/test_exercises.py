@@ -140,20 +140,20 @@ def e06(m, rng):
     for how in ("", "down", "up"):
         cfg = SimpleNamespace(base=16, z_dim=6, groups=0, dropout=0.0)
         torch.manual_seed(int(rng.integers(1000)))
-        block = m.ResBlock(32, 32, cfg, how).double()
+        block = m.ResBlock(32, 16, cfg, how).double()
         for p in block.parameters():
             torch.nn.init.normal_(p, 0.1, 0.2)      # nothing is zero, no gain is 1
         x, emb, z = normal(rng, 2, 32, 4, 6), normal(rng, 2, 64), normal(rng, 2, 6)
         with torch.no_grad():
             affine = lambda layer, h: h * layer.weight.numpy().reshape(-1, 1, 1) + layer.bias.numpy().reshape(-1, 1, 1)
             h = torch.as_tensor(silu(affine(block.norm1, group_norm(x.numpy(), 2))))
-            h = affine(block.norm2, group_norm(block.conv1(m.resample(h, how)).numpy(), 2))
+            h = affine(block.norm2, group_norm(block.conv1(m.resample(h, how)).numpy(), 1))
             by_t = silu(emb.numpy()) @ block.t_proj.weight.numpy().T + block.t_proj.bias.numpy()
             by_z = silu(z.numpy()) @ block.z_proj.weight.numpy().T + block.z_proj.bias.numpy()
             for b in range(2):
-                for c in range(32):     # DiffAE eq. 7, one channel at a time
-                    h[b, c] = (1 + by_z[b, c]) * ((1 + by_t[b, c]) * h[b, c] + by_t[b, 32 + c])
-            wanted = m.resample(x, how) + block.conv2(torch.as_tensor(silu(h)))
+                for c in range(16):     # DiffAE eq. 7, one channel at a time
+                    h[b, c] = (1 + by_z[b, c]) * ((1 + by_t[b, c]) * h[b, c] + by_t[b, 16 + c])
+            wanted = block.skip(m.resample(x, how)) + block.conv2(torch.as_tensor(silu(h)))
             yield f"block that goes {how or 'level'}", block(x, emb, z), wanted, F64
 
 
@@ -570,7 +570,8 @@ WRONG = [
     ("e10", "np.linalg.lstsq(powers(age[rows]), z[rows], rcond=None)", "np.linalg.lstsq(powers(age), z, rcond=None)"),
     ("e11", "mean[rows].var(0)", "mean[rows].std(0)"),
     ("e11", "np.exp(logvar)", "np.exp(logvar / 2)"),
-    ("e15", "torch.cdist(r, self.codes, compute_mode=\"donot_use_mm_for_euclid_dist\").argmin(1)", "(r @ self.codes.T).argmax(1)"),
+    ("e15", "torch.cdist(r, self.codes, compute_mode=\"donot_use_mm_for_euclid_dist\").argmin(1)",
+     "(r @ self.codes.T).argmax(1)"),
     ("e16", "self.decoder(z + (e - z).detach())", "self.decoder(e)"),
     ("e16", "F.mse_loss(e, z.detach()) + 0.2 * F.mse_loss(z, e.detach())", "1.2 * F.mse_loss(e, z)"),
     ("e17", "eps_u + w * (eps_c - eps_u)", "eps_c + w * (eps_c - eps_u)"),
@@ -579,7 +580,8 @@ WRONG = [
     ("e21", "eps_from_v(out + G, z_t", "eps_from_v(out, z_t"),
     ("e24", "truncate=3.5", "truncate=4"),
     ("e24", "0.03 ** 2", "0.03"),
-    ("e25", "np.concatenate([rows[i] for i in rng.integers(len(rows), size=len(rows))])", "rng.integers(len(index), size=len(index))"),
+    ("e25", "np.concatenate([rows[i] for i in rng.integers(len(rows), size=len(rows))])",
+     "rng.integers(len(index), size=len(index))"),
     ("e25", "    draws = [d for d in draws if not np.isnan(d)]\n", ""),
     ("e26", " + (risk == risk[i]) / 2", ""),
     ("e26", " | (time == time[i]) & ~event", ""),
@@ -592,12 +594,14 @@ def text_of(key):
 
 
 def passes(key, own=None, seed=0):
-    """Do the checks of an exercise pass with these lines for its function?"""
-    text, name = text_of(key)
-    before, original, after = X.cut(text, name)
-    load = lambda: G.load(TABLE[key]["script"], before + own + after) if own else importlib.import_module(TABLE[key]["script"][:-3])
-    done, error = X.run(globals().get(key), load, seed)
-    return not error and all(X.difference(got, wanted) <= tolerance for _, got, wanted, tolerance in done)
+    """Do the checks of an exercise pass with these lines for its function? None: the original's"""
+    script, (before, _, after) = TABLE[key]["script"], X.cut(*text_of(key))
+    try:
+        m = G.load(script, before + own + after) if own else importlib.import_module(script.removesuffix(".py"))
+        results = globals()[key](m, np.random.default_rng(seed))
+        return all(X.difference(X.as_array(got), X.as_array(wanted)) <= most for _, got, wanted, most in results)
+    except Exception:       # whatever a mistake may lead to
+        return False
 
 
 def test_the_table_has_what_was_asked_for():
@@ -606,15 +610,13 @@ def test_the_table_has_what_was_asked_for():
         assert sum(e["script"] == script for e in TABLE.values()) >= 3, script
     for key, e in TABLE.items():
         assert len(e["hint"]) == 2 if e["kind"] != "experiment" else e["predict"] and e["commands"], key
-        assert e["kind"] == "experiment" or e["function"] in text_of(key)[0].replace("class ", "") or "." in e["function"]
 
 
 @pytest.mark.parametrize("key", OF["write"] + OF["bug"])
 def test_the_original_passes_and_what_the_student_gets_does_not(key):
     text, name = text_of(key)
-    assert passes(key) and passes(key, seed=1)
-    for seed in range(3):
-        assert not passes(key, X.given(text, name, key, TABLE[key]), seed)
+    for seed in range(2):
+        assert passes(key, seed=seed) and not passes(key, X.given(text, name, key, TABLE[key]), seed)
 
 
 @pytest.mark.parametrize("key, old, new", WRONG)
@@ -719,11 +721,10 @@ def test_start_does_not_lose_an_edit(course, capsys):
 
 
 def test_check_hint_and_list(course, capsys):
-    shutil.copytree(ROOT, course.parent / "again", ignore=shutil.ignore_patterns(".git", "out", ".venv", "assets"))
-    here = [sys.executable, "exercises.py"]
     def run(*words):
-        made = subprocess.run([*here, *words], cwd=course, capture_output=True, text=True)
+        made = subprocess.run([sys.executable, "exercises.py", *words], cwd=course, capture_output=True, text=True)
         return made.returncode, made.stdout + made.stderr
+
     run("start", "e01")
     code, said = run("check", "e01")
     assert code == 1 and "WRONG NotImplementedError: e01: DDPM" in said and "Traceback" not in said
@@ -795,7 +796,7 @@ SUBMISSIONS = {     # body of q_sample, points, a word of the reason
     "infinite_loop": ("    while True:\n        pass\n", 0, "no answer in time"),
     "exits": ("    os._exit(0)\n", 0, "not allowed here: _exit"),
     "prints_passed": ('    print("e01: all right\\npassed" * 10**6)\n    return x0\n', 0, "off by"),
-    "patches_torch": ("    torch.Tensor.numpy = lambda x: 0\n    torch.allclose = lambda *a: True\n" + RIGHT, 0, "allclose = .."),
+    "patches_torch": ("    torch.Tensor.numpy = 0\n    torch.allclose = lambda *a: True\n" + RIGHT, 0, "allclose = .."),
     "imports_master": ("    import normative\n    return normative.q_sample(x0, t, eps, alpha_bar)\n", 0, "imports"),
     "syntax_error": ("    return a *\n", 0, "SyntaxError"),
     "renamed": (None, 0, "no function q_sample"),
@@ -853,8 +854,10 @@ def test_behind_the_first_wall_stand_two_more(course, tmp_path, monkeypatch):
     (tmp_path / "keep").write_text("kept")
     monkeypatch.setattr(G, "refusal", lambda *_: "")
     for name, body in ATTACKS.items():
-        monkeypatch.setitem(SUBMISSIONS, name, (body.format(path=str(tmp_path / "made"), keep=str(tmp_path / "keep")), 0, ""))
+        body = body.format(path=str(tmp_path / "made"), keep=str(tmp_path / "keep"))
+        monkeypatch.setitem(SUBMISSIONS, name, (body, 0, ""))
     rows = graded(tmp_path, monkeypatch, list(ATTACKS))
-    assert {name: float(row["points"]) for name, row in rows.items()} == {name: float(name == "right") for name in ATTACKS}, rows
+    for name, row in rows.items():
+        assert float(row["points"]) == (name == "right"), row
     assert sorted(p.name for p in tmp_path.iterdir()) == ["course", "grades.csv", "in", "keep"]
     assert (tmp_path / "keep").read_text() == "kept"
