@@ -12,7 +12,7 @@
 The table is exercises.toml, the checks are the generators in tests/test_exercises.py. `.exercises/` keeps the
 original of each function that is started, and your attempts.
 """
-import ast, difflib, importlib, io, json, subprocess, sys, tomllib
+import ast, difflib, functools, importlib, io, json, subprocess, sys, tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -33,9 +33,12 @@ def table():
 
 # ---- One function of a file, and nothing else --------------------------------------------------------------
 
+parsed = functools.cache(ast.parse)
+
+
 def find(text, name):
     """The last function NAME, or Class.NAME, of a Python text. -> AST node; LookupError: there is none"""
-    node = ast.parse(text)
+    node = parsed(text)
     for part in name.split("."):
         found = [n for n in node.body if getattr(n, "name", "") == part]
         if not found:
@@ -52,8 +55,8 @@ def cut(text, name):
 
 
 def given(text, name, key, e):
-    """The function's lines as exercise `key` gives them to a student. A bug: with the mistake. Write: the body
-    is one `raise`; signature and docstring stay."""
+    """The function's lines as exercise `key` gives them to a student. Bug: with the mistake. Write: the body is
+    one `raise`; signature and docstring stay."""
     before, own, _ = cut(text, name)
     if e["kind"] == "bug":
         if own.count(e["old"]) != 1:
