@@ -15,7 +15,6 @@ that process refuses to open files, to start processes and to connect. Needs git
 import argparse, ast, csv, importlib, io, json, os, secrets, select, shutil, signal, subprocess, sys, tarfile
 import tempfile, textwrap, time, types
 from pathlib import Path
-from unittest import mock
 
 import exercises as X
 
@@ -135,8 +134,14 @@ def load(script, text):
     """A module made from the text of a script."""
     module = types.ModuleType(script.removesuffix(".py"))
     module.__file__ = str(X.ROOT / script)
-    with mock.patch.dict(sys.modules, {module.__name__: module}):
+    before = sys.modules.get(module.__name__)
+    sys.modules[module.__name__] = module       # a dataclass looks there for its own module
+    try:
         exec(compile(text, script, "exec"), module.__dict__)
+    finally:
+        sys.modules[module.__name__] = before
+        if before is None:
+            del sys.modules[module.__name__]
     return module
 
 
