@@ -191,8 +191,8 @@ def check(key):
         right = not error and all(d <= tolerance for d, (*_, tolerance) in zip(off, done))
         for d, (name, got, wanted, tolerance) in zip(off, done):
             verdict = "ok   " if d <= tolerance else "WRONG"
-            print(f"{verdict} {name}: expected {short(wanted)}, got {short(got)}, largest difference {d:.1e} "
-                  f"(allowed {tolerance:.0e})")
+            print(f"{verdict} {name}: expected {short(wanted)}, got {short(got)}; off by {d:.0e}, at most "
+                  f"{tolerance:.0e}")
         print(f"WRONG {error}\n" * bool(error) + key, "all right" if right else "not yet", sep=": ")
     if right and (kept.exists() or e.get("given")):
         (KEPT / f"{key}.done").touch()

@@ -736,7 +736,7 @@ def test_check_hint_and_list(course, capsys):
         'raise NotImplementedError("e01: DDPM, Ho et al. 2020, eq. 4")',
         "a, s = signal_noise(alpha_bar, t, x0.ndim)\n    return eps * s + x0 * a"))
     code, said = run("check", "e01")
-    assert code == 0 and "e01: all right" in said and "largest difference" in said and "expected" in said
+    assert code == 0 and "e01: all right" in said and "off by" in said and "expected" in said
     X.main([])
     assert "e01  write       diffae.py         10  *      done" in capsys.readouterr().out
     X.main(["hint", "e01"])
@@ -807,7 +807,8 @@ SUBMISSIONS = {     # body of q_sample, points, a word of the reason
     "reads_files": ("    open('/etc/passwd')\n" + RIGHT, 0, "not allowed here: open"),
     "through_numpy": ("    np.load('a')\n" + RIGHT, 0, "not allowed here: load"),
     "through_frames": ("    return (lambda: 0).__globals__\n", 0, "not allowed here: __globals__"),
-    "rebinds": ("    torch = x0\n" + RIGHT, 0, "not allowed here: torch"),
+    "nested": ("    return " + "(" * 150 + "x0" + ")" * 150 + "\n", 0, "off by"),
+    "deeper": ("    return " + "-" * 9000 + "x0\n", 0, "cannot be read"),
 }
 
 
