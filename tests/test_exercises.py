@@ -845,7 +845,7 @@ ATTACKS = {     # what a function might do, if the first wall had a hole
     "deletes": "    import os; os.unlink({keep!r})\n" + RIGHT,
     "spawns": "    import subprocess; subprocess.run(['touch', {path!r}])\n" + RIGHT,
     "forks": "    import os; os.fork()\n" + RIGHT,
-    "reads": "    return torch.tensor(len(open({keep!r}).read()))\n",
+    "reads": "    open({keep!r}).read()\n" + RIGHT,
     "kills": "    import os, signal; os.kill(os.getppid(), signal.SIGKILL)\n" + RIGHT,
     "eats": "    return torch.zeros(2 ** 33)\n",
     "floods": "    return torch.zeros(2 ** 24) + x0.sum()\n",
