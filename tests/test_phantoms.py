@@ -36,7 +36,7 @@ def test_hearts_are_what_they_were():
     """The README's numbers hang on these pictures."""
     c = data.heart(np.random.default_rng([7, 2]), 64, True)
     assert np.bincount(c["mask"].ravel()).tolist() == [19425, 2652, 2204, 257, 38]
-    means = [129.459, 129.007, 123.547, 119.102, 108.034, 97.666]
+    means = [128.792, 128.117, 122.542, 118.187, 107.298, 97.177]
     assert abs(c["image"].mean((1, 2)) - means).max() < 0.01
 
 
@@ -53,7 +53,7 @@ def test_factors_of_hearts_are_those_of_their_masks(made):
     assert abs((63.5 - centre[:, 0]) * 125 / 128 - c["factor_y"]).max() < 3
     assert abs((centre[:, 1] - 63.5) * 125 / 128 - c["factor_x"]).max() < 3
     grey = [np.mean([x[m == v].mean() for x, m in zip(d.image, mask) if (m == v).any()]) for v in range(5)]
-    assert grey[2] < grey[1] < grey[3] and grey[4] < grey[3]  # nulled muscle < blood < scar > no-reflow
+    assert grey[2] < 0.7 * grey[1] and abs(grey[3] / grey[1] - 1) < 0.15 and grey[4] < grey[3]   # scar as bright as blood
 
 
 def test_views_are_nested_and_beat(made):
