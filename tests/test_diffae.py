@@ -113,6 +113,21 @@ def test_prior_schedule_is_constant_beta():
     assert abs(ab[99] - 0.992 ** 100) < 1e-12
 
 
+def test_prior_draws_codes_like_those_it_has_seen_after_few_steps():
+    """Predicting eps, as published, draws codes with nine times the SD of real ones after so few steps."""
+    torch.manual_seed(0)
+    codes, g = 3 + torch.randn(300, 4) @ torch.randn(4, 64), torch.Generator().manual_seed(0)
+    prior = m.Prior(1000, codes)
+    opt = torch.optim.Adam(prior.parameters(), lr=1e-3)
+    for _ in range(150):
+        opt.zero_grad()
+        prior({"z": codes[torch.randint(300, (32,), generator=g)]}, g).backward()
+        opt.step()
+    with torch.no_grad():
+        drawn = prior.sample(200, g)
+    assert 0.7 < drawn.std() / codes.std() < 1.3 and abs(drawn.mean() - codes.mean()) < 0.5
+
+
 # --------------------------------------------------------------------------------- networks
 
 def test_paper_network_has_the_tensors_of_the_original():
