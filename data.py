@@ -810,7 +810,9 @@ def wrap(flat, image, mask):
 
 def has_masks(path):
     """Whether the file, or the first one of a folder, has masks."""
-    for first in sorted(glob.glob(f"{path}/[!.]*.h5"))[:1] if os.path.isdir(path) else [path]:
+    files = sorted(p for p in os.listdir(path) if p.endswith((".h5", ".hdf5")) and not p.startswith(".")) \
+        if os.path.isdir(path) else [""]
+    for first in (os.path.join(path, p) if p else path for p in files[:1]):
         with open_h5(first) as file:
             return "mask" in list(file)
     return False

@@ -755,7 +755,8 @@ def evaluate(cfg, data, part, models, prior, device):
         metrics["x_T_sd_error" + dot] = M.row_of(np.mean, who, sd_error, better="lower")
     metrics |= M.image_numbers("recon", recon, real, who) | M.image_numbers("semantic_mean", mean, real, who)
     for row, images in single.items():
-        grain = M.row_of(lambda a, b: a.mean() / b.mean(), who, M.roughness(images), M.roughness(real))
+        grain = M.row_of(lambda a, b: a.mean() / b.mean(), who, M.roughness(images), M.roughness(real),
+                         better="")
         metrics["grain" + (f".{row}" if row else "")] = grain
     gain = M.ssim(real, mean[""]) - M.ssim(real, mean["vae"])
     metrics["semantic_mean_gain.vae"] = M.row_of(np.mean, who, gain)
@@ -791,7 +792,7 @@ def evaluate(cfg, data, part, models, prior, device):
         healthy, ill = (M.to_image(decode(model, x_T, z + k * axis)) for k in (-2, 2))
         change, depth = abs(ill - healthy).mean(2), np.linspace(-1, 1.5, cfg.size)
         for name, rows in ("cavity", depth < 0), ("wall", abs(depth - 0.5) < 0.5), ("outside", depth > 1):
-            metrics[f"edit_{name}"] = M.row_of(np.mean, who, change[:, rows].mean(1))
+            metrics[f"edit_{name}"] = M.row_of(np.mean, who, change[:, rows].mean(1), better="")
     edits(out, model, x_T[middle], z[middle], axis, picture)
     new = decode(model, torch.randn(8, *x0.shape[1:], generator=g, device=device), prior.sample(8, g))
     bank = data.image[M.evenly(train, 5000)] / 255
@@ -916,7 +917,7 @@ def main(argv):
             M.known_part(cfg.init, data.subject[part == "test"])
         print(f"diffae: preset {cfg.preset}, recipe {cfg.recipe}, {device}, torch {torch.__version__}\n"
               f"data: {data.path} at {cfg.size}x{cfg.size}; subjects: {D.in_words(count)}\n"
-              f"trains the autoencoder and the VAE, {cfg.steps} steps each, and a prior; evaluates\n"
+              f"trains the autoencoder and the VAE, {cfg.steps} steps each; an encoder from labels; a prior\n"
               f"out: {out}; stop at any time, the same command goes on", flush=True)
 
     rows = [np.flatnonzero(part == p) for p in ("train", "val")]

@@ -196,7 +196,7 @@ def bootstrap(statistic, subject, *arrays, n=1000, seed=0):
 
 
 def row(value, ci=(np.nan, np.nan), n=0, unit="", better="higher"):
-    """One entry of the "metrics" in results.json. n: subjects; better: "higher" or "lower"."""
+    """One entry of the "metrics" in results.json. n: subjects; better: "higher", "lower" or "" (neither)."""
     return {"value": float(value), "ci": [float(c) for c in ci], "n": int(n), "unit": unit, "better": better}
 
 
@@ -855,7 +855,7 @@ def table(metrics, shown, rows, width=100):
         found = {name: metrics[k] for name in rows if (k := f"{key}.{name}" if name else key) in metrics}
         if found:
             first = next(iter(found.values()))
-            heading = textwrap.wrap(f"{words} {'↓' if first['better'] == 'lower' else '↑'}", 24)
+            heading = textwrap.wrap(f"{words} {dict(lower='↓', higher='↑').get(first['better'], '')}", 24)
             columns.append((heading, {name: cell(m) for name, m in found.items()}))
     left, lines = max(map(len, rows.values())), []
     fit = max(1, (width - left) // 26)  # columns of 24, two spaces apart
