@@ -370,7 +370,8 @@ def system(script, runs, seeds):
     labels = [label for label in dict.fromkeys(run.label for run in runs) if any(label in s for s in seeds)]
     every = {k: m for s in seeds for results in s.values() for k, m in results["metrics"].items()}
     value = lambda label, key: cell([s[label]["metrics"].get(key) for s in seeds if label in s])
-    arrow = lambda key: (f"{'↓' if every[key]['better'] == 'lower' else '↑'} {every[key]['unit']}".strip()
+    arrows = {"lower": "↓", "higher": "↑", "": ""}
+    arrow = lambda key: (f"{arrows[every[key]['better']]} {every[key]['unit']}".strip()
                          + ", all folds together" * (key in first["pooled"]))
     shown, rows = [key for key in module.SHOWN if key in every], []
     for label, (row, words) in itertools.product(labels, module.ROWS.items()):
