@@ -65,7 +65,6 @@ class Config:
     # images and network
     frame: Literal["", "image", "crop", "wall"] = ""    # empty: crop where all hearts have masks, else image
     size: int = 128           # images are resized to size x size
-    patch: int = 1            # patch x patch pixels become channels: 2 is 4x faster, at half the resolution
     base: int = 128           # channels of the first level
     mult: tuple = (1, 1, 2, 3, 4)         # channels per level of the UNet, in units of base
     enc_mult: tuple = (1, 1, 2, 3, 4, 4)  # the same for the encoder, one level deeper
@@ -241,8 +240,8 @@ class Encoder(nn.Module):
     """Convolutions and attention; sees neither noise nor t. x (B,ch_in,H,W) -> (B,ch_out) float32"""
     def __init__(self, cfg, ch_in, ch_out):
         super().__init__()
-        self.patch, self.spatial, width, c = cfg.patch, cfg.spatial, cfg.size // cfg.patch, cfg.base
-        layers = [nn.Conv2d(ch_in * cfg.patch ** 2, c, 3, padding=1)]
+        self.spatial, width, c = cfg.spatial, cfg.size, cfg.base
+        layers = [nn.Conv2d(ch_in, c, 3, padding=1)]
         for i, m in enumerate(cfg.enc_mult):
             for _ in range(cfg.blocks):
                 layers.append(EncoderBlock(c, m * cfg.base, cfg.groups))
@@ -257,7 +256,7 @@ class Encoder(nn.Module):
         self.out = nn.Linear(c * width * width if cfg.spatial else c, ch_out)
 
     def forward(self, x):
-        h = self.trunk(F.pixel_unshuffle(x, self.patch))       # (B,C,h,w), 3x3 in the demo, 4x4 in the paper
+        h = self.trunk(x)       # (B,C,h,w), 6x6 in the demo, 4x4 in the paper
         return self.out(h.flatten(1) if self.spatial else h.mean((2, 3))).float()
 
 
@@ -269,10 +268,10 @@ class RingEncoder(Encoder):
     would tell them the angle. (The rows wrap, too. It touches the outermost.) x (B,ch_in,H,W) -> (B,ch_out)
     float32; ch_out: a multiple of twice the rows, which are 12 to 23"""
     def __init__(self, cfg, ch_in, ch_out):
-        halvings = max(0, int(math.log2(cfg.size / cfg.patch / 12)))
+        halvings = max(0, int(math.log2(cfg.size / 12)))
         mult = cfg.enc_mult[:halvings + 1]
         super().__init__(dataclasses.replace(cfg, enc_mult=mult), ch_in, ch_out)
-        numbers = 2 * (cfg.size // cfg.patch // 2 ** (len(mult) - 1))
+        numbers = 2 * (cfg.size // 2 ** (len(mult) - 1))
         if ch_out % numbers:
             raise ValueError(f"z_dim {cfg.z_dim}: in the frame of the wall it is a multiple of {numbers}")
         self.out = nn.Conv2d(mult[-1] * cfg.base, ch_out // numbers, 1)
@@ -281,7 +280,7 @@ class RingEncoder(Encoder):
                 layer.padding_mode = "circular"
 
     def forward(self, x):
-        h = self.out(self.trunk(F.pixel_unshuffle(x, self.patch))).float()
+        h = self.out(self.trunk(x)).float()
         return torch.cat([h.mean(3), h.amax(3)], 2).flatten(1)     # channel by channel: a VAE halves it
 
 
@@ -289,12 +288,11 @@ class UNet(nn.Module):
     """Denoiser. x_t (B,1,H,W), t (B,), z_sem (B,z_dim) -> (B,1,H,W) float32, zero at initialisation."""
     def __init__(self, cfg):
         super().__init__()
-        self.patch, self.base, self.z_scale = cfg.patch, cfg.base, cfg.z_scale
-        ch, width, c = cfg.patch ** 2, cfg.size // cfg.patch, cfg.base
+        self.base, self.z_scale, width, c = cfg.base, cfg.z_scale, cfg.size, cfg.base
         self.time = nn.Sequential(nn.Linear(c, 4 * c), nn.SiLU(), nn.Linear(4 * c, 4 * c))
         # AdaGN scales whole channels, so it cannot say where. An image made of z_sem can.
-        self.z_image = nn.Linear(cfg.z_dim, ch * width * width) if cfg.spatial else None
-        self.conv_in = nn.Conv2d(2 * ch if cfg.spatial else ch, c, 3, padding=1)
+        self.z_image = nn.Linear(cfg.z_dim, width * width) if cfg.spatial else None
+        self.conv_in = nn.Conv2d(2 if cfg.spatial else 1, c, 3, padding=1)
         skips = [c]                   # channels of what the way up takes, last in first out, as in forward
         self.down = nn.ModuleList()   # each entry: a list of layers whose output is kept for the way up
         for i, m in enumerate(cfg.mult):
@@ -322,15 +320,15 @@ class UNet(nn.Module):
                     width *= 2
                 self.up.append(nn.ModuleList(layers))
         self.norm_out = norm(c, cfg.groups)
-        self.conv_out = zero(nn.Conv2d(c, ch, 3, padding=1))
+        self.conv_out = zero(nn.Conv2d(c, 1, 3, padding=1))
 
     def forward(self, x_t, t, z_sem):
-        x, z = F.pixel_unshuffle(x_t, self.patch), self.z_scale * z_sem
+        z = self.z_scale * z_sem
         if self.z_image is not None:
-            x = torch.cat([x, self.z_image(z_sem).view(x.shape)], 1)
+            x_t = torch.cat([x_t, self.z_image(z_sem).view(x_t.shape)], 1)
         emb = self.time(time_embedding(t, self.base))
         run = lambda layer, h: layer(h, emb, z) if isinstance(layer, ResBlock) else layer(h)
-        h = self.conv_in(x)
+        h = self.conv_in(x_t)
         skips = [h]
         for layers in self.down:
             for layer in layers:
@@ -342,14 +340,14 @@ class UNet(nn.Module):
             h = torch.cat([h, skips.pop()], 1)
             for layer in layers:
                 h = run(layer, h)
-        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch).float()
+        return self.conv_out(F.silu(self.norm_out(h))).float()
 
 
 class Decoder(nn.Module):
     """The VAE's decoder: the blocks of the encoder in reverse. z (B,z_dim) -> (B,1,H,W) float32."""
     def __init__(self, cfg):
         super().__init__()
-        self.patch, self.width = cfg.patch, cfg.size // cfg.patch // 2 ** (len(cfg.enc_mult) - 1)
+        self.width = cfg.size // 2 ** (len(cfg.enc_mult) - 1)
         c = cfg.enc_mult[-1] * cfg.base
         self.fc = nn.Linear(cfg.z_dim, c * self.width ** 2)
         layers = [EncoderBlock(c, c, cfg.groups), Attention(c, cfg.groups), EncoderBlock(c, c, cfg.groups)]
@@ -359,12 +357,10 @@ class Decoder(nn.Module):
                 c = m * cfg.base
             if i > 0:
                 layers.append(EncoderBlock(c, c, cfg.groups, "up"))
-        self.trunk = nn.Sequential(*layers, norm(c, cfg.groups), nn.SiLU(),
-                                   nn.Conv2d(c, cfg.patch ** 2, 3, padding=1))
+        self.trunk = nn.Sequential(*layers, norm(c, cfg.groups), nn.SiLU(), nn.Conv2d(c, 1, 3, padding=1))
 
     def forward(self, z):
-        x = self.trunk(self.fc(z).view(len(z), -1, self.width, self.width))
-        return F.pixel_shuffle(x, self.patch).float()
+        return self.trunk(self.fc(z).view(len(z), -1, self.width, self.width)).float()
 
 
 class Prior(nn.Module):
@@ -901,7 +897,7 @@ def main(argv):
         if cfg.size < 11 or any(x.shape != x0.shape for x in images):
             raise ValueError(f"--size {cfg.size} is below 11 or cannot be halved as often as the levels ask")
     except (ValueError, RuntimeError, OverflowError) as e:
-        D.fail(f"--size {cfg.size}, --patch, --mult, --enc_mult, --groups, --z_dim, --S: do not fit ({e})")
+        D.fail(f"--size {cfg.size}, --mult, --enc_mult, --groups, --z_dim, --S: do not fit ({e})")
     held = M.lock(out) if rank == 0 else None           # until the process ends
     path = D.phantom_path(cfg, "hearts.h5")
     if rank == 0 and not cfg.data and not os.path.exists(path):

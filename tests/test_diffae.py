@@ -23,7 +23,7 @@ main, error_of = runs_of(m)
 AB = m.linear_alpha_bar(1000)
 TINY = m.Config(size=16, base=16, mult=(1, 2), enc_mult=(1, 2, 2), blocks=1, attention=8, groups=0, dropout=0.0,
                 z_dim=8, steps=12, batch=4, lr=1e-3, save_every=4, device="cpu", S=4, draws=2, eval_images=8)
-FLAGS = ["--size=16", "--base=16", "--patch=1", "--mult=1,2", "--enc_mult=1,2,2", "--blocks=1", "--attention=8",
+FLAGS = ["--size=16", "--base=16", "--mult=1,2", "--enc_mult=1,2,2", "--blocks=1", "--attention=8",
          "--z_dim=8", "--steps=12", "--batch=4", "--save_every=4", "--device=cpu", "--S=4", "--draws=2",
          "--eval_images=8"]
 

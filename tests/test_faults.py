@@ -30,7 +30,7 @@ import metrics as M
 from conftest import ROOT, runs_of
 
 COMMON = "--steps=8 --batch=6 --save_every=4 --lr=1e-3 --device=cpu --S=2 --eval_images=4 --groups=0 "
-IMAGES = COMMON + "--size=16 --patch=1 --base=16 --mult=1,2 --enc_mult=1,2,2 --blocks=1 --attention=8 "
+IMAGES = COMMON + "--size=16 --base=16 --mult=1,2 --enc_mult=1,2,2 --blocks=1 --attention=8 "
 FLAGS = {
     "diffae": IMAGES + "--z_dim=8 --draws=1",
     "normative": IMAGES + "--z_dim=8",
