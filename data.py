@@ -279,6 +279,8 @@ def read_state(path):
             raise ValueError("holds other things than tensors")
         if type(state["step"]) is not int or state["step"] < 0:
             raise ValueError(f"step {state['step']!r:.40}")
+        if type(state.get("seconds", 0.0)) is not float:
+            raise ValueError(f"seconds {state['seconds']!r:.40}")
         if not isinstance(state["config"], dict):
             raise ValueError("has no config")
         return state

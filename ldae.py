@@ -90,6 +90,7 @@ class Config:
     batch: int = 32           # .. of stages B and C
     lr: float = 1e-4          # Adam; constant after 100 steps of warm-up
     ema: float = 0.999        # decay of the averaged weights; the averaged weights are evaluated
+    minutes: float = 0.0      # a network trains at most so long; 0: no limit. The steps it made are reported
     save_every: int = 500     # steps between checkpoints
     # evaluation
     S: int = 20               # DDIM steps, both ways
@@ -107,8 +108,8 @@ RECIPES = {
     "paper": dict(predict="eps", t_power=1.0, spatial=False, gan=0.025),
 }
 # A run may go on in the same folder with other values of these. All other settings need another --out.
-MAY_CHANGE = {"data", "test", "out", "apply", "preset", "device", "target", "steps", "save_every", "S",
-              "eval_images"}
+MAY_CHANGE = {"data", "test", "out", "apply", "preset", "device", "target", "steps", "save_every",
+              "minutes", "S", "eval_images"}
 # The fields that stages A and B do not read. Their checkpoints hold the defaults instead, so that copies of
 # ckpt_A.pt and ckpt_B.pt serve a run with another semantic encoder.
 AFTER_B = ("enc_base", "enc_mult", "z_dim")
@@ -747,7 +748,7 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
 
     Goes on from OUT/name.pt, or exits if that file has another cfg or other facts (hashes of the data). A new
     run starts from the weights in --init, if given. watch(ema) is called at the start and at each save.
-    SIGTERM and Ctrl-C: finish the step, save, exit."""
+    SIGTERM and Ctrl-C: finish the step, save, exit. After cfg.minutes: finish the step, save, return."""
     (rank, world), device = ranks(), loader.device
     path, log = Path(cfg.out, f"{name}.pt"), Path(cfg.out, f"{name.replace('ckpt', 'log')}.jsonl")
     params = [p for p in model.to(device).train().parameters() if p.requires_grad]
@@ -759,7 +760,9 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
     step = D.load_into(state, path, model, ema, opt)        # 0 if there is none
     if step and rank == 0:
         M.warn_if_edited(cfg, __file__)
-    if step >= steps:
+    started = time.perf_counter() - (state or {}).get("seconds", 0.0)      # as if it had never been stopped
+    late = lambda: 0 < 60 * cfg.minutes <= time.perf_counter() - started
+    if step >= steps or step and late():
         return ema, step
     own = "prior" in name or "supervised" in name           # of the codes or labels of this run
     if cfg.init and not step and not own:
@@ -803,10 +806,11 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
         step += 1
         bar.update()
 
-        stop = torch.tensor(len(caught))
+        stop = torch.tensor([bool(caught), late()], dtype=torch.int)
         if world > 1:                       # all stop at one step; a CPU tensor does not wait for the GPU
             dist.all_reduce(stop)
-        due = bool(stop) or step % cfg.save_every == 0 or step == steps
+        killed, ends = bool(stop[0]), bool(stop.any()) or step == steps
+        due = ends or step % cfg.save_every == 0
         if not due and step % 20:           # what follows waits for the device: not in every step
             continue
         loss, grad_norm = torch.stack(seen).mean(0).tolist()
@@ -819,7 +823,8 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
             bar.set_postfix(loss=f"{loss:.4f}", img_s=f"{speed:.4g}")
         if due and rank == 0:
             D.save_checkpoint(path, dict(step=step, config=config, model=model.state_dict(),
-                                         ema=ema.state_dict(), optimizer=opt.state_dict()))
+                                         ema=ema.state_dict(), optimizer=opt.state_dict(),
+                                         seconds=time.perf_counter() - started))
             if watch:
                 watch(ema)
         if bar.disable and rank == 0 and (due or time.perf_counter() - said > 20):      # no terminal
@@ -828,14 +833,14 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
             print(f"{name}: step {step} of {steps}, loss {loss:.4f}, {speed:.4g} images/s, {left:.0f} s left",
                   flush=True)
         seen, since, began = [], step, time.perf_counter()
-        if stop:
+        if ends:
             break
     bar.close()
     for s, handler in zip(stops, handlers):
         signal.signal(s, handler)
     if world > 1:
         dist.barrier()      # a process that leaves early would take the one that is saving with it
-    if stop:
+    if killed:
         print(f"saved step {step}; the same command goes on", flush=True)
         sys.exit(128 + (caught or [signal.SIGTERM])[0])
     return ema, step
@@ -1248,7 +1253,7 @@ def main(argv):
     a = dataclasses.replace(cfg, **default(AFTER_A), batch=cfg.ae_batch)
     images, val_images = (D.Loader({"image": data.image}, device, r) for r in rows)
     watch = preview3d(cfg, val_images, "preview_A.png", draw_autoencoder) if len(val_images) else None
-    ae, _ = fit(fast_layout(Autoencoder(a), device), images, a, "ckpt_A", cfg.ae_steps, facts, watch)
+    ae, ae_reached = fit(fast_layout(Autoencoder(a), device), images, a, "ckpt_A", cfg.ae_steps, facts, watch)
 
     facts = facts | {"stage_A": hash_of(ae)}
     mean, std = posteriors(ae, D.Loader({"image": data.image}, device))
@@ -1257,7 +1262,7 @@ def main(argv):
     torch.manual_seed(D.mix(cfg.seed, 1))
     ldm = Unconditional(b, mean[rows[0]], std[rows[0]])
     latents = D.Loader(arrays, device, rows[0])
-    ldm, _ = fit(fast_layout(ldm, device), latents, b, "ckpt_B", cfg.ldm_steps, facts)
+    ldm, ldm_reached = fit(fast_layout(ldm, device), latents, b, "ckpt_B", cfg.ldm_steps, facts)
 
     facts = facts | {"stage_B": hash_of(ldm)}
     arrays["image"] = data.image
@@ -1277,7 +1282,8 @@ def main(argv):
     codes = D.Loader({"z": z.cpu().numpy()}, device)
     prior, _ = fit(Prior(cfg.T, z), codes, cfg, f"ckpt_prior_{reached}", cfg.steps, facts)
     metrics = evaluate(cfg, data, part, D.Loader(arrays, device), models, prior, device)
-    seconds, config = time.perf_counter() - began, dataclasses.asdict(cfg) | {"steps": reached}
+    reached = dict(ae_steps=ae_reached, ldm_steps=ldm_reached, steps=reached)
+    seconds, config = time.perf_counter() - began, dataclasses.asdict(cfg) | reached
     M.save_results(out / "results.json", "ldae", data.path, count, seconds, config, metrics, device)
     print(M.table(metrics, SHOWN, ROWS))
     if "probe_auroc_gain.untrained" in metrics:

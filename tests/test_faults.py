@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import importlib
 import io
+import json
 import multiprocessing
 import os
 import random
@@ -144,6 +145,11 @@ def disk_is_full(module):
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
+def no_numbers(module):
+    """The run ends with a results.json without numbers."""
+    module.evaluate, module.M.table = lambda *_: {}, lambda *_: sys.exit(0)
+
+
 def no_noise(module):
     """No random numbers and no bfloat16: what is learned depends on the data alone."""
     torch.randn = lambda *shape, generator=None, **more: torch.zeros(*shape, **more)
@@ -231,6 +237,23 @@ def test_a_run_that_is_killed_and_stopped_ends_bitwise_like_an_unbroken_one(name
         run.process.join()
     meets([0], "")
     ends_like_the_unbroken_one()
+
+
+@EVERY
+def test_minutes_end_every_network_early_and_the_run_says_so(name, unbroken, files, tmp_path):
+    command = [f"--data={files[name]}", f"--out={tmp_path / 'run'}", *FLAGS[name].split()]
+    code, said = Run(name, [*command, "--minutes=1e-9"], no_numbers).wait()
+    assert code == 0, said
+    before, states = digest(tmp_path / "run", "ckpt*"), networks(tmp_path / "run", "step")
+    assert {state["step"] for state in states.values()} == {1}
+    config = json.loads((tmp_path / "run/results.json").read_text())["config"]
+    assert {v for k, v in config.items() if k.endswith("steps")} == {1}
+    assert Run(name, [*command, "--minutes=1e-9"]).wait()[0] == 0
+    assert digest(tmp_path / "run", "ckpt*") == before          # the time of the first run counts
+    first = min(sorted(before), key=len)                        # of stage A; later ones are built on it
+    Run(name, ["--minutes=9", *command]).wait()
+    parts = "step", "model", "ema", "optimizer"
+    assert same(*(networks(out, *parts)[first] for out in (unbroken(name), tmp_path / "run")))
 
 
 @EVERY

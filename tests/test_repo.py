@@ -16,8 +16,8 @@ BUDGETS = {
     "diffae.py": (680, 960, "both recipes, a VAE, a prior, five pictures, a loop that resumes, load and --apply (50); "
                             "the frame of the wall and a ceiling from labels (70); 43 definitions"),
     "normative.py": (720, 985, "diffae.py's excess, and five scores of four codes with their pictures"),
-    "cond_ldm.py": (850, 1050, "diffae.py's excess, and four edges, two condition paths and a judge"),
-    "ldae.py": (1050, 1295, "diffae.py's excess; three stages, two recipes and four reports"),
+    "cond_ldm.py": (850, 1052, "diffae.py's excess, and four edges, two condition paths and a judge"),
+    "ldae.py": (1050, 1297, "diffae.py's excess; three stages, two recipes and four reports"),
     "data.py": (1500, 2420, "parse, start, checkpoints, cohorts and drawings moved in (330); four phantoms take 740; frames and images 270"),
     "metrics.py": (700, 1005, "lock, logs, PCA rows moved in from the scripts (115); CSVs and probes (130); a glossary (40)"),
     "train.py": (400, 500, "the claims of four sources take 57 lines; quick studies, folds and memory 90"),
