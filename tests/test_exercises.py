@@ -622,6 +622,13 @@ def test_the_page_lists_every_exercise_as_the_table_has_it():
         assert f"{len(TABLE)} exercises" in (ROOT / name).read_text(), name
 
 
+def test_six_failures_have_a_small_picture_each():
+    page = (ROOT / "EXERCISES.md").read_text()
+    pictures = {f"assets/{path.name}": path.stat().st_size for path in (ROOT / "assets").glob("broken_*.png")}
+    assert len(pictures) == 6 and max(pictures.values()) < 40_000
+    assert all(page.count(f"]({name})") == 1 for name in pictures)
+
+
 @pytest.mark.parametrize("key", OF["write"] + OF["bug"])
 def test_the_original_passes_and_what_the_student_gets_does_not(key):
     text, name = text_of(key)
