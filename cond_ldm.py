@@ -26,7 +26,7 @@ LPIPS loss is left out, and sampling is by DDIM). `--recipe ours`, the default, 
 - guidance: w is chosen on validation patients; the view and the phase of the beat are known to the model;
 - gan 0.01: the adversarial loss of the VQ-VAE is weaker, and its training images are moved (augment).
 """
-import copy, dataclasses, math, os, signal, sys, time
+import copy, dataclasses, functools, math, os, signal, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -119,10 +119,15 @@ def scaled_linear_alpha_bar():
     return torch.cumprod(1 - torch.linspace(0.0015 ** 0.5, 0.0195 ** 0.5, T, dtype=torch.float64) ** 2, 0)
 
 
+@functools.cache
+def on_device(alpha_bar, device):
+    """sqrt(alpha_bar), sqrt(1 - alpha_bar), copied once: a copy would wait for the GPU. -> (2,T) float32"""
+    return torch.stack([alpha_bar, 1 - alpha_bar]).sqrt().float().to(device)
+
+
 def signal_noise(alpha_bar, t, ndim):
     """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t) of levels t (B,), as (B,1,..) to multiply ndim-d tensors"""
-    both = torch.stack([alpha_bar, 1 - alpha_bar]).sqrt().float().to(t.device, non_blocking=True)
-    return both[:, t].view(2, -1, *[1] * (ndim - 1))
+    return on_device(alpha_bar, t.device)[:, t].view(2, -1, *[1] * (ndim - 1))
 
 
 def q_sample(x0, t, eps, alpha_bar):

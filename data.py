@@ -965,14 +965,20 @@ class Loader:
     def tensor(self, x):
         if x.dtype != np.uint8:         # MPS has no float64
             x = x.astype(np.float32 if x.dtype.kind == "f" else np.int64, copy=False)
-        return torch.from_numpy(np.ascontiguousarray(x)).to(self.device)
+        return self.moved(torch.from_numpy(np.ascontiguousarray(x)))
+
+    def moved(self, x):
+        """x on the device. Pinned memory is copied there without waiting for what a GPU is doing."""
+        if self.device.type == "cuda" and not x.is_cuda:
+            x = x.pin_memory()
+        return x.to(self.device, non_blocking=True)
 
     def batch(self, rows):
         """Row numbers (B,), numpy or torch on any device -> dict of tensors: image (B,1,*S) float32 in
         [-1,1]; mask (B,*S) and other integers int64; floats float32."""
         rows = torch.as_tensor(rows)
         if self.resident:
-            rows = rows.to(self.device, non_blocking=True)
+            rows = self.moved(rows)
             batch = {k: a[rows] for k, a in self.arrays.items()}
         else:
             rows = self.rows[rows.cpu().numpy()]

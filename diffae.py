@@ -30,7 +30,7 @@ but lr and EMA warm up, and the prior predicts v. `--recipe ours`, the default, 
 - stride quadratic: DDIM ends at T - 1, the noisiest level that was trained, and steps finely at low noise;
 - frame wall: the encoder pools over the angle and keeps the depth, see RingEncoder.
 """
-import copy, dataclasses, math, os, signal, sys, time
+import copy, dataclasses, functools, math, os, signal, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -120,10 +120,15 @@ def linear_alpha_bar(T):
     return torch.cumprod(1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64), 0)
 
 
+@functools.cache
+def on_device(alpha_bar, device):
+    """sqrt(alpha_bar), sqrt(1 - alpha_bar), copied once: a copy would wait for the GPU. -> (2,T) float32"""
+    return torch.stack([alpha_bar, 1 - alpha_bar]).sqrt().float().to(device)
+
+
 def signal_noise(alpha_bar, t, ndim):
     """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t) of levels t (B,), as (B,1,..) to multiply ndim-d tensors"""
-    both = torch.stack([alpha_bar, 1 - alpha_bar]).sqrt().float().to(t.device, non_blocking=True)
-    return both[:, t].view(2, -1, *[1] * (ndim - 1))
+    return on_device(alpha_bar, t.device)[:, t].view(2, -1, *[1] * (ndim - 1))
 
 
 def q_sample(x0, t, eps, alpha_bar):

@@ -28,7 +28,7 @@ the encoder are left out (both need a download), and DDIM ends at level -1 where
   encoder sees the deviation from the mean brain and flattens its feature maps where the paper averages
   them, and a linear layer turns z_sem into a latent that is added to G.
 """
-import copy, dataclasses, hashlib, itertools, math, os, signal, sys, time
+import copy, dataclasses, functools, hashlib, itertools, math, os, signal, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -124,10 +124,15 @@ def linear_alpha_bar(T):
     return torch.cumprod(1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64), 0)
 
 
+@functools.cache
+def on_device(alpha_bar, device):
+    """sqrt(alpha_bar), sqrt(1 - alpha_bar), copied once: a copy would wait for the GPU. -> (2,T) float32"""
+    return torch.stack([alpha_bar, 1 - alpha_bar]).sqrt().float().to(device)
+
+
 def signal_noise(alpha_bar, t, ndim):
     """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t) of levels t (B,), as (B,1,..) to multiply ndim-d tensors"""
-    both = torch.stack([alpha_bar, 1 - alpha_bar]).sqrt().float().to(t.device, non_blocking=True)
-    return both[:, t].view(2, -1, *[1] * (ndim - 1))
+    return on_device(alpha_bar, t.device)[:, t].view(2, -1, *[1] * (ndim - 1))
 
 
 def q_sample(x0, t, eps, alpha_bar):
@@ -167,11 +172,6 @@ def shift_training(alpha_bar):
     Sampling uses -sqrt(1 - alpha_bar_t): the same but for small t (their ratio is 0 at t = 0). -> (T,)"""
     before = torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]])
     return -(alpha_bar / before).sqrt() * (1 - before) / (1 - alpha_bar).sqrt()
-
-
-def per_sample(table, t, ndim):
-    """table (T,) at times t (B,), as float32 (B,1,..) to multiply ndim-d tensors."""
-    return table.float().to(t.device, non_blocking=True)[t].view(-1, *[1] * (ndim - 1))
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -617,6 +617,8 @@ class Model(nn.Module):
     def __init__(self, cfg, ldm, ae):
         super().__init__()
         self.cfg, self.ldm, self.ae, self.alpha_bar = cfg, Frozen(ldm), Frozen(ae), ldm.alpha_bar
+        self.register_buffer("shift", shift_training(self.alpha_bar).float(), persistent=False)
+        self.register_buffer("weight", snr_weight(self.alpha_bar).float(), persistent=False)
         latent = [-(-s // ae.unit) for s in cfg.size]
         self.encoder = SemanticEncoder(cfg)
         self.embed = nn.Linear(cfg.z_dim, 4 * cfg.base)
@@ -656,8 +658,8 @@ class Model(nn.Module):
         out, G = self.outputs(q_sample(z0, t, eps, self.alpha_bar), t, z_sem)
         if self.cfg.predict == "v":
             return (out + G - v_target(z0, t, eps, self.alpha_bar)).square().mean((1, 2, 3, 4))
-        error = out + per_sample(shift_training(self.alpha_bar), t, z0.ndim) * G - eps
-        return per_sample(snr_weight(self.alpha_bar), t, 1) * error.square().mean((1, 2, 3, 4))
+        error = out + self.shift[t].view(-1, 1, 1, 1, 1) * G - eps
+        return self.weight[t] * error.square().mean((1, 2, 3, 4))
 
     def forward(self, batch, g):
         z0 = self.ldm.net.latent(batch, g)

@@ -27,7 +27,7 @@ differs as in diffae.py, and in two more ways:
   alone draws. It is measured pixel by pixel in units of what is usual in the reference;
 - augment 0.1: brains come registered, so the random motion is smaller than that of hearts.
 """
-import copy, dataclasses, math, os, signal, sys, time
+import copy, dataclasses, functools, math, os, signal, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -119,10 +119,15 @@ def linear_alpha_bar(T):
     return torch.cumprod(1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64), 0)
 
 
+@functools.cache
+def on_device(alpha_bar, device):
+    """sqrt(alpha_bar), sqrt(1 - alpha_bar), copied once: a copy would wait for the GPU. -> (2,T) float32"""
+    return torch.stack([alpha_bar, 1 - alpha_bar]).sqrt().float().to(device)
+
+
 def signal_noise(alpha_bar, t, ndim):
     """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t) of levels t (B,), as (B,1,..) to multiply ndim-d tensors"""
-    both = torch.stack([alpha_bar, 1 - alpha_bar]).sqrt().float().to(t.device, non_blocking=True)
-    return both[:, t].view(2, -1, *[1] * (ndim - 1))
+    return on_device(alpha_bar, t.device)[:, t].view(2, -1, *[1] * (ndim - 1))
 
 
 def q_sample(x0, t, eps, alpha_bar):
