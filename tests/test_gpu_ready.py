@@ -19,6 +19,7 @@ import torch.nn as nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import cond_ldm
@@ -160,22 +161,23 @@ def brains(m, cfg, network, device):
     return net, batch, use
 
 
-STAGES = {      # name: function above, script, network, what differs from the paper preset
-    "diffae": (hearts, diffae, "Model", dict(frame="crop")),
-    "diffae, wall": (hearts, diffae, "Model", dict(frame="wall")),
-    "diffae, VAE": (hearts, diffae, "VAE", {}),
-    "diffae, from labels": (hearts, diffae, "Supervised", {}),
-    "diffae, prior": (prior, diffae, "Prior", {}),
-    "normative": (hearts, normative, "Model", {}),
-    "normative, VAE": (hearts, normative, "VAE", {}),
-    "cond_ldm, VQ-VAE": (drawings, cond_ldm, "VQVAE", {}),
-    "cond_ldm, judge": (drawings, cond_ldm, "Segmenter", {}),
-    "cond_ldm": (drawings, cond_ldm, "Model", {}),
-    "ldae, A": (brains, ldae, "Autoencoder", {}),
-    "ldae, B": (brains, ldae, "Unconditional", {}),
-    "ldae, C": (brains, ldae, "Model", {}),
-    "ldae, C, published": (brains, ldae, "Model", dict(predict="eps", spatial=False)),
-    "ldae, prior": (prior, ldae, "Prior", {}),
+H, A, C, B = diffae.Config, normative.Config, cond_ldm.Config, ldae.Config
+STAGES = {      # name: function above, script, network, what differs from the paper preset, optimizer steps
+    "diffae": (hearts, diffae, "Model", dict(frame="crop"), H.steps),
+    "diffae, wall": (hearts, diffae, "Model", dict(frame="wall"), H.steps),
+    "diffae, VAE": (hearts, diffae, "VAE", {}, H.steps),
+    "diffae, from labels": (hearts, diffae, "Supervised", {}, H.steps // 2),
+    "diffae, prior": (prior, diffae, "Prior", {}, H.steps // 2),
+    "normative": (hearts, normative, "Model", {}, A.steps),
+    "normative, VAE": (hearts, normative, "VAE", {}, A.steps),
+    "cond_ldm, VQ-VAE": (drawings, cond_ldm, "VQVAE", {}, C.vq_steps),
+    "cond_ldm, judge": (drawings, cond_ldm, "Segmenter", {}, C.vq_steps // 2),
+    "cond_ldm": (drawings, cond_ldm, "Model", {}, C.steps),
+    "ldae, A": (brains, ldae, "Autoencoder", {}, B.ae_steps),
+    "ldae, B": (brains, ldae, "Unconditional", {}, B.ldm_steps),
+    "ldae, C": (brains, ldae, "Model", {}, B.steps),
+    "ldae, C, published": (brains, ldae, "Model", dict(predict="eps", spatial=False), B.steps),
+    "ldae, prior": (prior, ldae, "Prior", {}, B.steps),
 }
 HEART = dict(size=24, base=16, mult=(1, 2), enc_mult=(1, 2), blocks=1, attention=12, groups=0, z_dim=24, batch=2)
 SMALL = {       # the same networks, small
@@ -186,27 +188,29 @@ SMALL = {       # the same networks, small
 
 
 def measure(stage):
-    """-> GB of a training step, GB of what the network is used for, copies from the CPU in a second step, weights"""
-    make, m, network, flags = STAGES[stage]
+    """-> GB of a training step, GB of the network in use, copies from the CPU in a second step, weights, and
+    operations of a training step: three times those of the forward pass"""
+    make, m, network, flags, _ = STAGES[stage]
     with fake_gpu() as watch:
         net, batch, use = make(m, m.Config(S=2, **flags), getattr(m, network), GPU)
         on_gpu(net).train()
         trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
         for _ in range(2):
             watch.most, watch.copies = watch.now, 0
-            loss = net(batch, Generator())      # as long as the loss lives, all lives that the backward pass needs
+            with FlopCounterMode(display=False) as count:
+                loss = net(batch, Generator())  # as long as the loss lives, all lives that the backward pass needs
             assert loss.device == GPU and loss.dtype == torch.float32 and loss.ndim == 0
             del loss
         # beside each weight: its gradient, Adam's two moments, the average
         train, copies, watch.most = watch.most + 16 * trained, watch.copies, watch.now
         with torch.inference_mode():
             use(net.eval())
-    return train / 1e9, watch.most / 1e9, copies, trained
+    return train / 1e9, watch.most / 1e9, copies, trained, 3 * count.get_total_flops()
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_network_fits_on_a_gpu_and_does_not_wait_for_the_cpu(stage):
-    train, use, copies, _ = measure(stage)
+    train, use, copies, *_ = measure(stage)
     assert train < LIMIT and use < LIMIT, f"{stage}: training {train:.0f} GB, use {use:.0f} GB"
     assert copies == 0, f"{stage}: {copies} copies from the CPU in a training step"
 
@@ -214,7 +218,7 @@ def test_every_network_fits_on_a_gpu_and_does_not_wait_for_the_cpu(stage):
 @pytest.mark.parametrize("stage", [s for s in STAGES if "prior" not in s and "judge" not in s])
 def test_every_network_compiles_as_a_whole(stage):
     """But for the two small ones whose layers are called one by one. What cannot be one graph is an error."""
-    make, m, network, flags = STAGES[stage]
+    make, m, network, flags, _ = STAGES[stage]
     net, batch, _ = make(m, m.Config(**SMALL[m] | flags), getattr(m, network), torch.device("cpu"))
     torch._dynamo.reset()
     parts = [part for part in net.children() if list(part.children())]
@@ -228,7 +232,9 @@ def test_every_network_compiles_as_a_whole(stage):
 
 
 if __name__ == "__main__":
-    for stage, (_, m, _, flags) in STAGES.items():
-        train, use, _, size = measure(stage)
-        n = m.Config.ae_batch if stage == "ldae, A" else m.Config.batch
-        print(f"{stage:20} batch {n:3}, {size / 1e6:6.1f} M weights: training {train:5.1f} GB, use {use:5.1f} GB")
+    print("| network | batch | million weights | GB, training | GB, in use | TFLOP a step | steps | hours |\n" + 8 * "|---" + "|")
+    for stage, (_, m, _, _, steps) in STAGES.items():
+        train, use, _, size, flops = measure(stage)
+        n = B.ae_batch if stage == "ldae, A" else m.Config.batch
+        hours = flops * steps / 300e12 / 3600       # 30 % of what an H100 does in bfloat16
+        print(f"| {stage} | {n} | {size / 1e6:.1f} | {train:.1f} | {use:.1f} | {flops / 1e12:.1f} | {steps} | {hours:.1f} |")
