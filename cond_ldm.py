@@ -83,7 +83,7 @@ class Config:
     vq_lr: float = 8e-5       # Adam; constant after 100 steps of warm-up
     lr: float = 1e-4          # of the diffusion model; paper: 8e-6
     ema: float = 0.999        # decay of the averaged weights; the averaged weights are evaluated; paper: 0
-    minutes: float = 0.0      # a network trains at most so long; 0: no limit. The steps it made are reported
+    minutes: float = 0.0      # at most so many minutes for each network; 0: no limit. results.json: its steps
     save_every: int = 500     # steps between checkpoints
     # evaluation
     S: int = 50               # DDIM steps
@@ -120,14 +120,14 @@ def scaled_linear_alpha_bar():
 
 
 @functools.cache
-def on_device(alpha_bar, device):
+def sqrt_table(alpha_bar, device):
     """sqrt(alpha_bar), sqrt(1 - alpha_bar), copied once: a copy would wait for the GPU. -> (2,T) float32"""
     return torch.stack([alpha_bar, 1 - alpha_bar]).sqrt().float().to(device)
 
 
 def signal_noise(alpha_bar, t, ndim):
     """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t) of levels t (B,), as (B,1,..) to multiply ndim-d tensors"""
-    return on_device(alpha_bar, t.device)[:, t].view(2, -1, *[1] * (ndim - 1))
+    return sqrt_table(alpha_bar, t.device)[:, t].view(2, -1, *[1] * (ndim - 1))
 
 
 def q_sample(x0, t, eps, alpha_bar):
@@ -608,10 +608,10 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
     step = D.load_into(state, path, model, ema, opt)        # 0 if there is none
     if step and rank == 0:
         M.warn_if_edited(cfg, __file__)
-    started = time.perf_counter() - (state or {}).get("seconds", 0.0)      # as if it had never been stopped
-    late = lambda: 0 < 60 * cfg.minutes <= time.perf_counter() - started
-    if step >= steps or step and late():
+    spent, limit = (state or {}).get("seconds", 0.0), 60 * cfg.minutes or math.inf
+    if step >= steps or spent >= limit:
         return ema, step
+    started = time.perf_counter() - spent                   # as if it had never been stopped
     own = "prior" in name or "supervised" in name           # of the codes or labels of this run
     if cfg.init and not step and not own:
         other = Path(cfg.init, f"{name}.pt")
@@ -654,7 +654,7 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
         step += 1
         bar.update()
 
-        stop = torch.tensor([bool(caught), late()], dtype=torch.int)
+        stop = torch.tensor([bool(caught), time.perf_counter() - started >= limit], dtype=torch.int)
         if world > 1:                       # all stop at one step; a CPU tensor does not wait for the GPU
             dist.all_reduce(stop)
         killed, ends = bool(stop[0]), bool(stop.any()) or step == steps

@@ -965,9 +965,9 @@ class Loader:
     def tensor(self, x):
         if x.dtype != np.uint8:         # MPS has no float64
             x = x.astype(np.float32 if x.dtype.kind == "f" else np.int64, copy=False)
-        return self.moved(torch.from_numpy(np.ascontiguousarray(x)))
+        return self.to_device(torch.from_numpy(np.ascontiguousarray(x)))
 
-    def moved(self, x):
+    def to_device(self, x):
         """x on the device. Pinned memory is copied there without waiting for what a GPU is doing."""
         if self.device.type == "cuda" and not x.is_cuda:
             x = x.pin_memory()
@@ -978,7 +978,7 @@ class Loader:
         [-1,1]; mask (B,*S) and other integers int64; floats float32."""
         rows = torch.as_tensor(rows)
         if self.resident:
-            rows = self.moved(rows)
+            rows = self.to_device(rows)
             batch = {k: a[rows] for k, a in self.arrays.items()}
         else:
             rows = self.rows[rows.cpu().numpy()]
