@@ -557,7 +557,7 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
                 watch(ema)
         if bar.disable and rank == 0 and (due or time.perf_counter() - said > 20):      # no terminal
             said = time.perf_counter()
-            left = (steps - step) * cfg.batch / speed
+            left = max(0, min((steps - step) * cfg.batch / speed, started + limit - said))
             print(f"{name}: step {step} of {steps}, loss {loss:.4f}, {speed:.4g} images/s, {left:.0f} s left",
                   flush=True)
         seen, since, began = [], step, time.perf_counter()

@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -244,6 +245,7 @@ def test_minutes_end_every_network_early_and_the_run_says_so(name, unbroken, fil
     command = [f"--data={files[name]}", f"--out={tmp_path / 'run'}", *FLAGS[name].split()]
     code, said = Run(name, [*command, "--minutes=1e-9"], no_numbers).wait()
     assert code == 0, said
+    assert {*re.findall(r"(\S+) s left", said)} == {"0"}         # not the time that all --steps would take
     before, states = digest(tmp_path / "run", "ckpt*"), networks(tmp_path / "run", "step")
     assert {state["step"] for state in states.values()} == {1}
     config = json.loads((tmp_path / "run/results.json").read_text())["config"]
