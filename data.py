@@ -990,10 +990,6 @@ class Loader:
                 batch[name] = x.long()
         return batch
 
-    def stream(self, batches):
-        """Iterable of row numbers -> iterator of batch(rows)."""
-        return map(self.batch, batches)
-
 
 # ---------------------------------------------------------------------------------------------------
 # Writing

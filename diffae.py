@@ -621,7 +621,7 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
     mine = slice(rank * cfg.batch // world, (rank + 1) * cfg.batch // world)
     rows = (D.batch_rows(len(loader), cfg.batch, cfg.seed, k)[mine] for k in range(step, steps))
     bar = tqdm(total=steps, initial=step, desc=name, unit="step", disable=rank > 0 or None)
-    for batch in loader.stream(rows):
+    for batch in map(loader.batch, rows):
         g.manual_seed(D.mix(cfg.seed, step, rank, 0))          # t, noise, augmentation
         torch.manual_seed(D.mix(cfg.seed, step, rank, 1))      # dropout
         lr = cfg.lr * min(1, (step + 1) / 100)

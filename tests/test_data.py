@@ -272,7 +272,7 @@ def test_batches_from_disk_equal_those_in_memory(tmp_path):
     disk = data.Loader(dict(a, image=lazy.image, mask=lazy.mask), "cpu", some, limit_gb=0)
     assert resident.resident and not disk.resident and len(disk) == 5
     order = [np.array(r) for r in ([3, 1], [4, 4], [0, 2])]
-    for one, two, rows in zip(resident.stream(order), disk.stream(order), order, strict=True):
+    for one, two, rows in zip(map(resident.batch, order), map(disk.batch, order), order, strict=True):
         for name, x in disk.batch(torch.tensor(rows)).items():
             assert torch.equal(one[name], two[name]) and torch.equal(one[name], x)
             assert torch.equal(one[name], resident.batch(torch.tensor(rows))[name])
@@ -290,7 +290,7 @@ def test_a_file_that_changes_during_the_run_is_one_line(tmp_path, capsys):
         one_error(capsys, lambda: rows[[1, 9]], "a.h5: image")
     make(path, image=row(np.full((N, H, H), 0.5), 9, np.nan), mask=None)
     bad = data.Loader(dict(image=rows), "cpu", limit_gb=0)
-    one_error(capsys, lambda: list(bad.stream([np.array([k]) for k in (1, 9)])), "a.h5", "image[9]")
+    one_error(capsys, lambda: [bad.batch([k]) for k in (1, 9)], "a.h5", "image[9]")
 
 
 def test_batch_rows_is_a_chain_of_permutations(capsys):
