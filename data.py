@@ -657,18 +657,22 @@ def check_split(path, subject, split):
              "put each subject in one part")
 
 
+def h5_files(path):
+    """A file, or those of a folder -> their names."""
+    if not os.path.isdir(path):
+        return [str(path)]
+    names = sorted(p for p in os.listdir(path)
+                   if p.endswith((".h5", ".hdf5")) and not p.startswith("."))       # a Mac's ._a.h5
+    return [os.path.join(path, p) for p in names] or fail(f"{path}: a folder without .h5 files")
+
+
 def load(path, size=None, max_gb=4.0):
     """Read a file, or a folder of one file per subject -> Dataset. Runs every check, see check().
 
     size resizes 2D images in-plane, others than squares are padded first. What is larger than max_gb stays
     on disk, as Rows. Warnings go to stderr, a problem is one line and exit 2."""
     path, warnings, parts = str(path), [], []
-    paths = [path]
-    if os.path.isdir(path):
-        paths = sorted(os.path.join(path, p) for p in os.listdir(path)
-                       if p.endswith((".h5", ".hdf5")) and not p.startswith("."))    # a Mac's ._a.h5
-        if not paths:
-            fail(f"{path}: a folder without .h5 files")
+    paths = h5_files(path)
     for p in tqdm(paths, "opening", delay=2, leave=False, disable=None):
         parts.append(read_columns(p, warnings))
         (here, mine), (first, attrs) = parts[-1], parts[0]
@@ -787,12 +791,16 @@ def unwrap(image, mask, size):
     return ndimage.map_coordinates(image.astype(np.float32), at, order=1, mode="nearest")
 
 
+def square(mask, size, margin):
+    """The square around a mask (H,W), `margin` times as wide -> start, step for resample() to size x size"""
+    inside = np.argwhere(mask)
+    side = margin * np.ptp(inside, 0).max() + 2
+    return (inside.max(0) + inside.min(0) + 1 - side) / 2, np.repeat(side / size, 2)
+
+
 def crop(image, mask, size, margin=1.3):
     """The square around a heart, `margin` times as wide as its mask. image, mask (H,W) -> (size,size)"""
-    inside = np.argwhere(mask > 0)
-    side = margin * np.ptp(inside, 0).max() + 2
-    start = (inside.max(0) + inside.min(0) + 1 - side) / 2
-    return resample(image[None], start, np.repeat(side / size, 2), size)[0]
+    return resample(image[None], *square(mask, size, margin), size)[0]
 
 
 def wrap(flat, image, mask):
@@ -810,21 +818,37 @@ def wrap(flat, image, mask):
     return np.where(depth < 1.5, ndimage.map_coordinates(ring, at, order=1, mode="nearest"), image)
 
 
-def has_masks(path):
-    """Whether the file, or the first one of a folder, has masks."""
-    files = sorted(p for p in os.listdir(path) if p.endswith((".h5", ".hdf5")) and not p.startswith(".")) \
-        if os.path.isdir(path) else [""]
-    for first in (os.path.join(path, p) if p else path for p in files[:1]):
-        with open_h5(first) as file:
-            return "mask" in list(file)
-    return False
+def load_patients(path, size, margin=1.5):
+    """load() with slices and masks cropped: a square around all that a patient's masks show in one view,
+    `margin` times as wide. All slices of a patient have one scale: an apex stays small."""
+    data = load(path)
+    if data.mask is None or data.image.ndim != 3:
+        fail(f"{path}: mask: missing, or not of slices; --frame patient crops around the masks")
+    image, mask = (np.empty((len(data), size, size), np.uint8) for _ in PIXELS)
+    view = data.columns.get("view", np.zeros(len(data)))
+    stacks = np.array([f"{who}, view {v:g}" for who, v in zip(data.subject, view)])
+    for stack in np.unique(stacks):
+        rows = np.flatnonzero(stacks == stack)
+        ids = data.mask[rows]
+        if not ids.any():
+            fail(f"{path}: mask: empty in all slices of {stack}; --frame image shows whole slices")
+        place = square(ids.any(0), size, margin)
+        image[rows] = to_uint8(resample(data.image[rows], *place, size))
+        mask[rows] = resample(ids, *place, size, nearest=True)
+    print(f"{path}: a square around each patient's heart, resized to {size}x{size}; see --frame and --size")
+    return replace(data, image=image, mask=mask, frame="patient")
 
 
 def load_framed(path, size, frame="image"):
-    """load() with hearts in a frame: image; crop, a square around the wall; wall, see unwrap(). "" is crop if
-    every mask shows a wall, else image. Infarct and no-reflow count as wall: disease is not geometry."""
-    if frame == "image" or not frame and not has_masks(path):
+    """load() with hearts in a frame: image; crop, a square around the wall; wall, see unwrap(); patient, see
+    load_patients(). "" is crop if every mask shows a wall, else image. Infarct and no-reflow count as wall:
+    disease is not geometry."""
+    with open_h5(h5_files(path)[0]) as file:
+        has_masks = "mask" in list(file)
+    if frame == "image" or not frame and not has_masks:
         return load(path, size)
+    if frame == "patient":
+        return load_patients(path, size)
     data = load(path)
     kind = ids_by_name(data, ((2, "myo|infarct|reflow|wall"), (0, "rv|right"), (1, "cavity|lv|left")))
     kind[kind > 2] = 0

@@ -255,6 +255,29 @@ def test_frames_follow_the_mask_and_not_the_disease(tmp_path, capsys):
     assert abs(shown[0] - shown[1]).mean() < 0.02
 
 
+def test_the_square_around_a_patient_holds_all_its_slices(tmp_path, capsys):
+    """Two slices of one patient share place and scale; another view, and another patient, have their own."""
+    discs = [((40, 50), 20), ((44, 54), 4), ((90, 30), 10), ((60, 60), 30)]
+    y, x = np.mgrid[:128, :128]
+    mask = np.stack([np.hypot(y - a, x - b) <= r for (a, b), r in discs]).astype(np.uint8)
+    rows = dict(image=40 + 100 * mask, mask=mask, subject=np.array(list("aaab")), view=np.array([0, 0, 1, 0]))
+    data.write(str(tmp_path / "a.h5"), [rows], dict(mask_names=["0", "disc"]))
+    d = data.load_framed(tmp_path / "a.h5", 96, "patient")
+    assert d.image.shape == d.mask.shape == (4, 96, 96) and d.frame == "patient"
+    for k, (_, r), largest in zip(range(4), discs, (20, 20, 10, 30)):
+        wide = 96 * (2 * r + 1) / (1.5 * 2 * largest + 2)           # 1.5 times as wide as the largest of a stack
+        inside = np.argwhere(d.mask[k])
+        assert abs(np.ptp(inside, 0) + 1 - wide).max() < 3
+        at = 47.5 if k != 1 else 47.5 + 4 * 96 / 62                 # 4 pixels from the middle of its patient
+        assert abs(inside.mean(0) - at).max() < 1.5
+        assert ((d.image[k] > 90) != d.mask[k])[20:76, 20:76].mean() < 0.02     # the image moves with its mask
+    rows["mask"] = mask * np.array([1, 1, 1, 0], np.uint8)[:, None, None]
+    data.write(str(tmp_path / "b.h5"), [rows], dict(mask_names=["0", "disc"]))
+    one_error(capsys, lambda: data.load_framed(tmp_path / "b.h5", 96, "patient"), "b.h5", "of b, view 0", "empty")
+    data.write(str(tmp_path / "c.h5"), [{k: rows[k] for k in ("image", "subject")}], {})
+    one_error(capsys, lambda: data.load_framed(tmp_path / "c.h5", 96, "patient"), "c.h5", "mask: missing")
+
+
 def test_in_the_frame_of_the_wall_motion_is_a_turn_and_a_mirror():
     x, g = torch.arange(24.0).view(1, 1, 4, 6).repeat(60, 1, 1, 1), torch.Generator().manual_seed(0)
     moved = data.moved(x, SimpleNamespace(frame="wall", augment=0.5, flip=False), g)
