@@ -263,7 +263,7 @@ def test_painted_is_the_mean_grey_of_training_rows():
 
 # --------------------------------------------------------------------------- runs
 
-def test_a_run_learns_from_training_and_chooses_on_validation_rows(tiny, tmp_path, capsys, monkeypatch):
+def test_a_run_learns_from_training_rows_and_is_tested_on_others(tiny, tmp_path, capsys, monkeypatch):
     seen, made, compared, fit, nmse, generate, evaluate = {}, [], [], m.fit, M.nmse, m.generate, m.evaluate
     columns, part, out = slices(), D.load_study(tiny)[1], tmp_path / "out"
     train, val, test = (np.flatnonzero(part == p).tolist() for p in ("train", "val", "test"))
@@ -276,20 +276,14 @@ def test_a_run_learns_from_training_and_chooses_on_validation_rows(tiny, tmp_pat
             assert (model.mean - z0.mean((0, 2, 3), keepdim=True)).abs().max() < 1e-6
         return fit(model, loader, cfg, name, *more)
     monkeypatch.setattr(m, "fit", spy)
-    def spy_nmse(real, fake):       # of the three w, the last comes out best
-        compared.append(rows_of(real))
-        return nmse(real, fake) if len(compared) > 3 else np.full(len(real), 4 - len(compared))
-    monkeypatch.setattr(M, "nmse", spy_nmse)
-    where = []
-    monkeypatch.setattr(m, "generate", lambda *a: where.append(a[2].rows.tolist()) or made.append(generate(*a)) or made[-1])
-    before = lambda *a: seen.update(chosen=where[-3:], w=a[7], at=len(made))
-    monkeypatch.setattr(m, "evaluate", lambda *a: before(*a) or evaluate(*a))
+    monkeypatch.setattr(M, "nmse", lambda real, fake: compared.append(rows_of(real)) or nmse(real, fake))
+    monkeypatch.setattr(m, "generate", lambda *a: made.append(generate(*a)) or made[-1])
+    monkeypatch.setattr(m, "evaluate", lambda *a: seen.update(at=len(made)) or evaluate(*a))
     main("--data", tiny, "--out", out, *FLAGS)
     assert seen["ckpt_vq"] == seen["ckpt_judge"] == seen["ckpt_ldm"] == train
-    assert seen["chosen"] == compared[:3] == 3 * [val] and test in compared and not set(sum(compared, [])) & set(train)
+    assert test in compared and not set(sum(compared, [])) & {*train, *val}
 
     metrics, printed = metrics_of(out), capsys.readouterr().out
-    assert metrics["w"]["value"] == seen["w"] == 4 and [metrics[f"val_nmse.w{w}"]["value"] for w in (1, 2, 4)] == [3, 2, 1]
     assert "Does a slice obey its drawing more than" in printed and "fid" not in printed.lower()
     for key in ("ssim", "nmse", "dice", "edge_f1", "fd_vq", "kid_vq"):
         for row in ("", "edges_sparse", "edges_mask", "edges_none", "other_drawing", "untrained", "vq", "pca",
@@ -336,11 +330,13 @@ def test_more_steps_go_on_where_a_run_ended(tiny, tmp_path, capsys):
 
 
 def test_one_view_alone(tiny, tmp_path, capsys, monkeypatch):
-    """--view SA: the diffusion model learns and is tested on SA alone, VQ-VAE and judge see both views."""
-    flags, seen, fit = ["--data", tiny, *FLAGS, "--steps=3"], {}, m.fit
+    """--view SA: the diffusion model learns and is tested on SA alone, VQ-VAE and judge see both views. --frame
+    patient: they see squares around the hearts."""
+    flags, seen, fit = ["--data", tiny, *FLAGS, "--steps=3", "--frame=patient"], {}, m.fit
     monkeypatch.setattr(m, "fit", lambda model, loader, *more: (
-        seen.update({more[1]: loader.rows}) or fit(model, loader, *more)))
+        seen.update({more[1]: loader.rows, "heart": loader.arrays.get("mask", 0) > 0}) or fit(model, loader, *more)))
     main(*flags, "--out", tmp_path / "out", "--view=SA")
+    assert seen["heart"].float().mean() < 0.8 * (slices()["mask"] > 0).mean()      # the squares are wider than these images
     assert (seen["ckpt_ldm"] % 2 == 0).all() and len(seen["ckpt_ldm"]) == 7 and len(seen["ckpt_vq"]) == 14
     assert len(seen["ckpt_judge"]) == 14 and not [k for k in metrics_of(tmp_path / "out") if "view" in k]
     assert "LA, SA" in error_of(capsys, *flags, "--out", tmp_path / "no", "--view=4CH")

@@ -263,13 +263,10 @@ def test_the_square_around_a_patient_holds_all_its_slices(tmp_path, capsys):
     rows = dict(image=40 + 100 * mask, mask=mask, subject=np.array(list("aaab")), view=np.array([0, 0, 1, 0]))
     data.write(str(tmp_path / "a.h5"), [rows], dict(mask_names=["0", "disc"]))
     d = data.load_framed(tmp_path / "a.h5", 96, "patient")
-    assert d.image.shape == d.mask.shape == (4, 96, 96) and d.frame == "patient"
     for k, (_, r), largest in zip(range(4), discs, (20, 20, 10, 30)):
-        wide = 96 * (2 * r + 1) / (1.5 * 2 * largest + 2)           # 1.5 times as wide as the largest of a stack
-        inside = np.argwhere(d.mask[k])
-        assert abs(np.ptp(inside, 0) + 1 - wide).max() < 3
-        at = 47.5 if k != 1 else 47.5 + 4 * 96 / 62                 # 4 pixels from the middle of its patient
-        assert abs(inside.mean(0) - at).max() < 1.5
+        wide, inside = 1.5 * (2 * largest + 1), np.argwhere(d.mask[k])      # the side of the square in pixels
+        assert abs(np.ptp(inside, 0) + 1 - 96 * (2 * r + 1) / wide).max() < 3
+        assert abs(inside.mean(0) - 47.5 - 96 * 4 / wide * (k == 1)).max() < 1.5        # 4 pixels from the middle
         assert ((d.image[k] > 90) != d.mask[k])[20:76, 20:76].mean() < 0.02     # the image moves with its mask
     rows["mask"] = mask * np.array([1, 1, 1, 0], np.uint8)[:, None, None]
     data.write(str(tmp_path / "b.h5"), [rows], dict(mask_names=["0", "disc"]))
