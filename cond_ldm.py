@@ -906,12 +906,13 @@ def load(out, name="ckpt_ldm", device=""):
 
 
 def apply(out, path, device):
-    """Images for the drawings in `path` (see D.load_drawings) by the model in the folder `out`.
+    """Images for the drawings in `path`, or for those of its slices, by the model in the folder `out`.
 
     Nothing is trained, and nothing is written but OUT/apply/NAME/drawn.h5 and drawn.png."""
     (model, cfg), (vq, _) = load(out, device=device), load(out, "ckpt_vq", device)
-    reads_mask, folder = Path(out, "ckpt_judge.pt").exists(), Path(out, "apply", Path(path).stem)
-    arrays = D.load_drawings(path, cfg.size, cfg.edges, reads_mask)     # a judge is there if masks were
+    folder = Path(out, "apply", Path(path).stem)
+    reads_mask = Path(out, "ckpt_judge.pt").exists()        # a run without masks has no judge
+    arrays = D.load_drawings(path, cfg.size, cfg.edges, reads_mask, cfg.frame)
     folder.mkdir(parents=True, exist_ok=True)
     n = len(arrays["kind"])
     loader = D.Loader(arrays | {"edges": np.stack(3 * [arrays["edges"]], 1)}, cfg.device)

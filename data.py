@@ -1177,11 +1177,22 @@ def view_phase(columns, n):
     return np.stack([np.select([k == 0, k == 1], [-1, 1], 0) for k in known], 1).astype(np.float32)
 
 
-def load_drawings(path, size, edges, with_mask):
-    """A user's drawings in HDF5: edges (N,H,W), not 0 on a line; mask (N,H,W) uint8; view, phase (N,).
+def load_drawings(path, size, edges, with_mask, frame="image"):
+    """A user's drawings in HDF5: edges (N,H,W), not 0 on a line; mask (N,H,W) uint8; view, phase (N,). Or
+    a data set of slices: its own edges and masks, in this frame, are the drawings.
 
     edges: what the model was trained on, one of EDGES; with_mask: whether the model reads masks. What the
     model does not read may be missing. -> {edges, mask: (N,size,size), kind: view_phase} for Loader."""
+    with open_h5(h5_files(path)[0]) as file:
+        is_data = {"image", "subject"} <= {*file}
+    if is_data:
+        data = load_framed(path, size, frame)
+        arrays = {"kind": view_phase(data.columns, len(data))}
+        if with_mask:
+            arrays["mask"] = cine_ids(data)[in_memory(data.mask)]
+        kind, rng = edges.replace("mixed", "full"), np.random.default_rng(0)
+        lines = edge_map(in_memory(data.image), arrays.get("mask"), kind, rng)
+        return arrays | {"edges": lines.astype(np.uint8)}
     need = ["edges"] * (edges in ("full", "sparse")) + ["mask"] * with_mask
     with open_h5(path) as file:
         found = {*need, "edges", "view", "phase"} & {*file}     # `k in file` would open what a link points to

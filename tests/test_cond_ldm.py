@@ -306,6 +306,10 @@ def test_a_run_learns_from_training_rows_and_is_tested_on_others(tiny, tmp_path,
     drawn = D.load(out / "apply" / "mine" / "drawn.h5")
     assert abs(drawn.image / 255 - made[seen["at"]]).max() < 0.003
     assert np.array_equal(drawn.mask, columns["mask"][test])
+    main("--out", out, "--apply", tiny, "--device=cpu")         # or slices: their edges and masks are the drawings
+    assert np.array_equal(D.load(out / "apply" / "tiny" / "drawn.h5").mask, columns["mask"])
+    read = D.load_drawings(tiny, 16, "mixed", True)
+    assert np.array_equal(read["edges"], D.edges(columns["image"])) and read["kind"][:2].tolist() == [[-1, 0], [1, 0]]
 
     # With Inception's file the distances are FID and KID. Nothing is trained again.
     class Inception(torch.nn.Module):
