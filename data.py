@@ -1179,13 +1179,13 @@ def view_phase(columns, n):
 
 def load_drawings(path, size, edges, with_mask, frame="image"):
     """A user's drawings in HDF5: edges (N,H,W), not 0 on a line; mask (N,H,W) uint8; view, phase (N,). Or
-    a data set of slices: its own edges and masks, in this frame, are the drawings.
+    a data set of slices without edges: those of its images, in this frame, and its masks are the drawings.
 
     edges: what the model was trained on, one of EDGES; with_mask: whether the model reads masks. What the
     model does not read may be missing. -> {edges, mask: (N,size,size), kind: view_phase} for Loader."""
     with open_h5(h5_files(path)[0]) as file:
-        is_data = {"image", "subject"} <= {*file}
-    if is_data:
+        without_edges = {"image", "subject"} <= {*file} and "edges" not in {*file}
+    if without_edges:
         data = load_framed(path, size, frame)
         arrays = {"kind": view_phase(data.columns, len(data))}
         if with_mask:
