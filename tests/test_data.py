@@ -268,6 +268,9 @@ def test_the_square_around_a_patient_holds_all_its_slices(tmp_path, capsys):
         assert abs(np.ptp(inside, 0) + 1 - 96 * (2 * r + 1) / wide).max() < 3
         assert abs(inside.mean(0) - 47.5 - 96 * 4 / wide * (k == 1)).max() < 1.5        # 4 pixels from the middle
         assert ((d.image[k] > 90) != d.mask[k])[20:76, 20:76].mean() < 0.02     # the image moves with its mask
+    data.write(str(tmp_path / "d.h5"), [rows | dict(image=30 + rows["image"] // 2)], dict(mask_names=["0", "disc"]))
+    dark = data.load_framed(tmp_path / "d.h5", 96, "patient")       # another coil, the same heart
+    assert abs(dark.image.astype(int) - d.image).max() <= 1 and abs(d.image[[0, 1]].mean() - 255 / 3) < 3
     rows["mask"] = mask * np.array([1, 1, 1, 0], np.uint8)[:, None, None]
     data.write(str(tmp_path / "b.h5"), [rows], dict(mask_names=["0", "disc"]))
     one_error(capsys, lambda: data.load_framed(tmp_path / "b.h5", 96, "patient"), "b.h5", "of b, view 0", "empty")
