@@ -22,7 +22,7 @@
     view phase slice  (N,) ints    cine: 0 SA, 1 LA;  0 ED, 1 ES;  from base or apex, as scanned
     anything else (N,) numeric is a probe target; factor_* are the known causes of a phantom
 """
-import argparse, datetime, difflib, glob, hashlib, inspect, io, os, re, shutil, sys, typing, zipfile
+import argparse, datetime, difflib, glob, hashlib, inspect, io, os, re, shutil, signal, sys, typing, zipfile
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -174,6 +174,27 @@ def start(Config, presets, recipes, doc, argv):
     return cfg, device
 
 
+def ranks():
+    """(rank, number of processes): (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def leave():
+    """All processes have trained, and rank 0 goes on alone. -> True in the others"""
+    rank, world = ranks()
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    return rank > 0
+
+
+def catch_signals():
+    """From now on SIGTERM and Ctrl-C end no program. -> a list to which their numbers are added; restore()"""
+    caught, numbers = [], (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(n, lambda number, frame: caught.append(number)) for n in numbers]
+    return caught, lambda: [signal.signal(n, handler) for n, handler in zip(numbers, before)]
+
+
 def choose_device(device=""):
     """`device` if this machine has it; if none is named, the first of cuda, mps, cpu that is there."""
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
@@ -197,12 +218,20 @@ def mix(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-def phantom_path(cfg, name):
-    """--data, or OUT/name, where a run without it keeps phantoms. Exits if OUT holds a run of other data."""
+def phantom_path(cfg, name, draw):
+    """--data; without it OUT/name, where a run keeps its phantoms: draw(path) writes them, in one process.
+    Exits if OUT holds a run of other data."""
     path = os.path.join(cfg.out, name)
-    if not cfg.data and not os.path.exists(path) and os.path.exists(os.path.join(cfg.out, "config.json")):
+    if cfg.data:
+        return cfg.data
+    if not os.path.exists(path) and os.path.exists(os.path.join(cfg.out, "config.json")):
         fail(f"--out {cfg.out}: holds a run of other data than phantoms; give its --data, or another --out")
-    return cfg.data or path
+    rank, world = ranks()
+    if rank == 0 and not os.path.exists(path):
+        draw(path)
+    if world > 1:
+        dist.barrier()
+    return path
 
 
 def in_words(count):
@@ -350,6 +379,13 @@ def averaged_weights(path):
     if state is None:
         fail(f"{path}: no such file; name the folder of a run that has trained this network")
     return state["ema"], state["config"]
+
+
+def start_from(path, *networks):
+    """Load the averaged weights in the checkpoint of another run into all networks."""
+    weights, _ = averaged_weights(path)
+    for net in networks:
+        load_weights(path, "ema", weights, net)
 
 
 def trained(path, Config, build, device=""):

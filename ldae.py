@@ -3,7 +3,7 @@
 Stage A: an autoencoder compresses a volume to a small latent. Stage B: a diffusion model learns how latents
 of brains look, and is then frozen. Stage C: an encoder reads a semantic code z_sem from the volume, without
 any label, and a second decoder steers the frozen diffusion model by z_sem.
-Question: does z_sem, learned without labels, tell Alzheimer's disease, age and progression?
+Question: does z_sem, learned without labels, tell Alzheimer's disease and age?
 
     A  x (B,1,D,H,W) --Encoder3d--> z0 (B,c,D/f,H/f,W/f) --Decoder3d--> x
     B  z_t, t --Down3d--> skips --Up3d--> eps_theta                   (unconditional, then frozen)
@@ -28,7 +28,7 @@ the encoder are left out (both need a download), and DDIM ends at level -1 where
   encoder sees the deviation from the mean brain and flattens its feature maps where the paper averages
   them, and a linear layer turns z_sem into a latent that is added to G.
 """
-import copy, dataclasses, functools, hashlib, itertools, math, os, signal, sys, time
+import copy, dataclasses, functools, hashlib, itertools, math, signal, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -86,7 +86,7 @@ class Config:
     ae_steps: int = 20000     # optimizer steps of stage A
     ldm_steps: int = 20000    # .. of stage B
     steps: int = 20000        # .. of stage C; raise it and run again to train longer
-    ae_batch: int = 2         # volumes per step of stage A, over all processes (23 GB each)
+    ae_batch: int = 2         # volumes per step of stage A, over all processes (about 23 GB each)
     batch: int = 32           # .. of stages B and C
     lr: float = 1e-4          # Adam; constant after 100 steps of warm-up
     ema: float = 0.999        # decay of the averaged weights; the averaged weights are evaluated
@@ -168,8 +168,9 @@ def snr_weight(alpha_bar):
 def shift_training(alpha_bar):
     """PDAE's coefficient of G in training: the mean of q(x_{t-1}|x_t) shifts by G times its variance.
 
-    s_t = -sqrt(alpha_t) (1 - alpha_bar_{t-1}) / sqrt(1 - alpha_bar_t), alpha_t their ratio.
-    Sampling uses -sqrt(1 - alpha_bar_t): the same but for small t (their ratio is 0 at t = 0). -> (T,)"""
+    s_t = -sqrt(alpha_t) (1 - alpha_bar_{t-1}) / sqrt(1 - alpha_bar_t), with
+    alpha_t = alpha_bar_t / alpha_bar_{t-1}. Sampling uses -sqrt(1 - alpha_bar_t): s_t over that is 0 at
+    t = 0, and nearly 1 at large t. -> (T,)"""
     before = torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]])
     return -(alpha_bar / before).sqrt() * (1 - before) / (1 - alpha_bar).sqrt()
 
@@ -613,7 +614,8 @@ class Model(nn.Module):
     """Stage C: a gradient decoder G(z_t, t, z_sem) steers the frozen stage B; z_sem = SemanticEncoder(x).
 
     predict eps (paper): lambda_t || eps_theta + s_t G - eps ||^2 trains, eps_theta - sqrt(1 - alpha_bar_t) G
-    samples. predict v: || v_theta + G - v ||^2, which is || eps_hat - eps ||^2 / alpha_bar_t."""
+    samples; s_t is `shift`, lambda_t is `weight`. predict v: || v_theta + G - v ||^2, which is
+    || eps_hat - eps ||^2 / alpha_bar_t."""
     def __init__(self, cfg, ldm, ae):
         super().__init__()
         self.cfg, self.ldm, self.ae, self.alpha_bar = cfg, Frozen(ldm), Frozen(ae), ldm.alpha_bar
@@ -733,11 +735,6 @@ def slerp(a, b, alpha):
 # Training. Batch, noise and dropout of step k are functions of (seed, k, rank) alone. So there is no random
 # state to save: on a CPU, a run that was killed and started again ends with the very bits of an unbroken one.
 
-def ranks():
-    """(rank, number of processes): (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
 def amp(device):
     """bfloat16 autocast, if the device is fast at it (CPUs without AVX512-BF16 are not)."""
     fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else \
@@ -751,8 +748,7 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
     Goes on from OUT/name.pt, or exits if that file has another cfg or other facts (hashes of the data). A new
     run starts from the weights in --init, if given. watch(ema) is called at the start and at each save.
     SIGTERM and Ctrl-C: finish the step, save, exit. After cfg.minutes: finish the step, save, return."""
-    (rank, world), device = ranks(), loader.device
-    path, log = Path(cfg.out, f"{name}.pt"), Path(cfg.out, f"{name.replace('ckpt', 'log')}.jsonl")
+    (rank, world), device, path = D.ranks(), loader.device, Path(cfg.out, f"{name}.pt")
     params = [p for p in model.to(device).train().parameters() if p.requires_grad]
     opt = torch.optim.Adam(params, lr=cfg.lr, fused=True)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
@@ -760,36 +756,26 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
     config = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(cfg).items()} | facts
     state = D.read_checkpoint(path, config, dataclasses.asdict(Config()), MAY_CHANGE)
     step = D.load_into(state, path, model, ema, opt)        # 0 if there is none
-    if step and rank == 0:
-        M.warn_if_edited(cfg, __file__)
     spent, limit = (state or {}).get("seconds", 0.0), 60 * cfg.minutes or math.inf
     if step >= steps or spent >= limit:
         return ema, step
-    started = time.perf_counter() - spent                   # as if it had never been stopped
     own = "prior" in name or "supervised" in name           # of the codes or labels of this run
     if cfg.init and not step and not own:
-        other = Path(cfg.init, f"{name}.pt")
-        weights, _ = D.averaged_weights(other)
-        D.load_weights(other, "ema", weights, model)
-        ema.load_state_dict(weights)
+        D.start_from(Path(cfg.init, f"{name}.pt"), model, ema)
     if rank == 0:
-        if step:
-            print(f"{name}: going on from step {step} of {steps}", flush=True)
         M.record(cfg, __file__)
         if watch:           # a fault in watch shows now, and not after hours
             watch(ema)
     for net in model.children() if device.type == "cuda" else ():
         net.compile()
     net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    caught = []
-    stops = (signal.SIGTERM, signal.SIGINT)
-    handlers = [signal.signal(s, lambda number, frame: caught.append(number)) for s in stops]
+    caught, restore = D.catch_signals()
+    started = time.perf_counter() - spent                   # as if it had never been stopped
+    progress = M.Progress(cfg, name, step, steps, started + limit, rank)
 
-    g, seen, since, began = torch.Generator(device), [], step, time.perf_counter()
-    said = began
+    g, seen = torch.Generator(device), []
     mine = slice(rank * cfg.batch // world, (rank + 1) * cfg.batch // world)
     rows = (D.batch_rows(len(loader), cfg.batch, cfg.seed, k)[mine] for k in range(step, steps))
-    bar = tqdm(total=steps, initial=step, desc=name, unit="step", disable=rank > 0 or None)
     for batch in map(loader.batch, rows):
         g.manual_seed(D.mix(cfg.seed, step, rank, 0))          # t, noise, augmentation
         torch.manual_seed(D.mix(cfg.seed, step, rank, 1))      # dropout
@@ -806,7 +792,7 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
             torch._foreach_lerp_(averaged, params, 1 - min(cfg.ema, (1 + step) / (10 + step)))
         seen.append(torch.stack([loss.detach(), grad_norm]))
         step += 1
-        bar.update()
+        progress.bar.update()
 
         stop = torch.tensor([bool(caught), time.perf_counter() - started >= limit], dtype=torch.int)
         if world > 1:                       # all stop at one step; a CPU tensor does not wait for the GPU
@@ -817,29 +803,22 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
             continue
         loss, grad_norm = torch.stack(seen).mean(0).tolist()
         if not math.isfinite(loss + grad_norm):
-            D.fail(f"{name}: loss {loss:.3g}, gradient {grad_norm:.3g} in steps {since + 1} to {step}, lr "
-                   f"{lr:.2g}; {path} is of the last save; try a smaller --lr with another --out", 1)
-        speed = (step - since) * cfg.batch / (time.perf_counter() - began)
+            D.fail(f"{name}: loss {loss:.3g}, gradient {grad_norm:.3g} in steps {step - len(seen) + 1} to "
+                   f"{step}, lr {lr:.2g}; {path} is of the last save; try a smaller --lr and a new --out", 1)
+        seen = []
         if rank == 0:
-            M.log_line(log, dict(step=step, loss=loss, grad_norm=grad_norm, lr=lr, img_s=round(speed, 2)))
-            bar.set_postfix(loss=f"{loss:.4f}", img_s=f"{speed:.4g}")
-        if due and rank == 0:
-            D.save_checkpoint(path, dict(step=step, config=config, model=model.state_dict(),
-                                         ema=ema.state_dict(), optimizer=opt.state_dict(),
-                                         seconds=time.perf_counter() - started))
-            if watch:
-                watch(ema)
-        if bar.disable and rank == 0 and (due or time.perf_counter() - said > 20):      # no terminal
-            said = time.perf_counter()
-            left = max(0, min((steps - step) * cfg.batch / speed, started + limit - said))
-            print(f"{name}: step {step} of {steps}, loss {loss:.4f}, {speed:.4g} images/s, {left:.0f} s left",
-                  flush=True)
-        seen, since, began = [], step, time.perf_counter()
+            progress.say(step, loss, grad_norm, lr, due)
+            if due:
+                D.save_checkpoint(path, dict(step=step, config=config, model=model.state_dict(),
+                                             ema=ema.state_dict(), optimizer=opt.state_dict(),
+                                             seconds=time.perf_counter() - started))
+                if watch:
+                    watch(ema)
+        progress.began = time.perf_counter()        # the speed is that of the training alone
         if ends:
             break
-    bar.close()
-    for s, handler in zip(stops, handlers):
-        signal.signal(s, handler)
+    progress.bar.close()
+    restore()
     if world > 1:
         dist.barrier()      # a process that leaves early would take the one that is saving with it
     if killed:
@@ -1030,7 +1009,8 @@ def manipulation(cfg, data, train, rows, model, z, z0):
     y = torch.as_tensor(data.columns[cfg.target], dtype=z.dtype, device=z.device)[train]
     seen, y = z[train][~y.isnan()], y[~y.isnan()]
     axis = (seen - seen.mean(0)).T @ (y - y.mean())
-    axis = axis / axis.norm() * (seen @ (axis / axis.norm())).std()
+    axis = axis / axis.norm()
+    axis = axis * (seen @ axis).std()       # as long as one SD of the training codes
     moves = np.array([-1.5, -0.75, 0, 0.75, 1.5])
     z_T = travel(ddim_encode, model, z0[rows], z[rows])
     moved = np.stack([render(model, z_T, z[rows] + float(m) * axis) for m in moves], 1)      # (n,5,D,H,W)
@@ -1103,8 +1083,9 @@ def throughput(cfg, batch, model):
     x, ldm, ae = batch["image"], model.ldm.net, model.ae.net
     mult = (1,) * round(math.log2(ae.unit)) + cfg.mult
     small = dataclasses.replace(cfg, base=max(8, cfg.base // 4), mult=mult, groups=0)
-    down, up = (fast_layout(net(small, 1, cfg.z_dim).to(x.device).eval(), x.device) for net in (Down3d, Up3d))
-    voxel = SimpleNamespace(cfg=cfg, alpha_bar=model.alpha_bar, eps=lambda x, t, z: up(*down(x, t, z), z))
+    down, up = (fast_layout(net.to(x.device).eval(), x.device)
+                for net in (Down3d(small, 1), Up3d(small, 1, cfg.z_dim)))
+    voxel = SimpleNamespace(cfg=cfg, alpha_bar=model.alpha_bar, eps=lambda x, t, z: up(*down(x, t), z))
     wait = torch.cuda.synchronize if x.is_cuda else lambda: None
 
     def in_latent_space(z_sem):
@@ -1216,16 +1197,12 @@ def main(argv):
     cfg, device = D.start(Config, PRESETS, RECIPES, __doc__, argv)
     if cfg.apply:
         return apply(cfg.out, cfg.apply, cfg.device)
-    out, (rank, world) = Path(cfg.out), ranks()
+    out, (rank, world) = Path(cfg.out), D.ranks()
     if cfg.ae_batch % world:
         D.fail(f"--ae_batch {cfg.ae_batch}: must be a multiple of the {world} processes")
     check_networks(cfg)
     held = M.lock(out) if rank == 0 else None           # until the process ends
-    path = D.phantom_path(cfg, "brains.h5")
-    if rank == 0 and not cfg.data and not os.path.exists(path):
-        D.phantom_brains(path, size=cfg.size[0])
-    if world > 1:
-        dist.barrier()
+    path = D.phantom_path(cfg, "brains.h5", lambda out: D.phantom_brains(out, size=cfg.size[0]))
     data, part = D.load_study(path, cfg.test, None, cfg.seed, fold=cfg.fold)
     shape = tuple(data.image.shape[1:])
     if len(shape) != 3:
@@ -1247,6 +1224,7 @@ def main(argv):
               f"data: {data.path} at {'x'.join(map(str, shape))}; subjects: {D.in_words(count)}\n"
               f"trains stage A: {cfg.ae_steps} steps, B: {cfg.ldm_steps}, C, prior: {cfg.steps}; evaluates\n"
               f"out: {out}; stop at any time, the same command goes on", flush=True)
+        M.warn_if_edited(cfg, __file__)
 
     rows = [np.flatnonzero(part == p) for p in ("train", "val")]
     D.batch_rows(len(rows[0]), cfg.batch, cfg.seed, 0)       # stages B and C: refused now, not after stage A
@@ -1274,10 +1252,7 @@ def main(argv):
     model = fast_layout(Model(cfg, ldm, ae), device)
     models = {"untrained": copy.deepcopy(model).to(device).eval()}
     models[""], reached = fit(model, scans, cfg, "ckpt_C", cfg.steps, facts, watch)
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-    if rank > 0:        # the rest is the work of one process
+    if D.leave():       # the rest is the work of one process
         return
     z = codes_of(models[""], scans)
     torch.manual_seed(D.mix(cfg.seed, 3))

@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 import warnings
 import zipfile
 from pathlib import Path
@@ -36,6 +37,7 @@ from sklearn.model_selection import GridSearchCV, GroupKFold, StratifiedGroupKFo
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
+from tqdm import tqdm
 
 import data as D
 
@@ -610,6 +612,32 @@ def log_line(path, row):
     """Appends a dict to a log as one line of JSON."""
     with D.writing(path), open(path, "a") as f:
         f.write(json.dumps(row) + "\n")
+
+
+class Progress:
+    """What a loop says while it trains: lines of OUT/log*.jsonl, and a bar, or lines where no terminal is.
+
+    ends_at: when the time is over, as time.perf_counter() counts. Only rank 0 says something."""
+    def __init__(self, cfg, name, step, steps, ends_at, rank):
+        self.name, self.step, self.steps, self.batch, self.ends_at = name, step, steps, cfg.batch, ends_at
+        self.log = Path(cfg.out, f"{name.replace('ckpt', 'log')}.jsonl")
+        self.bar = tqdm(total=steps, initial=step, desc=name, unit="step", disable=rank > 0 or None)
+        self.began = self.said = time.perf_counter()
+        if step and rank == 0:
+            print(f"{name}: going on from step {step} of {steps}", flush=True)
+
+    def say(self, step, loss, grad_norm, lr, saves):
+        """loss and grad_norm: means over the steps since the last call; saves: a checkpoint comes next."""
+        now = time.perf_counter()
+        speed = (step - self.step) * self.batch / (now - self.began)
+        log_line(self.log, dict(step=step, loss=loss, grad_norm=grad_norm, lr=lr, img_s=round(speed, 2)))
+        self.bar.set_postfix(loss=f"{loss:.4f}", img_s=f"{speed:.4g}")
+        if self.bar.disable and (saves or now - self.said > 20):
+            left = max(0, min((self.steps - step) * self.batch / speed, self.ends_at - now))
+            print(f"{self.name}: step {step} of {self.steps}, loss {loss:.4f}, {speed:.4g} images/s, "
+                  f"{left:.0f} s left", flush=True)
+            self.said = now
+        self.step = step
 
 
 def read_log(path):

@@ -27,7 +27,7 @@ differs as in diffae.py, and in two more ways:
   alone draws. It is measured pixel by pixel in units of what is usual in the reference;
 - augment 0.1: brains come registered, so the random motion is smaller than that of hearts.
 """
-import copy, dataclasses, functools, math, os, signal, sys, time
+import copy, dataclasses, functools, math, signal, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -459,11 +459,6 @@ def ddim_encode(eps_fn, x0, S, alpha_bar, stride="trailing", clip=False):
 # Training. Batch, noise and dropout of step k are functions of (seed, k, rank) alone. So there is no random
 # state to save: on a CPU, a run that was killed and started again ends with the very bits of an unbroken one.
 
-def ranks():
-    """(rank, number of processes): (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
 def amp(device):
     """bfloat16 autocast, if the device is fast at it (CPUs without AVX512-BF16 are not)."""
     fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else \
@@ -477,8 +472,7 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
     Goes on from OUT/name.pt, or exits if that file has another cfg or other facts (hashes of the data). A new
     run starts from the weights in --init, if given. watch(ema) is called at the start and at each save.
     SIGTERM and Ctrl-C: finish the step, save, exit. After cfg.minutes: finish the step, save, return."""
-    (rank, world), device = ranks(), loader.device
-    path, log = Path(cfg.out, f"{name}.pt"), Path(cfg.out, f"{name.replace('ckpt', 'log')}.jsonl")
+    (rank, world), device, path = D.ranks(), loader.device, Path(cfg.out, f"{name}.pt")
     params = [p for p in model.to(device).train().parameters() if p.requires_grad]
     opt = torch.optim.Adam(params, lr=cfg.lr, fused=True)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
@@ -486,36 +480,26 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
     config = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(cfg).items()} | facts
     state = D.read_checkpoint(path, config, dataclasses.asdict(Config()), MAY_CHANGE)
     step = D.load_into(state, path, model, ema, opt)        # 0 if there is none
-    if step and rank == 0:
-        M.warn_if_edited(cfg, __file__)
     spent, limit = (state or {}).get("seconds", 0.0), 60 * cfg.minutes or math.inf
     if step >= steps or spent >= limit:
         return ema, step
-    started = time.perf_counter() - spent                   # as if it had never been stopped
     own = "prior" in name or "supervised" in name           # of the codes or labels of this run
     if cfg.init and not step and not own:
-        other = Path(cfg.init, f"{name}.pt")
-        weights, _ = D.averaged_weights(other)
-        D.load_weights(other, "ema", weights, model)
-        ema.load_state_dict(weights)
+        D.start_from(Path(cfg.init, f"{name}.pt"), model, ema)
     if rank == 0:
-        if step:
-            print(f"{name}: going on from step {step} of {steps}", flush=True)
         M.record(cfg, __file__)
         if watch:           # a fault in watch shows now, and not after hours
             watch(ema)
     for net in model.children() if device.type == "cuda" else ():
         net.compile()
     net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    caught = []
-    stops = (signal.SIGTERM, signal.SIGINT)
-    handlers = [signal.signal(s, lambda number, frame: caught.append(number)) for s in stops]
+    caught, restore = D.catch_signals()
+    started = time.perf_counter() - spent                   # as if it had never been stopped
+    progress = M.Progress(cfg, name, step, steps, started + limit, rank)
 
-    g, seen, since, began = torch.Generator(device), [], step, time.perf_counter()
-    said = began
+    g, seen = torch.Generator(device), []
     mine = slice(rank * cfg.batch // world, (rank + 1) * cfg.batch // world)
     rows = (D.batch_rows(len(loader), cfg.batch, cfg.seed, k)[mine] for k in range(step, steps))
-    bar = tqdm(total=steps, initial=step, desc=name, unit="step", disable=rank > 0 or None)
     for batch in map(loader.batch, rows):
         g.manual_seed(D.mix(cfg.seed, step, rank, 0))          # t, noise, augmentation
         torch.manual_seed(D.mix(cfg.seed, step, rank, 1))      # dropout
@@ -532,7 +516,7 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
             torch._foreach_lerp_(averaged, params, 1 - min(cfg.ema, (1 + step) / (10 + step)))
         seen.append(torch.stack([loss.detach(), grad_norm]))
         step += 1
-        bar.update()
+        progress.bar.update()
 
         stop = torch.tensor([bool(caught), time.perf_counter() - started >= limit], dtype=torch.int)
         if world > 1:                       # all stop at one step; a CPU tensor does not wait for the GPU
@@ -543,29 +527,22 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
             continue
         loss, grad_norm = torch.stack(seen).mean(0).tolist()
         if not math.isfinite(loss + grad_norm):
-            D.fail(f"{name}: loss {loss:.3g}, gradient {grad_norm:.3g} in steps {since + 1} to {step}, lr "
-                   f"{lr:.2g}; {path} is of the last save; try a smaller --lr with another --out", 1)
-        speed = (step - since) * cfg.batch / (time.perf_counter() - began)
+            D.fail(f"{name}: loss {loss:.3g}, gradient {grad_norm:.3g} in steps {step - len(seen) + 1} to "
+                   f"{step}, lr {lr:.2g}; {path} is of the last save; try a smaller --lr and a new --out", 1)
+        seen = []
         if rank == 0:
-            M.log_line(log, dict(step=step, loss=loss, grad_norm=grad_norm, lr=lr, img_s=round(speed, 2)))
-            bar.set_postfix(loss=f"{loss:.4f}", img_s=f"{speed:.4g}")
-        if due and rank == 0:
-            D.save_checkpoint(path, dict(step=step, config=config, model=model.state_dict(),
-                                         ema=ema.state_dict(), optimizer=opt.state_dict(),
-                                         seconds=time.perf_counter() - started))
-            if watch:
-                watch(ema)
-        if bar.disable and rank == 0 and (due or time.perf_counter() - said > 20):      # no terminal
-            said = time.perf_counter()
-            left = max(0, min((steps - step) * cfg.batch / speed, started + limit - said))
-            print(f"{name}: step {step} of {steps}, loss {loss:.4f}, {speed:.4g} images/s, {left:.0f} s left",
-                  flush=True)
-        seen, since, began = [], step, time.perf_counter()
+            progress.say(step, loss, grad_norm, lr, due)
+            if due:
+                D.save_checkpoint(path, dict(step=step, config=config, model=model.state_dict(),
+                                             ema=ema.state_dict(), optimizer=opt.state_dict(),
+                                             seconds=time.perf_counter() - started))
+                if watch:
+                    watch(ema)
+        progress.began = time.perf_counter()        # the speed is that of the training alone
         if ends:
             break
-    bar.close()
-    for s, handler in zip(stops, handlers):
-        signal.signal(s, handler)
+    progress.bar.close()
+    restore()
     if world > 1:
         dist.barrier()      # a process that leaves early would take the one that is saving with it
     if killed:
@@ -925,7 +902,7 @@ def main(argv):
     cfg, device = D.start(Config, PRESETS, RECIPES, __doc__, argv)
     if cfg.apply:
         return apply(cfg.out, cfg.apply, cfg.device)
-    out, (rank, world) = Path(cfg.out), ranks()
+    out, (rank, _) = Path(cfg.out), D.ranks()
     try:        # settings that do not fit each other are an error before anything is read or written
         times(cfg.S, cfg.T, cfg.stride)
         with torch.device("meta"):
@@ -938,16 +915,13 @@ def main(argv):
     except (ValueError, RuntimeError, OverflowError) as e:
         D.fail(f"--size {cfg.size}, --mult, --enc_mult, --groups, --S: do not fit each other ({e})")
     held = M.lock(out) if rank == 0 else None           # until the process ends
-    path = D.phantom_path(cfg, "cohort.h5")
-    if rank == 0 and not cfg.data and not os.path.exists(path):
-        D.phantom_cohort(path)
-    if world > 1:
-        dist.barrier()
+    path = D.phantom_path(cfg, "cohort.h5", D.phantom_cohort)
     data, part = D.load_study(path, cfg.test, cfg.size, cfg.seed, (0.6, 0.2, 0.2), cfg.fold)
     part = D.cohort(data, part, cfg.target, bool(cfg.test))
     count, facts = D.describe(data, part)
     count["patients"] = len(np.unique(data.subject[(part == "test") & (data.columns[cfg.target] > 0)]))
     if rank == 0:
+        M.warn_if_edited(cfg, __file__)
         if cfg.init:
             M.known_part(cfg.init, data.subject[part == "test"])
         print(f"normative: preset {cfg.preset}, recipe {cfg.recipe}, {device}, torch {torch.__version__}\n"
@@ -964,10 +938,7 @@ def main(argv):
     models = {"untrained": copy.deepcopy(model).to(device).eval()}      # what random features already give
     models[""], reached = fit(model, images, cfg, "ckpt", cfg.steps, facts, watch)
     models["vae"], _ = fit(vae, images, cfg, "ckpt_vae", reached, facts)
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-    if rank > 0:        # the rest is the work of one process
+    if D.leave():       # the rest is the work of one process
         return
     metrics = evaluate(cfg, data, part, models, device)
     seconds, config = time.perf_counter() - began, dataclasses.asdict(cfg) | {"steps": reached}
