@@ -6,10 +6,10 @@ any label, and a second decoder steers the frozen diffusion model by z_sem.
 Question: does z_sem, learned without labels, tell Alzheimer's disease and age?
 
     A  x (B,1,D,H,W) --Encoder3d--> z0 (B,c,D/f,H/f,W/f) --Decoder3d--> x
-    B  z_t, t --Down3d--> skips --Up3d--> eps_theta                   (unconditional, then frozen)
+    B  z_t, t --Down3d--> skips --Up3d--> v_theta, or eps_theta       (unconditional, then frozen)
     C  x --SemanticEncoder--> z_sem (B,d) -------------------------------> probes, edits, prior
        z_t, t --frozen Down3d--> skips --Up3d(skips, z_sem)--> G
-       eps_hat = eps_theta + c_t G: DDIM up gives z_T, DDIM down gives z0
+       eps_hat of v_theta + G (paper: eps_theta + c_t G): DDIM up gives z_T, DDIM down gives z0
 
 Lozupone et al., Latent Diffusion Autoencoders, 2025 (arXiv 2504.08635). Stage C is PDAE (Zhang et al. 2022,
 arXiv 2212.12990).
@@ -18,15 +18,15 @@ arXiv 2212.12990).
     python ldae.py --data brains.h5    # your volumes; on a GPU the default is the paper's networks
     python ldae.py --apply new.h5      # codes, predictions, reconstructions by the trained model
 
-Latents are never clipped: standardised latents are not bounded by 1, and clipping them costs an MSE of 0.15.
+Latents are never clipped: they are standardised, and clipping a normal of SD 1 to [-1,1] costs an MSE of .15.
 `--recipe paper` trains as published, but the adversarial loss warms up, and LPIPS and the ImageNet weights of
 the encoder are left out (both need a download), and DDIM ends at level -1 where PDAE ends at 0.
 `--recipe ours`, the default, differs:
 - gan 0.0025: at the paper's 0.025 a short stage A learns to please the discriminator first;
 - predict v, t_power 0.25: PDAE's weights hardly train high noise levels, and only there must z_sem decide;
-- spatial: brains are registered, so a place means something. Latents are standardised place by place, the
-  encoder sees the deviation from the mean brain and flattens its feature maps where the paper averages
-  them, and a linear layer turns z_sem into a latent that is added to G.
+- spatial: brains are registered, so a place means something. From each latent the mean of its place is
+  taken off, the encoder sees the deviation from the mean brain and flattens its feature maps where the paper
+  averages them, and a linear layer turns z_sem into a latent that is added to G.
 """
 import copy, dataclasses, functools, hashlib, itertools, math, signal, sys, time
 from dataclasses import dataclass
@@ -62,7 +62,7 @@ class Config:
     seed: int = 0             # of the split, the weights, the order of the data and every draw
     target: str = ""          # column that the probe predicts, beside age; empty: label
     # volumes, and the autoencoder of stage A
-    size: tuple = (128, 160, 128)         # D, H, W of the phantoms; the volumes of a file keep their own
+    size: tuple = (128, 160, 128)         # D, H, W of the phantoms, as 48,56,48; a file's volumes keep theirs
     patch: int = 1            # the first convolution takes steps of so many voxels: 4 is quick, but coarse
     ae_base: int = 64         # channels of the first level
     ae_mult: tuple = (1, 2, 2, 2)         # channels per level, in units of ae_base; sides are halved between
@@ -110,8 +110,8 @@ RECIPES = {
 # A run may go on in the same folder with other values of these. All other settings need another --out.
 MAY_CHANGE = {"data", "test", "out", "apply", "preset", "device", "target", "steps", "save_every",
               "minutes", "S", "eval_images"}
-# The fields that stages A and B do not read. Their checkpoints hold the defaults instead, so that copies of
-# ckpt_A.pt and ckpt_B.pt serve a run with another semantic encoder.
+# AFTER_A: the fields that stage A does not read. AFTER_B: those that stage B does not read either. ckpt_A.pt
+# and ckpt_B.pt hold the defaults of these, so that copies of them serve a run with another semantic encoder.
 AFTER_B = ("enc_base", "enc_mult", "z_dim")
 AFTER_A = (*AFTER_B, "recipe", "base", "mult", "spatial", "predict", "t_power", "T", "ldm_steps")
 
@@ -224,10 +224,10 @@ def resample3d(x, how):
     return x
 
 
-def pad(x, unit):
-    """Background (-1) behind the end of each side, up to a multiple of unit. (B,C,*S) -> (B,C,*S')"""
-    missing = [(0, -s % unit) for s in x.shape[:1:-1]]          # F.pad begins with the last axis
-    return F.pad(x, list(itertools.chain(*missing)), value=-1.0)
+def pad(x, unit, value):
+    """`value` behind the end of each side, up to a multiple of unit. (B,C,*S) -> (B,C,*S')"""
+    missing = [n for s in reversed(x.shape[2:]) for n in (0, -s % unit)]    # F.pad begins with the last axis
+    return F.pad(x, missing, value=value)
 
 
 class Attention3d(nn.Module):
@@ -240,7 +240,7 @@ class Attention3d(nn.Module):
         self.qkv = nn.Conv3d(ch, 3 * ch, 1)
         self.proj = zero(nn.Conv3d(ch, ch, 1))
 
-    def forward(self, x, emb, z):
+    def forward(self, x, emb, c):
         q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, -1)  # (B,1,D*H*W,C)
         h = F.scaled_dot_product_attention(q, k, v)
         return x + self.proj(h.squeeze(1).transpose(1, 2).reshape(x.shape))
@@ -379,7 +379,8 @@ class SemanticEncoder(nn.Module):
 
     def forward(self, x):
         B, _, n, H, W = x.shape
-        slices = pad(x.reshape(B * n, 1, H, W), 4).contiguous(memory_format=torch.channels_last)
+        background = 0.0 if self.spatial else -1.0      # spatial: x is the difference from the mean brain
+        slices = pad(x.reshape(B * n, 1, H, W), 4, background).contiguous(memory_format=torch.channels_last)
         h = self.trunk(F.pixel_unshuffle(slices, 4))
         h = self.token(h.flatten(1) if self.spatial else h.mean((2, 3)))
         h = self.dropout(h.view(B, n, -1) + self.place)                                        # (B,n,d)
@@ -391,35 +392,35 @@ class SemanticEncoder(nn.Module):
 
 
 class ResBlock3d(nn.Module):
-    """UNet block: t scales and shifts, then z_sem does (PDAE: AdaGN twice, each with 1 +); z_dim 0: t only.
+    """UNet block: x (1 + scale) + shift from t, then again from c (PDAE); c_dim 0: from t only.
 
-    x (B,C,D,H,W), emb (B,4*base), z (B,z_dim) -> (B,ch_out,D',H',W'). The second conv starts at zero."""
-    def __init__(self, ch_in, ch_out, cfg, z_dim, how=""):
+    x (B,C,D,H,W), emb (B,4*base), c (B,c_dim) -> (B,ch_out,D',H',W'). The second conv starts at zero."""
+    def __init__(self, ch_in, ch_out, cfg, c_dim, how=""):
         super().__init__()
         self.norm1, self.how = norm(ch_in, cfg.groups), how
         self.conv1 = nn.Conv3d(ch_in, ch_out, 3, padding=1)
         self.t_proj = nn.Linear(4 * cfg.base, 2 * ch_out)
-        self.z_proj = nn.Linear(z_dim, 2 * ch_out) if z_dim else None
+        self.z_proj = nn.Linear(c_dim, 2 * ch_out) if c_dim else None
         self.norm2, self.dropout = norm(ch_out, cfg.groups), nn.Dropout(0.1)
         self.conv2 = zero(nn.Conv3d(ch_out, ch_out, 3, padding=1))
         self.skip = nn.Conv3d(ch_in, ch_out, 1) if ch_in != ch_out else nn.Identity()
 
-    def forward(self, x, emb, z):
+    def forward(self, x, emb, c):
         h = self.conv1(resample3d(F.silu(self.norm1(x)), self.how))
         scale, shift = self.t_proj(F.silu(emb))[..., None, None, None].chunk(2, 1)
         scale = 1 + scale
         if self.z_proj is not None:
-            z_scale, z_shift = self.z_proj(F.silu(z))[..., None, None, None].chunk(2, 1)
-            scale, shift = scale * (1 + z_scale), shift * (1 + z_scale) + z_shift
+            c_scale, c_shift = self.z_proj(F.silu(c))[..., None, None, None].chunk(2, 1)
+            scale, shift = scale * (1 + c_scale), shift * (1 + c_scale) + c_shift    # one after the other
         h = self.conv2(self.dropout(F.silu(self.norm2(h) * scale + shift)))
         return self.skip(resample3d(x, self.how)) + h
 
 
 class Down3d(nn.Module):
-    """First half of a UNet. x_t (B,ch,D,H,W), t (B,), z -> embedding of t, skips (the last is the bottom)
+    """First half of a UNet. x_t (B,ch,D,H,W), t (B,) -> embedding of t, skips (the last is the bottom)
 
     The two deepest levels have self-attention, but never the first one."""
-    def __init__(self, cfg, ch, z_dim):
+    def __init__(self, cfg, ch):
         super().__init__()
         self.base, c = cfg.base, cfg.base
         self.time = nn.Sequential(nn.Linear(c, 4 * c), nn.SiLU(), nn.Linear(4 * c, 4 * c))
@@ -427,21 +428,21 @@ class Down3d(nn.Module):
         self.steps = nn.ModuleList()      # each entry: a list of layers whose output is a skip
         for i, m in enumerate(cfg.mult):
             for _ in range(cfg.blocks):
-                layers = [ResBlock3d(c, m * cfg.base, cfg, z_dim)]
+                layers = [ResBlock3d(c, m * cfg.base, cfg, 0)]
                 c = m * cfg.base
                 if i >= max(1, len(cfg.mult) - 2):
                     layers.append(Attention3d(c, cfg.groups))
                 self.steps.append(nn.ModuleList(layers))
             if i < len(cfg.mult) - 1:
-                self.steps.append(nn.ModuleList([ResBlock3d(c, c, cfg, z_dim, "down")]))
+                self.steps.append(nn.ModuleList([ResBlock3d(c, c, cfg, 0, "down")]))
 
-    def forward(self, x_t, t, z=None):
+    def forward(self, x_t, t):
         emb = self.time(time_embedding(t, self.base))
         skips = [self.conv_in(x_t)]
         for layers in self.steps:
             h = skips[-1]
             for layer in layers:
-                h = layer(h, emb, z)
+                h = layer(h, emb, None)
             skips.append(h)
         return emb, skips
 
@@ -449,37 +450,37 @@ class Down3d(nn.Module):
 class Up3d(nn.Module):
     """Second half of a UNet, and alone PDAE's gradient decoder: middle, way up, output, on given skips.
 
-    emb (B,4*base), skips of Down3d, z (B,z_dim) -> (B,ch,D,H,W) float32, zero at initialisation"""
-    def __init__(self, cfg, ch, z_dim):
+    emb (B,4*base), skips of Down3d, c (B,c_dim) of z_sem -> (B,ch,D,H,W) float32, zero at initialisation"""
+    def __init__(self, cfg, ch, c_dim):
         super().__init__()
-        c, skips = cfg.mult[-1] * cfg.base, [cfg.base]
+        c, skip_ch = cfg.mult[-1] * cfg.base, [cfg.base]        # channels of Down3d's skips, in their order
         for i, m in enumerate(cfg.mult):
-            skips += [m * cfg.base] * (cfg.blocks + (i < len(cfg.mult) - 1))
-        self.middle = nn.ModuleList([ResBlock3d(c, c, cfg, z_dim), Attention3d(c, cfg.groups),
-                                     ResBlock3d(c, c, cfg, z_dim)])
+            skip_ch += [m * cfg.base] * (cfg.blocks + (i < len(cfg.mult) - 1))
+        self.middle = nn.ModuleList([ResBlock3d(c, c, cfg, c_dim), Attention3d(c, cfg.groups),
+                                     ResBlock3d(c, c, cfg, c_dim)])
         self.steps = nn.ModuleList()      # each entry: takes one skip
         for i, m in reversed(list(enumerate(cfg.mult))):
             for j in range(cfg.blocks + 1):
-                layers = [ResBlock3d(c + skips.pop(), m * cfg.base, cfg, z_dim)]
+                layers = [ResBlock3d(c + skip_ch.pop(), m * cfg.base, cfg, c_dim)]
                 c = m * cfg.base
                 if i >= max(1, len(cfg.mult) - 2):
                     layers.append(Attention3d(c, cfg.groups))
                 if i > 0 and j == cfg.blocks:
-                    layers.append(ResBlock3d(c, c, cfg, z_dim, "up"))
+                    layers.append(ResBlock3d(c, c, cfg, c_dim, "up"))
                 self.steps.append(nn.ModuleList(layers))
         self.norm_out = norm(c, cfg.groups)
         self.conv_out = zero(nn.Conv3d(c, ch, 3, padding=1))
 
-    def forward(self, emb, skips, z=None):
+    def forward(self, emb, skips, c=None):
         h = skips[-1]
         for layer in self.middle:
-            h = layer(h, emb, z)
+            h = layer(h, emb, c)
         for layers, skip in zip(self.steps, skips[::-1]):
             d, height, w = skip.shape[2:]
             h = h[:, :, :d, :height, :w]           # an odd side was rounded up on the way down
             h = torch.cat([h, skip], 1)
             for layer in layers:
-                h = layer(h, emb, z)
+                h = layer(h, emb, c)
         return self.conv_out(F.silu(self.norm_out(h))).float()
 
 
@@ -549,7 +550,7 @@ class Autoencoder(nn.Module):
 
     def posterior(self, x):
         """x (B,1,D,H,W) in [-1,1] -> mean, log variance of q(z|x), (B,z_ch,d,h,w). Sides are padded."""
-        return self.encoder(pad(x, self.unit))
+        return self.encoder(pad(x, self.unit, -1.0))
 
     def decode(self, z):
         """z (B,z_ch,d,h,w) -> (B,1,D,H,W) of the Config's size"""
@@ -572,11 +573,11 @@ class Autoencoder(nn.Module):
         recon = self.decode(mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=g, device=g.device))
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3, 4)).mean()
         fool, judge = self.adversarial(x, recon)
-        # A tenth of the steps without the adversarial loss; in the next tenth its weight grows to 1.
+        # A tenth of the steps without the adversarial loss; in the next tenth its weight grows to cfg.gan.
         warm = (10 * self.step / self.cfg.ae_steps - 1).clamp(0, 1)
         self.step += self.training
-        # Adam divides the discriminator's weight out again, but gradients are clipped together: with weight 1
-        # only the discriminator's would be left.
+        # Gradients are clipped by their joint norm. With weight 1 the discriminator's would decide how much,
+        # and the autoencoder's steps would swing with it. (Adam divides the weight out again.)
         return (recon - x).abs().mean() + 1e-7 * kl + self.cfg.gan * (warm * fool + judge)
 
 
@@ -588,7 +589,7 @@ class Unconditional(nn.Module):
     def __init__(self, cfg, mean, std):
         super().__init__()
         self.cfg = cfg
-        self.down, self.up = Down3d(cfg, cfg.z_ch, 0), Up3d(cfg, cfg.z_ch, 0)
+        self.down, self.up = Down3d(cfg, cfg.z_ch), Up3d(cfg, cfg.z_ch, 0)
         shift = mean.mean(0 if cfg.spatial else (0, 2, 3, 4), keepdim=True)
         scale = ((mean - shift).square() + std.square()).mean((0, 2, 3, 4), keepdim=True).sqrt()
         self.register_buffer("shift", shift)
@@ -945,7 +946,8 @@ def evaluate(cfg, data, part, loader, models, prior, device):
     wrong = render(model, noise, z[test][torch.as_tensor(M.other_subject(who), device=device)])
     gain = M.ssim(real, semantic[""]) - M.ssim(real, wrong)
     metrics["semantic_gain"] = M.row_of(np.mean, who, gain)
-    # A network that always outputs zero reconstructs well. Its z_T is then no noise of SD 1.
+    # A network that always outputs zero reconstructs well. If that is eps, its z_T has an SD near 0; if it is
+    # v, z_T is z0 times .8 to .96, which the SD hardly shows: so look at z_sem alone, too.
     metrics["z_T_sd_error"] = M.row_of(np.mean, who, (z_T.std((1, 2, 3, 4)) - 1).abs(), better="lower")
     lines = {"test scan": real, "autoencoder": recon["ae"], "z_sem + z_T": recon[""],
              "z_sem, random z_T": semantic[""], f"PCA, {cfg.z_dim} numbers": recon["pca"]}
@@ -1001,7 +1003,7 @@ def volume_reader(data, rows, label, ml):
 
 
 def manipulation(cfg, data, train, rows, model, z, z0):
-    """z_sem of the scans `rows` moved as it changes with the target, z_T kept. -> metrics; manipulation.png
+    """z_sem of the scans `rows` moved along its covariance with the target, z_T kept. -> metrics, a picture
 
     On phantoms the moved scans are measured: ventricles must grow, hippocampi shrink, heads stay."""
     # The weights of a probe say how to read an attribute, and also hold what cancels other causes. How codes
@@ -1058,13 +1060,14 @@ def missing_scans(cfg, data, test, model, z, z0):
     for months in np.unique(gap):
         here = M.evenly(np.flatnonzero(gap == months), cfg.eval_images)
         a, target, b = three[here].T
-        w, far = torch.as_tensor(share[here], dtype=z.dtype, device=z.device), share[here, None, None, None]
+        passed = share[here, None, None, None]      # of the time between both: 0 before, 1 after
+        w = torch.as_tensor(share[here], dtype=z.dtype, device=z.device)
         z_T = [travel(ddim_encode, model, z0[rows], z[rows]) for rows in (a, b)]
         before, real, after = (data.image[rows] / 255 for rows in (a, target, b))
         made = {"": render(model, slerp(*z_T, w), torch.lerp(z[a], z[b], w[:, None])),
                 "latent_mean": volumes(model, torch.lerp(z0[a], z0[b], w.view(-1, 1, 1, 1, 1))),
-                "voxel_mean": (1 - far) * before + far * after,
-                "copy": np.where(far <= 0.5, before, after),
+                "voxel_mean": (1 - passed) * before + passed * after,
+                "copy": np.where(passed <= 0.5, before, after),
                 "ae": volumes(model, z0[target])}
         metrics |= M.image_numbers(f"interp_{months}m", made, real, data.subject[target])
         picture.append([before, real, after, *made.values()])
@@ -1113,10 +1116,13 @@ def throughput(cfg, batch, model):
 def load(out, name="ckpt_C", device=""):
     """A network that a run has trained in the folder `out`, ready to use. -> (network, Config)
 
-    name: ckpt_C, the whole model; ckpt_A, the autoencoder; ckpt_B, the unconditional diffusion model. device:
-    "" is the first of cuda, mps, cpu that is there. A file that is damaged or of another network exits 2."""
+    name: ckpt_C, the whole model; ckpt_A, the autoencoder; ckpt_B, the unconditional diffusion model;
+    ckpt_prior_STEPS, the prior. device: "" is the first of cuda, mps, cpu that is there. A file that is
+    damaged or of another network exits 2."""
     if name == "ckpt_A":
         build = Autoencoder
+    elif name.startswith("ckpt_prior"):
+        build = lambda cfg: Prior(cfg.T, torch.zeros(2, cfg.z_dim))
     else:
         ae, cfg = load(out, "ckpt_A", device)
         sides = [-(-s // ae.unit) for s in cfg.size]
@@ -1218,13 +1224,13 @@ def main(argv):
     count, facts = D.describe(data, part)
     cfg = dataclasses.replace(cfg, target=D.choose_target(data, cfg.target, []))
     if rank == 0:
+        M.warn_if_edited(cfg, __file__)
         if cfg.init:
             M.known_part(cfg.init, data.subject[part == "test"])
         print(f"ldae: preset {cfg.preset}, recipe {cfg.recipe}, {device}, torch {torch.__version__}\n"
               f"data: {data.path} at {'x'.join(map(str, shape))}; subjects: {D.in_words(count)}\n"
               f"trains stage A: {cfg.ae_steps} steps, B: {cfg.ldm_steps}, C, prior: {cfg.steps}; evaluates\n"
               f"out: {out}; stop at any time, the same command goes on", flush=True)
-        M.warn_if_edited(cfg, __file__)
 
     rows = [np.flatnonzero(part == p) for p in ("train", "val")]
     D.batch_rows(len(rows[0]), cfg.batch, cfg.seed, 0)       # stages B and C: refused now, not after stage A

@@ -148,9 +148,13 @@ def test_resample_and_pad():
     assert torch.equal(m.resample3d(x, "up"), torch.nn.functional.interpolate(x, scale_factor=2))
     odd = torch.randn(1, 1, 3, 5, 4)           # no padding counts in a mean
     assert m.resample3d(odd, "down")[0, 0, 1, 2, 0] == pytest.approx(odd[0, 0, 2, 4, :2].mean().item())
-    padded = m.pad(odd, 4)
+    padded = m.pad(odd, 4, -1.0)
     assert padded.shape == (1, 1, 4, 8, 4) and torch.equal(padded[:, :, :3, :5], odd)
     assert (padded[:, :, 3:] == -1).all() and (padded[:, :, :, 5:] == -1).all()
+    enc, seen = m.SemanticEncoder(replace(TINY, spatial=True, size=(4, 30, 26))).eval(), []
+    enc.trunk.register_forward_pre_hook(lambda trunk, args: seen.append(args[0]))
+    enc(torch.zeros(1, 1, 4, 30, 26))       # the mean brain minus itself: no rim where it is padded to 32x28
+    assert seen[0].shape[-2:] == (8, 7) and not seen[0].any()
 
 
 @pytest.mark.parametrize("spatial", [True, False])
