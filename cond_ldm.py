@@ -22,9 +22,10 @@ The study: T. Yang, Conditional LDM with medical images, 2024. VQ-VAE: van den O
 LPIPS loss is left out, and sampling is by DDIM). `--recipe ours`, the default, changes this:
 - cond conv: strided convolutions read the drawing. The study resizes the drawing to 32x32 by nearest
   neighbour, and to one channel. Of the latent pixels that hold an edge 13 % keep it;
+  The view and the phase of the beat are planes of the drawing, too;
 - edges mixed: one model learns from all edges, a few strokes, the map's contours, and no edges;
 - predict v, of standardised latents, with averaged weights and a larger lr;
-- guidance: w = 2; the view and the phase of the beat are known to the model;
+- guidance: w = 2 (hearts: 1.5);
 - gan 0.01: the adversarial loss of the VQ-VAE is weaker, and its training images are moved (augment).
 """
 import copy, dataclasses, functools, math, signal, sys, time
@@ -82,14 +83,14 @@ class Config:
     vq_steps: int = 29000     # optimizer steps of the VQ-VAE; the segmenter that judges images takes half
     steps: int = 24000        # of the diffusion model; raise it and run again to train longer
     batch: int = 36           # images per step, over all processes
-    vq_lr: float = 8e-5       # Adam; constant after 100 steps of warm-up
+    vq_lr: float = 8e-5       # Adam; constant after 100 steps of warm-up (the segmenter's is 1e-3)
     lr: float = 1e-4          # of the diffusion model; paper: 8e-6
     ema: float = 0.999        # decay of the averaged weights; the averaged weights are evaluated; paper: 0
     minutes: float = 0.0      # at most so many minutes for each network; 0: no limit. results.json: its steps
     save_every: int = 500     # steps between checkpoints
     # evaluation
     S: int = 50               # DDIM steps
-    w: float = 2.0            # guidance, see guided(); the best of 1, 2, 4 on validation patients; paper: 1
+    w: float = 2.0            # guidance, see guided(); what validation patients chose; paper: 1
     eval_images: int = 500    # at most this many test images are generated, per kind of drawing
 
 
@@ -99,7 +100,7 @@ PRESETS = {
                  unet=(64, 96, 128), vq_steps=1000, steps=1400, batch=16, vq_lr=1e-3, lr=1e-3, save_every=300,
                  S=15, eval_images=160),
 }
-PRESETS["hearts"] = PRESETS["demo"] | dict(frame="patient", size=96, vq_steps=700, steps=2200)
+PRESETS["hearts"] = PRESETS["demo"] | dict(frame="patient", size=96, vq_steps=700, steps=2200, w=1.5)
 RECIPES = {
     "ours": {},
     "paper": dict(augment=0.0, gan=0.5, cond="seed", edges="full", predict="eps", scale=False, lr=8e-6,
@@ -316,7 +317,7 @@ class ConditionEncoder(nn.Module):
 class LatentUNet(nn.Module):
     """Denoiser. z_t (B,z_dim,h,w), t (B,), cond (B,ch,h,w) -> like z_t, float32, zero at initialisation.
 
-    cfg.unet (a,b,c,d): blocks a-b, b-c, c-d, each then halved; the middle d-d-c; back with the skips."""
+    cfg.unet (a,b,c,d): down a>b, b>c, c>d, each then halved; middle d>d>c; up c+d>b, b+c>a, a+b>a/2."""
     def __init__(self, cfg, ch):
         super().__init__()
         channels, self.base, emb = cfg.unet, cfg.unet[0], 2 * cfg.unet[0]
@@ -331,11 +332,11 @@ class LatentUNet(nn.Module):
             self.shrink.append(nn.Conv2d(b, b, 4, 2, 1))
         self.middle = blocks(channels[-1], channels[-1], 1)
         self.middle.extend(blocks(channels[-1], channels[-2], cfg.depth))
-        out = (channels[0] // 2, *channels)
+        out = (channels[0] // 2, *channels)     # out[i]: what level i hands up, `below` of the next level
         for i in reversed(range(len(channels) - 1)):
-            a, b = channels[i:i + 2]      # of the level below, of the skip
-            self.grow.append(nn.ConvTranspose2d(a, a, 4, 2, 1))
-            self.up.append(blocks(a + b, out[i], cfg.depth))
+            below, skip = channels[i:i + 2]
+            self.grow.append(nn.ConvTranspose2d(below, below, 4, 2, 1))
+            self.up.append(blocks(below + skip, out[i], cfg.depth))
         self.norm_out = norm(out[0], cfg.groups)
         self.conv_out = zero(nn.Conv2d(out[0], cfg.z_dim, 3, padding=1))
 
@@ -359,7 +360,7 @@ class LatentUNet(nn.Module):
 # --------------------------------------------------------------------------------------------------------
 # The three models that are trained. forward(batch, g) is the training loss.
 
-IDLE = 20    # steps after which an unused code is moved
+IDLE = 20    # a code that is unused for so many steps is moved, and again in each step until it is used
 
 
 class VQVAE(nn.Module):
@@ -402,7 +403,7 @@ class VQVAE(nn.Module):
         """After a step that used the codes index (B,h,w): moves those unused for IDLE steps to latents drawn
         from z (B,z_dim,h,w). Else a codebook collapses to the few codes that win at first.
 
-        The averaged copy of a moved code lags behind: far from all latents it is nobody's nearest."""
+        The averaged copy of a code that never stays is a mean of latents. It seldom wins."""
         used = torch.zeros_like(self.unused)
         used[index.flatten()] = 1
         rows = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
@@ -448,13 +449,13 @@ def one_hot(mask):
 def planes(batch, edges, g=None):
     """The drawing as images (B,7,H,W) float32: edges, one-hot map (4), view and phase: -1, 1, unknown 0.
 
-    edges: one of D.EDGES; mixed: each sample draws one of them from g, or all edges without a g. All planes 0
-    is "no condition": that differs from an empty drawing, whose background plane is 1."""
+    edges: one of D.EDGES; mixed: each sample draws its kind from g; without g all are "full". All planes 0 is
+    "no condition". With masks an empty drawing differs from that: its background plane is 1."""
     B, _, H, W = batch["edges"].shape
     which = torch.full((B,), D.EDGES.index(edges.replace("mixed", "full")), device=batch["kind"].device)
     if edges == "mixed" and g is not None:
-        which = torch.randint(4, (B,), generator=g, device=g.device)
-    chosen = F.one_hot(which, 4)[:, :3].view(B, 3, 1, 1)     # batch["edges"]: full, sparse, mask; none is 0
+        which = torch.randint(len(D.EDGES), (B,), generator=g, device=g.device)
+    chosen = F.one_hot(which, 4)[:, :3].view(B, 3, 1, 1)     # of batch["edges"] (B,3,H,W); none is 0
     lines = (chosen * batch["edges"]).sum(1, keepdim=True).float()
     ids = one_hot(batch["mask"]) if "mask" in batch else lines.new_zeros(B, 4, H, W)
     return torch.cat([lines, ids, batch["kind"].view(B, 2, 1, 1).expand(B, 2, H, W)], 1)
@@ -515,12 +516,12 @@ class Segmenter(nn.Module):
         return F.pixel_shuffle(self.out(h), self.patch).float()
 
     def forward(self, batch, g):
-        both = torch.cat([batch["image"], 2 * one_hot(batch["mask"]) - 1], 1)      # they move together
+        both = torch.cat([batch["image"], one_hot(batch["mask"])], 1)      # they move together
         both = D.augment(both, 0.5, False, g)
-        truth = one_hot(both[:, 1:].argmax(1))
+        truth = one_hot(both[:, 1:].argmax(1))      # a moved plane has fractions: the largest wins
         logits = self.logits(both[:, :1])
         p = logits.softmax(1)
-        dice = (2 * (p * truth).sum((2, 3)) + 1) / ((p + truth).sum((2, 3)) + 1)   # per image; absent: 1
+        dice = (2 * (p * truth).sum((2, 3)) + 1) / ((p + truth).sum((2, 3)) + 1)   # 1 where both have none
         return F.cross_entropy(logits, truth) + 1 - dice[:, 1:].mean()
 
 
@@ -685,9 +686,9 @@ def in_batches(fn, *tensors, batch=64):
 
 
 def edge_maps(image, mask, seed):
-    """All kinds of edges but none, in the order of D.EDGES: image, mask (N,H,W) uint8 -> (N,3,H,W) uint8.
+    """Edges of the kinds full, sparse and mask: image, mask (N,H,W) uint8 -> (N,3,H,W) uint8, 1 on a line.
 
-    mask None: no contours of it."""
+    mask None: the third has no lines."""
     out = np.zeros((len(image), 3, *image.shape[1:]), np.uint8)
     for rows in np.array_split(np.arange(len(image)), len(image) // 64 + 1):
         found = D.edges(image[rows])
@@ -804,7 +805,7 @@ def evaluate(cfg, data, part, arrays, vq, models, judge, inception):
     made["vq"], perplexity = reconstruct(vq, loader.batch(test)["image"])
     metrics["vq_perplexity"] = M.row(perplexity)
     same_view = np.array([f"{s} {v}" for s, v in zip(data.subject, view)])       # `copy` is of the same view
-    numbers = math.prod(models[""].shape)        # in a latent
+    numbers = math.prod(models[""].shape)        # of a latent; the PCA gets as many
     made |= M.trivial_images(dataclasses.replace(data, subject=same_view), train, test, numbers)
     if judge is not None:
         made["painted"] = painted(data, arrays["mask"], train, test)
@@ -817,8 +818,8 @@ def evaluate(cfg, data, part, arrays, vq, models, judge, inception):
         dot = f".{name}" if name else ""
         metrics["ssim" + dot] = M.row_of(np.mean, who[at], M.ssim(real[at], images))
         metrics["nmse" + dot] = M.row_of(np.mean, who[at], M.nmse(real[at], images), better="lower")
-        canny = D.edges(np.rint(255 * images.clip(0, 1)).astype(np.uint8))
-        found[name] = M.edge_hits(canny, arrays["edges"][test[at], 0], 2 if cfg.size > 128 else 1)
+        canny, near = D.edges(np.rint(255 * images.clip(0, 1)).astype(np.uint8)), 2 if cfg.size > 128 else 1
+        found[name] = M.edge_hits(canny, arrays["edges"][test[at], 0], near)      # within so many pixels
         metrics["edge_f1" + dot] = M.row_of(M.edge_f1, who[at], found[name])
         if judge is not None:
             labels = in_batches(lambda x: judge.logits(x).argmax(1), to_tensor(images, device))
@@ -889,11 +890,11 @@ def apply(out, path, device):
     Nothing is trained, and nothing is written but OUT/apply/NAME/drawn.h5 and drawn.png."""
     (model, cfg), (vq, _) = load(out, device=device), load(out, "ckpt_vq", device)
     folder = Path(out, "apply", Path(path).stem)
-    reads_mask = Path(out, "ckpt_judge.pt").exists()        # a run without masks has no judge
+    reads_mask = Path(out, "ckpt_judge.pt").exists()        # exactly a run with masks has a judge
     arrays = D.load_drawings(path, cfg.size, cfg.edges, reads_mask, cfg.frame)
     folder.mkdir(parents=True, exist_ok=True)
     n = len(arrays["kind"])
-    loader = D.Loader(arrays | {"edges": np.stack(3 * [arrays["edges"]], 1)}, cfg.device)
+    loader = D.Loader(arrays | {"edges": arrays["edges"][:, None]}, cfg.device)     # the plane of "full"
     images = generate(model, vq, loader, np.arange(n), "full")
     columns = dict(image=np.rint(255 * images).astype(np.uint8), subject=np.arange(n).astype(str))
     columns |= {"mask": arrays["mask"]} if "mask" in arrays else {}
@@ -916,7 +917,7 @@ ROWS = {"": "ours", "edges_sparse": "a few strokes", "edges_mask": "contours, no
         "edges_none": "no edges", "other_drawing": "another patient's drawing", "view_SA": "short axis alone",
         "view_LA": "long axis alone", "untrained": "untrained diffusion", "painted": "map in mean greys",
         "copy": "next slice, same patient", "constant": "mean training image", "pca": "PCA of the real slice",
-        "vq": "VQ-VAE of the real slice", "real": "real slices"}
+        "vq": "VQ-VAE of the real slice", "real": "real slices (distances: of others)"}
 
 
 def main(argv):
@@ -928,12 +929,13 @@ def main(argv):
     try:        # settings that do not fit each other are an error before anything is read or written
         times(cfg.S, T)
         inception = torch.jit.load(cfg.inception, device).eval() if cfg.inception else None
-        with torch.device("meta"):
+        with torch.device("meta"):      # nothing is computed; a + fails where two shapes differ
             vq, x0, t = VQVAE(cfg), torch.empty(2, 1, cfg.size, cfg.size), torch.ones(2).long()
             z0 = vq.encoder(x0)
             model, recon = Model(cfg, z0), vq.decoder(z0)
             model.unet(z0, t, model.condition(x0.expand(-1, 7, -1, -1))) + z0
-            vq.adversarial(recon + x0, recon) if cfg.gan else None
+            if cfg.gan:
+                vq.adversarial(recon + x0, recon)
             Segmenter(cfg).logits(x0)
     except (ValueError, IndexError, RuntimeError, OverflowError) as e:
         D.fail(f"--size {cfg.size}, --patch {cfg.patch}, --S {cfg.S}, --channels, --unet, --groups or "
@@ -958,9 +960,9 @@ def main(argv):
         arrays["mask"] = D.cine_ids(data)[D.in_memory(data.mask)]
     arrays["edges"] = edge_maps(data.image, arrays.get("mask"), cfg.seed)
     if rank == 0:
+        M.warn_if_edited(cfg, __file__)
         if cfg.init:
             M.known_part(cfg.init, data.subject[part == "test"])
-        M.warn_if_edited(cfg, __file__)
         print(f"cond_ldm: preset {cfg.preset}, recipe {cfg.recipe}, {device}, torch {torch.__version__}\n"
               f"data: {data.path} at {cfg.size}x{cfg.size}; subjects: {D.in_words(count)}\n"
               f"trains VQ-VAE, {cfg.vq_steps} steps, a judge, diffusion model, {cfg.steps}; evaluates\n"
@@ -971,20 +973,20 @@ def main(argv):
     images = D.Loader({"image": data.image}, device, all_views)
     torch.manual_seed(D.mix(cfg.seed, 0))
     watch = preview_vq(cfg, val_images) if len(val) else None
-    first = dataclasses.replace(cfg, lr=cfg.vq_lr)
-    vq, vq_reached = fit(VQVAE(cfg), images, first, "ckpt_vq", cfg.vq_steps, facts, watch)
+    vq_cfg = dataclasses.replace(cfg, lr=cfg.vq_lr)
+    vq, vq_reached = fit(VQVAE(cfg), images, vq_cfg, "ckpt_vq", cfg.vq_steps, facts, watch)
     judge = None
     if "mask" in arrays:
         pairs = D.Loader({k: arrays[k] for k in ("image", "mask")}, device, all_views)
         torch.manual_seed(D.mix(cfg.seed, 1))
-        second = dataclasses.replace(cfg, lr=1e-3)
-        judge, _ = fit(Segmenter(cfg), pairs, second, "ckpt_judge", cfg.vq_steps // 2, facts)
+        judge_cfg = dataclasses.replace(cfg, lr=1e-3)
+        judge, _ = fit(Segmenter(cfg), pairs, judge_cfg, "ckpt_judge", cfg.vq_steps // 2, facts)
 
     # The diffusion model belongs to the latents of this VQ-VAE: one that was trained longer has others.
     everything = D.Loader({"image": data.image}, device)
     rows = torch.arange(len(data), device=device)
     z0 = in_batches(lambda rows: vq.encode(everything.batch(rows)["image"]), rows)
-    pairs = {k: v for k, v in arrays.items() if k != "image"} | {"z0": z0.cpu().numpy()}
+    latents = {k: v for k, v in arrays.items() if k != "image"} | {"z0": z0.cpu().numpy()}
     facts |= {"vq_reached": vq_reached}
     torch.manual_seed(D.mix(cfg.seed, 2))
     model = Model(cfg, z0[train])
