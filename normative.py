@@ -4,7 +4,7 @@ The autoencoder of diffae.py, with one idea more: the encoder also sees the age,
 only healthy people train it. A score says how healthy a brain is. Cox regression asks whether patients with
 a higher score live longer.
 
-    x0 (B,1,H,W), age (B,) --Encoder--> z_sem (B,d) --against healthy people--> score --Cox--> hazard ratio
+    x0 (B,1,H,W), age (B,) --Encoder--> z_sem (B,d) --what it leaves out of x0--> score --Cox--> hazard ratio
          |                                 |      |
          +----------DDIM up: UNet(x_t, t, z_sem)--> x_T (B,1,H,W)
                                            |      |
@@ -21,7 +21,8 @@ Each healthy person has one role: train the networks (part "train"), be the refe
 (part "val"), or be a control (part "test"). Patients are always "test".
 
 `--recipe paper` trains and scores as published (but lr and EMA warm up). `--recipe ours`, the default,
-differs as in diffae.py, and in two more ways:
+differs as in diffae.py in predict v, spatial and flip, draws large t more often (t_power 0.5), and ends
+DDIM at T - 1 (stride trailing). Two more differences:
 - score residual (paper: cosine): a code of healthy brains has numbers for what healthy brains differ in. A
   lesion is none of that, so distances between codes hardly see it. The residual is the image minus what z_sem
   alone draws. It is measured pixel by pixel in units of what is usual in the reference;
@@ -55,7 +56,7 @@ class Config:
     init: str = ""            # folder of another run: start from its weights (fine-tuning)
     apply: str = ""           # file: no training; the model in --out reads it, into OUT/apply/NAME/
     preset: str = ""          # demo (laptop) or paper (one GPU); empty: paper on CUDA, demo elsewhere
-    recipe: str = "ours"      # ours or paper: objective, network and sampling times as published
+    recipe: str = "ours"      # ours or paper: the method, see above
     device: str = ""          # cuda, mps, cpu; empty: the first of these that is there
     seed: int = 0             # of the split, the weights, the order of the data and every draw
     target: str = "label"     # column that tells healthy people (0) from patients (above 0)
@@ -325,7 +326,9 @@ class UNet(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The VAE's decoder: the blocks of the encoder in reverse. z (B,z_dim) -> (B,1,H,W) float32."""
+    """The VAE's decoder: the encoder's levels in reverse, attention at the narrowest.
+
+    z (B,z_dim) -> (B,1,H,W) float32"""
     def __init__(self, cfg):
         super().__init__()
         self.width = cfg.size // 2 ** (len(cfg.enc_mult) - 1)
@@ -382,7 +385,8 @@ class Model(nn.Module):
 
 
 class VAE(nn.Module):
-    """The baseline (Kingma & Welling 2014, eq. 10, KL weighted): the same encoder and code length."""
+    """The baseline (Kingma & Welling 2014, eq. 10, KL weighted): as wide an encoder, of the image alone,
+    and as long a code."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -412,7 +416,8 @@ class VAE(nn.Module):
 
 def times(S, T, stride="trailing"):
     """S of T times, increasing. trailing: round(i T/S) - 1, i = 1..S; leading: floor(i T/S), i = 0..S-1;
-    quadratic: round(i^2 T/S^2) - 1, dense at low noise (DDIM, sec. D.2), where x_T gets its fine detail."""
+    quadratic: round(i^2 T/S^2) - 1, but at least i - 1; dense at low noise (DDIM, sec. D.2), where x_T gets
+    its fine detail."""
     if not 1 <= S <= T:
         raise ValueError(f"S={S} sampling steps: from 1 to T={T} are possible")
     if stride == "leading":
@@ -602,7 +607,9 @@ def preview(cfg, loader):
 
 
 def image_of_code(model, z_sem, g):
-    """What z_sem (N,d) alone draws: x0_hat at T - 1, where x_t is noise. -> (N,H,W) numpy in [0,1]"""
+    """The mean image that z_sem (N,d) stands for: x0_hat at T - 1, where x_t tells nothing, in one step. DDIM
+    would add details of its own. (An error of eps is multiplied by 157 here: for predict eps, this is mostly
+    noise.) -> (N,H,W) numpy in [0,1]"""
     def few(z):
         t = torch.full((len(z),), model.cfg.T - 1, device=z.device)
         x_T = torch.randn(len(z), 1, model.cfg.size, model.cfg.size, generator=g, device=z.device)
@@ -629,7 +636,7 @@ def usual_residual(real, drawn):
 
 
 def five_scores(z, deviates, age, rows):
-    """How healthy is z (N,d)? -> {kind: (N,)}, higher = healthier. rows: the healthy reference.
+    """How healthy is z (N,d)? -> {kind: (N,)}, higher = healthier. rows: of the healthy reference.
 
     cosine: with their mean z, whatever the age (the paper). age_matched, l2, mahalanobis: a cosine with, or
     minus a distance from, their mean at this age. residual: minus `deviates` (N,), the mean square over an
@@ -642,6 +649,16 @@ def five_scores(z, deviates, age, rows):
             "mahalanobis": -M.mahalanobis(z - at_age, rows)}
 
 
+def reference_scores(z, deviates, age):
+    """five_scores of the healthy reference, a fifth by the others, as new people are scored by all of it. (A
+    mean and a covariance are too near to those that they are made of.) -> {kind: (n,)}"""
+    out, fold = {}, np.arange(len(z)) % 5
+    for k in range(5):
+        for kind, score in five_scores(z, deviates, age, np.flatnonzero(fold != k)).items():
+            out.setdefault(kind, score.copy())[fold == k] = score[fold == k]
+    return out
+
+
 def latent_deviation(mean, logvar, rows):
     """A VAE's own score: minus the mean over i of |mean_i - healthy mean_i| / sqrt(healthy var_i + var_i).
 
@@ -650,8 +667,8 @@ def latent_deviation(mean, logvar, rows):
 
 
 def all_scores(cfg, data, part, models, codes, loader):
-    """-> {row: (N,) scores}; what our code leaves out, (N,H,W), in units of its usual_residual(); the latter.
-    Only part "val", the reference, says what is usual.
+    """-> scores {row: (N,)}; left_out (N,H,W): image minus image_of_code(), over usual; usual (H,W), see
+    usual_residual(). Only part "val", the reference, says what is usual.
 
     Rows KIND and CODE_KIND: the scores of our code and of others, as in ROWS. "" and CODE: only cfg.score."""
     age, real = data.columns["age"].astype(np.float64), data.image[np.arange(len(data))] / np.float32(255)
@@ -707,7 +724,7 @@ def evaluate(cfg, data, part, models, device):
     codes = {row: semantic_codes(model, loader) for row, model in models.items()}
 
     # Images from z_sem with the encoded x_T (recon), and from z_sem alone (mean over random x_T). The VAE and
-    # the trivial rows have one image for both. Ours comes last: its x_T, z and draws are used below.
+    # the trivial rows have one image for both. Ours comes last: its model and x_T are used below.
     recon = M.trivial_images(data, train, test, cfg.z_dim)
     recon["vae"] = M.to_image(in_batches(models["vae"].decoder, codes["vae"][test]))
     mean, metrics = dict(recon), {}
@@ -717,7 +734,7 @@ def evaluate(cfg, data, part, models, device):
         recon[row] = M.to_image(decode(model, x_T, z))
         draws = [M.to_image(decode(model, x, z)) for x in noise]
         mean[row] = np.mean(draws, 0)
-        of_another = M.to_image(decode(model, noise[0], z[wrong]))      # a slice of another patient
+        of_another = M.to_image(decode(model, noise[0], z[wrong]))      # by the code of another person
         gain = M.ssim(real, draws[0]) - M.ssim(real, of_another)
         metrics["semantic_gain" + dot] = M.row_of(np.mean, who, gain)
         sd_error = (x_T.std((1, 2, 3)) - 1).abs()           # noise has an SD of 1; alone that is no proof
@@ -764,10 +781,13 @@ def evaluate(cfg, data, part, models, device):
     names, lesion = list(data.attrs.get("mask_names", [])), np.zeros(real.shape, bool)
     if data.mask is not None and "lesion" in names and not ill[test].all():
         mask, lesion = data.mask[test], data.mask[test] == names.index("lesion")
+        lesion &= ((mask > 0) & ~lesion).any((1, 2), keepdims=True)     # a mask of lesions alone: none
         found = ill[test] & lesion.any((1, 2))
+        # Ours is the healthy twin. The others have none: it is what their own code of the patient draws.
         for row, images in (mean | {"": twin}).items() if found.any() else ():
             gain = lesion_gain(real - images, lesion, mask > 0, age[test], ill[test])
             metrics["lesion_gain" + (f".{row}" if row else "")] = M.row_of(np.mean, who[found], gain)
+    # Is the age used? How far z_sem moves with 20 years more, over the spread of the reference's codes.
     older = D.Loader({"image": data.image, "age": age + 20}, device, reference)
     shift = (semantic_codes(model, older) - codes[""][reference]).norm(dim=1)
     spread = codes[""][reference].std(0).norm()
@@ -830,18 +850,21 @@ def apply(out, path, device):
     z = semantic_codes(model, loader)
     M.save_codes(folder / "codes.csv", data, part, z)
 
-    # The reference comes first, the people in question after it: one scale for both.
+    # The reference comes first, the people in question after it: one scale for both. (`usual` is of this very
+    # reference: a new healthy person's residual is at 48 % on average if it has 200 people, at 41 if 30.)
     left_out = (real - image_of_code(model, z, g.manual_seed(cfg.seed))) / healthy["usual"]
     deviates = np.concatenate([healthy["deviates"], (left_out ** 2).mean((1, 2))])
     ages = np.concatenate([healthy["age"], age])
     everyone, rows = np.concatenate([healthy["z"], z.double().cpu()]), np.arange(n)
-    columns, metrics, ill = {"age": age}, {}, data.columns.get(cfg.target)
+    columns, metrics, ill = {"age": age}, {}, data.columns.get(cfg.target, np.full(len(data), np.nan))
+    known = ~np.isnan(ill) & ~np.isin(part, ["train", "val"])       # numbers: of those it has not seen
+    held_out = reference_scores(healthy["z"], healthy["deviates"], healthy["age"])
     for kind, score in five_scores(everyone, deviates, ages, rows).items():
-        beyond = score - age_mean(score[:, None], ages, rows)(ages)[:, 0]       # of the age
+        score[:n] = held_out[kind]
+        beyond = score - age_mean(score[:, None], ages, rows)(ages)[:, 0]       # what the age does not tell
         columns[kind] = score[n:]
         columns[f"{kind}_percentile"] = 100 * (beyond[:n] < beyond[n:, None]).mean(1)
-        if ill is not None:
-            known = ~np.isnan(ill)
+        if known.any():
             metrics[f"auroc.{kind}"] = M.row_of(M.auroc, data.subject[known], -beyond[n:][known], ill[known])
     M.save_scores(folder / "scores.csv", data, part, columns)
 
@@ -870,7 +893,8 @@ def apply(out, path, device):
 SHOWN = {"hr_per_sd": "hazard ratio per SD", "c_index": "C-index with age and sex",
          "logrank_p": "log-rank p, halves", "ks_p": "KS p (ignores censoring)",
          "auroc": "AUROC, patients against controls", "severity_r": "correlation with severity",
-         "lesion_gain": "patient - twin: AUROC of the lesion over chance", "recon_ssim": "z_sem + x_T, SSIM",
+         "lesion_gain": "patient - twin (others: - own image): AUROC of the lesion over chance",
+         "recon_ssim": "z_sem + x_T, SSIM",
          "semantic_mean_ssim": "z_sem alone (mean), SSIM"}
 KINDS = {"residual": "residual", "cosine": "cosine", "age_matched": "cosine at this age",
          "l2": "distance at this age", "mahalanobis": "Mahalanobis"}
