@@ -27,8 +27,8 @@ but lr and EMA warm up, and the prior predicts v. `--recipe ours`, the default, 
   channels. So the encoder flattens its last feature map, and a linear layer turns z_sem into an image that
   the UNet sees beside x_t. The VAE gets the same encoder;
 - augment 0.5, no flip: small random motions of the training images, and no mirrored hearts;
-- stride quadratic: DDIM ends at T - 1, the noisiest level that was trained, and steps finely at low noise;
-- frame wall: the encoder pools over the angle and keeps the depth, see RingEncoder.
+- stride quadratic, S 50: DDIM ends at T - 1, the noisiest trained level, and steps finely at low noise;
+- with --frame wall the encoder pools over the angle and keeps the depth, see RingEncoder.
 """
 import copy, dataclasses, functools, math, signal, sys, time
 from dataclasses import dataclass
@@ -269,10 +269,11 @@ class Encoder(nn.Module):
 class RingEncoder(Encoder):
     """Encoder for the frame of the wall, where rows are depth and columns are the angle, a closed ring.
 
-    A turn of the heart shifts the columns. So mean and maximum over the columns forget the turn and nothing
-    else. The code is these two of a few channels in each row. Convolutions wrap around: a border of zeros
-    would tell them the angle. (The rows wrap, too. It touches the outermost.) x (B,ch_in,H,W) -> (B,ch_out)
-    float32; ch_out: a multiple of twice the rows, which are 12 to 23"""
+    A turn of the heart shifts the columns. Mean and maximum over the columns do not depend on their order: a
+    turn by 2^halvings columns changes nothing, and D.moved teaches the others. The code is these two of a few
+    channels in each row. Convolutions wrap around: a border of zeros would tell them the angle. (The rows
+    wrap, too: the centre sees a little of what lies outside.) x (B,ch_in,H,W) -> (B,ch_out) float32; ch_out:
+    a multiple of twice the rows, which are 12 to 23"""
     def __init__(self, cfg, ch_in, ch_out):
         halvings = max(0, int(math.log2(cfg.size / 12)))
         mult = cfg.enc_mult[:halvings + 1]
@@ -350,7 +351,9 @@ class UNet(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The VAE's decoder: the blocks of the encoder in reverse. z (B,z_dim) -> (B,1,H,W) float32."""
+    """The VAE's decoder: the encoder's levels in reverse, attention at the narrowest.
+
+    z (B,z_dim) -> (B,1,H,W) float32"""
     def __init__(self, cfg):
         super().__init__()
         self.width = cfg.size // 2 ** (len(cfg.enc_mult) - 1)
@@ -448,7 +451,8 @@ class Model(nn.Module):
 
 
 class VAE(nn.Module):
-    """The baseline (Kingma & Welling 2014, eq. 10, KL weighted): the same encoder and code length."""
+    """The baseline (Kingma & Welling 2014, eq. 10, KL weighted): as wide an encoder, of the image alone,
+    and as long a code."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -474,7 +478,8 @@ class VAE(nn.Module):
 
 
 class Supervised(nn.Module):
-    """A ceiling for the codes: the same encoder, trained on the labels y (0 or 1) of training patients."""
+    """For comparison: the same encoder, trained on the labels y (0 or 1) of training patients. No upper
+    bound: labels are few."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -504,7 +509,8 @@ def build(network, cfg):
 
 def times(S, T, stride="trailing"):
     """S of T times, increasing. trailing: round(i T/S) - 1, i = 1..S; leading: floor(i T/S), i = 0..S-1;
-    quadratic: round(i^2 T/S^2) - 1, dense at low noise (DDIM, sec. D.2), where x_T gets its fine detail."""
+    quadratic: round(i^2 T/S^2) - 1, but at least i - 1; dense at low noise (DDIM, sec. D.2), where x_T gets
+    its fine detail."""
     if not 1 <= S <= T:
         raise ValueError(f"S={S} sampling steps: from 1 to T={T} are possible")
     if stride == "leading":
@@ -724,7 +730,8 @@ def evaluate(cfg, data, part, models, prior, device):
     # the trivial rows have one image for both. Ours comes last: its x_T, z and draws are used below.
     recon = M.trivial_images(data, train, test, cfg.z_dim)
     recon["vae"] = M.to_image(in_batches(models["vae"].decoder, codes["vae"][test]))
-    mean, single, metrics = dict(recon), {"vae": recon["vae"]}, {}
+    mean, metrics = dict(recon), {}             # row -> (n,H,W): the mean over the draws
+    single = {"vae": recon["vae"]}              # row -> (n,H,W): one image, for its grain
     for row in tqdm(("untrained", ""), "evaluate: images", unit="model"):
         model, z, dot = models[row], codes[row][test], f".{row}" if row else ""
         x_T = encode_noise(model, x0, z)
@@ -772,10 +779,10 @@ def evaluate(cfg, data, part, models, prior, device):
            f"A middle slice of test patients, whom no network has seen. {cfg.S} DDIM steps.")
     picture = lambda x: D.on_hearts(data, test[middle], M.to_image(x))
     if axis is not None and data.frame == "wall":       # an edit must change the wall and nothing else
-        healthy, ill = (M.to_image(decode(model, x_T, z + k * axis)) for k in (-2, 2))
-        change, depth = abs(ill - healthy).mean(2), np.linspace(-1, 1.5, cfg.size)
-        for name, rows in ("cavity", depth < 0), ("wall", abs(depth - 0.5) < 0.5), ("outside", depth > 1):
-            metrics[f"edit_{name}"] = M.row_of(np.mean, who, change[:, rows].mean(1), better="")
+        less, more = (M.to_image(decode(model, x_T, z + k * axis)) for k in (-2, 2))
+        change, depth = abs(more - less).mean(2), np.linspace(-1, 1.5, cfg.size)        # as in D.unwrap
+        for name, at in ("cavity", depth < 0), ("wall", abs(depth - 0.5) < 0.5), ("outside", depth > 1):
+            metrics[f"edit_{name}"] = M.row_of(np.mean, who, change[:, at].mean(1), better="")
     edits(out, model, x_T[middle], z[middle], axis, picture)
     new = decode(model, torch.randn(8, *x0.shape[1:], generator=g, device=device), prior.sample(8, g))
     bank = data.image[M.evenly(train, 5000)] / 255
@@ -799,7 +806,7 @@ def edits(out, model, x_T, z, axis, picture):
     if axis is not None:
         moved = {f"{k:+d} SD": picture(decode(model, x_T, z + k * axis)) for k in (-4, -2, -1, 0, 1, 2, 4)}
         M.grid(out / "manipulation.png", list(moved.values()), list(moved), [],
-               "A column per patient. z_sem moved along the probe, + towards its class 1, in SDs; x_T kept.")
+               "A column per patient. z_sem moved along the probe, + to class 1 or more, in SDs; x_T kept.")
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -839,7 +846,8 @@ def apply(out, path, device):
     images, few = np.concatenate(images), M.evenly(np.arange(len(data)), 8)
     D.write(folder / "reconstructions.h5", [dict(image=D.to_uint8(255 * images), subject=data.subject)],
             dict(source=f"z_sem + x_T of {path} by the model in {out}"))
-    noise = torch.randn(x0[:1].shape, generator=torch.Generator(cfg.device).manual_seed(0), device=cfg.device)
+    g = torch.Generator(cfg.device).manual_seed(0)
+    noise = torch.randn(1, 1, cfg.size, cfg.size, generator=g, device=cfg.device)
     alone = M.to_image(decode(model, noise.expand(len(few), -1, -1, -1), z[few]))
     shown = [D.on_hearts(data, few, x) for x in (data.image[few] / 255, images[few], alone)]
     M.grid(folder / "reconstructions.png", shown, ["image", "z_sem + x_T", "z_sem, random x_T"],
@@ -914,7 +922,8 @@ def main(argv):
         labelled = D.Loader({"image": data.image, "y": y}, device, known)
         torch.manual_seed(D.mix(cfg.seed, 2))
         net = build(Supervised, cfg)
-        models["supervised"], _ = fit(net, labelled, cfg, "ckpt_supervised", reached // 2, facts)
+        name, labels = f"ckpt_supervised_{cfg.target}", facts | {"labels": D.mix(*y[known].astype(int))}
+        models["supervised"], _ = fit(net, labelled, cfg, name, reached // 2, labels)
     if D.leave():       # the rest is the work of one process
         return
     z = semantic_codes(models[""], images)

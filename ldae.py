@@ -676,7 +676,8 @@ class Model(nn.Module):
 
 def times(S, T, stride="trailing"):
     """S of T times, increasing. trailing: round(i T/S) - 1, i = 1..S; leading: floor(i T/S), i = 0..S-1;
-    quadratic: round(i^2 T/S^2) - 1, dense at low noise (DDIM, sec. D.2), where x_T gets its fine detail."""
+    quadratic: round(i^2 T/S^2) - 1, but at least i - 1; dense at low noise (DDIM, sec. D.2), where x_T gets
+    its fine detail."""
     if not 1 <= S <= T:
         raise ValueError(f"S={S} sampling steps: from 1 to T={T} are possible")
     if stride == "leading":

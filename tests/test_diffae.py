@@ -394,7 +394,7 @@ def test_whole_run_leaves_results_and_pictures(tiny, tmp_path, capsys, monkeypat
     monkeypatch.setattr(m, "fit", spy)
     main("--data", tiny, "--out", out, *FLAGS)
     data, part = D.load_study(tiny, "", 16, 0)
-    for name in ("ckpt", "ckpt_vae", "ckpt_supervised"):       # the networks see the training patients and nobody else
+    for name in ("ckpt", "ckpt_vae", "ckpt_supervised_has_infarct"):   # the networks see the training patients and nobody else
         assert np.array_equal(seen[name], np.flatnonzero(part == "train"))
     results, printed = json.loads((out / "results.json").read_text()), capsys.readouterr().out
     assert results["script"] == "diffae" and results["n"] == {"train": 8, "val": 2, "test": 2}
