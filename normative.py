@@ -851,7 +851,7 @@ def apply(out, path, device):
     M.save_codes(folder / "codes.csv", data, part, z)
 
     # The reference comes first, the people in question after it: one scale for both. (`usual` is of this very
-    # reference: a new healthy person's residual is at 48 % on average if it has 200 people, at 41 if 30.)
+    # reference: where that has few people, the residuals of new healthy ones look a little worse.)
     left_out = (real - image_of_code(model, z, g.manual_seed(cfg.seed))) / healthy["usual"]
     deviates = np.concatenate([healthy["deviates"], (left_out ** 2).mean((1, 2))])
     ages = np.concatenate([healthy["age"], age])
