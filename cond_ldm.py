@@ -877,7 +877,6 @@ def load(out, name="ckpt_ldm", device=""):
     name: ckpt_ldm, the diffusion model; ckpt_vq, the VQ-VAE; ckpt_judge, the segmenter. device: "" is the
     first of cuda, mps, cpu that is there. A file that is damaged or of another network exits 2."""
     def diffusion(cfg):
-        cfg.w = cfg.w or Config.w       # 0 in runs that chose it by themselves, as LOG.md tells
         with torch.device("meta"):      # for the shape of a latent
             z0 = VQVAE(cfg).encoder(torch.empty(2, 1, cfg.size, cfg.size))
         return Model(cfg, torch.zeros(z0.shape))

@@ -494,7 +494,8 @@ class Rows:
                     fail(f"{path}: {self.name}: not what it was when this run began; put that file back")
                 most = max(1, int(64e6 // (dataset.dtype.itemsize * np.prod(dataset.shape[1:]))))
                 cut = (np.diff(wanted[here]) > 1) | (np.arange(1, len(here)) % most == 0)
-                for run in np.split(here, np.flatnonzero(cut) + 1):    # neighbours together, up to 64 MB
+                runs = np.split(here, np.flatnonzero(cut) + 1)      # neighbours together, up to 64 MB
+                for run in tqdm(runs, "reading", delay=2, leave=False, disable=None):
                     first = int(wanted[run[0]] - self.starts[k])
                     with guarded(path, f"{self.name}[{first}..{first + len(run) - 1}]"):
                         block = dataset[first:first + len(run)]

@@ -701,7 +701,7 @@ def decode(model, x_T, z_sem):
 def preview(cfg, loader):
     """-> watch(ema) for fit: preview.png of validation images. Another image in row 3: z_sem is not used."""
     def watch(ema):
-        batch = loader.batch(M.evenly(np.arange(len(loader)), 6))
+        batch = loader.batch(np.arange(len(loader)))
         with amp(loader.device), torch.inference_mode():
             x0, z = batch["image"], ema.encode(batch)
         noise = torch.randn(x0.shape, generator=torch.Generator(x0.device).manual_seed(0), device=x0.device)
@@ -908,7 +908,7 @@ def main(argv):
               f"trains the autoencoder and the VAE, {cfg.steps} steps each; an encoder from labels; a prior\n"
               f"out: {out}; stop at any time, the same command goes on", flush=True)
 
-    rows = [np.flatnonzero(part == p) for p in ("train", "val")]
+    rows = [np.flatnonzero(part == "train"), M.evenly(np.flatnonzero(part == "val"), 6)]
     images, val_images = (D.Loader({"image": data.image}, device, r) for r in rows)
     watch = preview(cfg, val_images) if len(val_images) else None
     torch.manual_seed(D.mix(cfg.seed, 0))

@@ -902,7 +902,7 @@ def view(x):
 def preview3d(cfg, loader, name, draw):
     """-> watch(ema) for fit: OUT/name.png of validation volumes. draw(ema, batch) -> {label: (B,D,H,W)}"""
     def watch(ema):
-        lines = draw(ema, loader.batch(M.evenly(np.arange(len(loader)), 4)))
+        lines = draw(ema, loader.batch(np.arange(len(loader))))
         M.grid(Path(cfg.out, name), [[view(x) for x in line] for line in lines.values()], list(lines), [],
                "Validation subjects at the last save: axial and coronal slice.")
     return watch
@@ -1233,7 +1233,7 @@ def main(argv):
               f"trains stage A: {cfg.ae_steps} steps, B: {cfg.ldm_steps}, C, prior: {cfg.steps}; evaluates\n"
               f"out: {out}; stop at any time, the same command goes on", flush=True)
 
-    rows = [np.flatnonzero(part == p) for p in ("train", "val")]
+    rows = [np.flatnonzero(part == "train"), M.evenly(np.flatnonzero(part == "val"), 4)]
     D.batch_rows(len(rows[0]), cfg.batch, cfg.seed, 0)       # stages B and C: refused now, not after stage A
     default = lambda keys: {k: getattr(Config, k) for k in keys}
     torch.manual_seed(D.mix(cfg.seed, 0))
