@@ -743,7 +743,7 @@ def evaluate(cfg, data, part, models, device):
     gain = M.ssim(real, mean[""]) - M.ssim(real, mean["vae"])
     metrics["semantic_mean_gain.vae"] = M.row_of(np.mean, who, gain)
 
-    # Patients against controls, beyond what the age says of a score.
+    # Patients against controls: how far a score lies below that of healthy people of the same age.
     age, ill = data.columns["age"].astype(np.float64), data.columns[cfg.target] > 0
     reference, tested = np.flatnonzero(part == "val"), np.flatnonzero(part == "test")
     patients = tested[ill[tested]]
@@ -756,10 +756,10 @@ def evaluate(cfg, data, part, models, device):
                   "deviates": (left_out[reference] ** 2).mean((1, 2))}
     M.save_arrays(out / "reference.npz", of_healthy)
     for row, score in scores.items():
-        dot, beyond = f".{row}" if row else "", age_mean(score[:, None], age, reference)(age)[:, 0] - score
-        metrics["auroc" + dot] = M.row_of(M.auroc, data.subject[tested], beyond[tested], ill[tested])
+        dot, below = f".{row}" if row else "", age_mean(score[:, None], age, reference)(age)[:, 0] - score
+        metrics["auroc" + dot] = M.row_of(M.auroc, data.subject[tested], below[tested], ill[tested])
         if "planted" in scores:
-            metrics["severity_r" + dot] = M.row_of(M.spearman, data.subject[patients], beyond[patients],
+            metrics["severity_r" + dot] = M.row_of(M.spearman, data.subject[patients], below[patients],
                                                    -scores["planted"][patients])
 
     # Survival: one line per patient, the mean over the patient's images.
@@ -861,11 +861,11 @@ def apply(out, path, device):
     held_out = reference_scores(healthy["z"], healthy["deviates"], healthy["age"])
     for kind, score in five_scores(everyone, deviates, ages, rows).items():
         score[:n] = held_out[kind]
-        beyond = score - age_mean(score[:, None], ages, rows)(ages)[:, 0]       # what the age does not tell
+        below = age_mean(score[:, None], ages, rows)(ages)[:, 0] - score    # what the age does not tell
         columns[kind] = score[n:]
-        columns[f"{kind}_percentile"] = 100 * (beyond[:n] < beyond[n:, None]).mean(1)
+        columns[f"{kind}_percentile"] = 100 * (below[:n] > below[n:, None]).mean(1)
         if known.any():
-            metrics[f"auroc.{kind}"] = M.row_of(M.auroc, data.subject[known], -beyond[n:][known], ill[known])
+            metrics[f"auroc.{kind}"] = M.row_of(M.auroc, data.subject[known], below[n:][known], ill[known])
     M.save_scores(folder / "scores.csv", data, part, columns)
 
     typical, twins = age_mean(healthy["z"], healthy["age"], rows), []
