@@ -807,15 +807,6 @@ def known_part(out, subject):
     return part
 
 
-def read_results(out):
-    """What save_results wrote in the folder `out` -> dict. Exits 2 if the run there has not finished."""
-    path = Path(out, "results.json")
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as e:
-        D.fail(f"{path}: {e}; finish the run in this folder first")
-
-
 # ---- The table and the sentence that end a run -------------------------------------------------------------
 
 GLOSSARY = {  # first words of keys in results.json; a longer one wins
