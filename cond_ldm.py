@@ -957,7 +957,7 @@ def main(argv):
         D.fail(f"{data.path}: mask: missing; --edges full (or sparse) learns from edges alone")
     arrays = {"image": data.image, "kind": D.view_phase(data.columns, len(data))}
     if data.mask is not None:
-        arrays["mask"] = D.cine_ids(data)[D.in_memory(data.mask)]
+        arrays["mask"] = D.cine_ids(data)[data.mask[:]]
     arrays["edges"] = edge_maps(data.image, arrays.get("mask"), cfg.seed)
     if rank == 0:
         M.warn_if_edited(cfg, __file__)

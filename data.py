@@ -294,9 +294,9 @@ def save_checkpoint(path, state):
 def read_state(path):
     """The state that save_checkpoint wrote to `path`, on the CPU: step, model, ema, optimizer, config.
 
-    None if there is no such file. Exits if it is damaged or holds other things."""
+    Exits if there is no such file, if it is damaged or if it holds other things."""
     if not os.path.lexists(path):
-        return None
+        fail(f"{path}: no such file; name the folder of a run that has trained this network")
     try:
         with zipfile.ZipFile(path) as file:
             if wrong := file.testzip():     # torch.load does not compare the checksums that torch.save wrote
@@ -322,18 +322,19 @@ def read_state(path):
 
 
 def read_checkpoint(path, config, defaults, may_change):
-    """read_state(path) for a run that goes on. Exits if its config differs from `config` in a key that is not
-    in may_change. A key that its config lacks means defaults[key]."""
+    """read_state(path) for a run that goes on; None if there is no such file. Exits if its config differs
+    from `config` in a key that is not in may_change. A key that its config lacks means defaults[key]."""
+    if not os.path.lexists(path):
+        return None
     state = read_state(path)
-    if state is not None:
-        # Keys that only the checkpoint has are of fields that Config had once. Nobody can set these today,
-        # and if they changed the network, then load_into finds other shapes.
-        was = {k: list(v) if isinstance(v, tuple) else v for k, v in {**defaults, **state["config"]}.items()}
-        differ = [f"{k} {was.get(k)!r} -> {v!r}" if k in defaults else f"other {k.replace('_', ' ')}"
-                  for k, v in config.items() if k not in may_change and was.get(k) != v]
-        if differ:
-            data = was.get("data") or "phantoms"
-            fail(f"{path}: made by another run, of {data} ({', '.join(differ)}); choose another --out")
+    # Keys that only the checkpoint has are of fields that Config had once. Nobody can set these today,
+    # and if they changed the network, then load_into finds other shapes.
+    was = {k: list(v) if isinstance(v, tuple) else v for k, v in {**defaults, **state["config"]}.items()}
+    differ = [f"{k} {was.get(k)!r} -> {v!r}" if k in defaults else f"other {k.replace('_', ' ')}"
+              for k, v in config.items() if k not in may_change and was.get(k) != v]
+    if differ:
+        data = was.get("data") or "phantoms"
+        fail(f"{path}: made by another run, of {data} ({', '.join(differ)}); choose another --out")
     return state
 
 
@@ -373,17 +374,9 @@ def load_into(state, path, model, ema, optimizer):
     return state["step"]
 
 
-def averaged_weights(path):
-    """-> the averaged weights in a checkpoint, {name: tensor}, and its config, {field: value}"""
-    state = read_state(path)
-    if state is None:
-        fail(f"{path}: no such file; name the folder of a run that has trained this network")
-    return state["ema"], state["config"]
-
-
 def start_from(path, *networks):
     """Load the averaged weights in the checkpoint of another run into all networks."""
-    weights, _ = averaged_weights(path)
+    weights = read_state(path)["ema"]
     for net in networks:
         load_weights(path, "ema", weights, net)
 
@@ -392,12 +385,11 @@ def trained(path, Config, build, device=""):
     """A trained network, ready to use, from its checkpoint alone: build(cfg) with the averaged weights.
 
     -> (the network on `device`, which "" chooses, in eval mode and without gradients; its Config)"""
-    weights, config = averaged_weights(path)
-    kinds = typing.get_type_hints(Config)
-    config = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in kinds}
+    state, kinds = read_state(path), typing.get_type_hints(Config)
+    config = {k: tuple(v) if isinstance(v, list) else v for k, v in state["config"].items() if k in kinds}
     cfg = Config(**config | dict(out=os.path.dirname(path), device=choose_device(device)))
     model = build(cfg)
-    load_weights(path, "ema", weights, model)
+    load_weights(path, "ema", state["ema"], model)
     return model.to(cfg.device).eval().requires_grad_(False), cfg
 
 
@@ -470,8 +462,6 @@ class Rows:
 
     Floats become round(255 x); `size` resizes in-plane. Fails naming file, dataset and row on NaN,
     Inf, a float outside [0,1] or a damaged chunk."""
-    dtype = np.dtype(np.uint8)
-
     def __init__(self, name, paths, counts, shape, size=None):
         self.name, self.paths, self.size = name, paths, size
         self.starts, self.stored = np.cumsum([0, *counts]), tuple(shape)
@@ -486,7 +476,7 @@ class Rows:
         wanted, back = np.unique(rows, return_inverse=True)
         owner = np.searchsorted(self.starts, wanted, "right") - 1
         out = np.empty((len(wanted), *self.shape[1:]), np.uint8)
-        for k in np.unique(owner):
+        for k in tqdm(np.unique(owner), "reading", delay=2, leave=False, disable=None):
             path, here = self.paths[k], np.flatnonzero(owner == k)
             with open_h5(path) as file:
                 dataset = plain(file, path, self.name)
@@ -500,6 +490,8 @@ class Rows:
                     with guarded(path, f"{self.name}[{first}..{first + len(run) - 1}]"):
                         block = dataset[first:first + len(run)]
                     out[run] = self.to_uint8(block, path, first)
+        if np.array_equal(wanted, rows):        # no second copy of a large file
+            return out
         return out[back.reshape(rows.shape)]
 
     def to_uint8(self, x, path, first):
@@ -520,16 +512,6 @@ def blocks(rows):
     step = max(1, int(64e6 // max(1, rows.nbytes // max(1, len(rows)))))
     for first in tqdm(range(0, len(rows), step), "reading", delay=2, leave=False, disable=None):
         yield np.arange(first, min(first + step, len(rows)))
-
-
-def in_memory(rows):
-    """Rows -> ndarray; an ndarray stays what it is."""
-    if isinstance(rows, np.ndarray):
-        return rows
-    out = np.empty(rows.shape, rows.dtype)
-    for block in blocks(rows):
-        out[block] = rows[block]
-    return out
 
 
 def to_uint8(x):
@@ -734,7 +716,7 @@ def load(path, size=None, max_gb=4.0):
     image, mask = (Rows(k, paths, counts, shape, size) if k in first else None for k in PIXELS)
     digest = hashlib.sha256(repr((image.shape, subject.tolist())).encode())
     if image.nbytes * (2 if mask else 1) <= max_gb * 1e9:
-        image, mask = in_memory(image), in_memory(mask) if mask else None
+        image, mask = image[:], mask[:] if mask else None
         if all(x.min() == x.max() for x in image):
             fail(f"{path}: image: every image is constant; was the file written completely?")
         digest.update(image)
@@ -756,15 +738,6 @@ def check(path):
     return data
 
 
-def fold_numbers(fold, subjects):
-    """"2/5" -> (2, 5): the third fifth. Exits if it is no fold of so many subjects."""
-    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", fold)
-    k, n = map(int, found.groups()) if found else (0, 0)
-    if not k < n or not 2 <= n <= subjects:
-        fail(f"--fold {fold}: expected k/K, as in 0/5 to 4/5; K from 2 to the {subjects} subjects")
-    return k, n
-
-
 def split(data, seed=0, fractions=(0.7, 0.1, 0.2), fold=""):
     """-> (N,) "train"/"val"/"test": the stored split, else by subject, stratified by label.
 
@@ -783,7 +756,10 @@ def split(data, seed=0, fractions=(0.7, 0.1, 0.2), fold=""):
     order = [hashlib.sha256(f"{seed} {s}".encode()).hexdigest() for s in subjects]
     part = np.empty(len(subjects), "<U5")
     if fold:
-        k, n = fold_numbers(fold, len(subjects))
+        found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", fold)
+        k, n = map(int, found.groups()) if found else (0, 0)
+        if not k < n or not 2 <= n <= len(subjects):
+            fail(f"--fold {fold}: expected k/K, as in 0/5 to 4/5; K from 2 to the {len(subjects)} subjects")
         by_label = np.array(sorted(range(len(subjects)), key=lambda i: (label[i], order[i])))
         rest = np.delete(by_label, np.s_[k::n])
         every = round((fractions[0] + fractions[1]) / fractions[1])
@@ -1132,10 +1108,7 @@ def canny(image, sigma, low, high, tissue):
     thin = np.zeros(image.shape, bool)
     thin[i[top], j[top]] = True
     # Hysteresis: a weak edge stays where it touches a strong one.
-    part, count = ndimage.label(thin, np.ones((3, 3)))
-    keep = np.zeros(count + 1, bool)
-    keep[part[i[top], j[top]][here[top] >= high]] = True
-    return keep[part]
+    return ndimage.binary_propagation(thin & (slope >= high), np.ones((3, 3)), thin)
 
 
 def edges(image):
@@ -1230,9 +1203,9 @@ def load_drawings(path, size, edges, with_mask, frame="image"):
         data = load_framed(path, size, frame)
         arrays = {"kind": view_phase(data.columns, len(data))}
         if with_mask:
-            arrays["mask"] = cine_ids(data)[in_memory(data.mask)]
+            arrays["mask"] = cine_ids(data)[data.mask[:]]
         kind, rng = edges.replace("mixed", "full"), np.random.default_rng(0)
-        lines = edge_map(in_memory(data.image), arrays.get("mask"), kind, rng)
+        lines = edge_map(data.image[:], arrays.get("mask"), kind, rng)
         return arrays | {"edges": lines.astype(np.uint8)}
     need = ["edges"] * (edges in ("full", "sparse")) + ["mask"] * with_mask
     with open_h5(path) as file:

@@ -908,7 +908,7 @@ def main(argv):
               f"trains the autoencoder and the VAE, {cfg.steps} steps each; an encoder from labels; a prior\n"
               f"out: {out}; stop at any time, the same command goes on", flush=True)
 
-    rows = [np.flatnonzero(part == "train"), M.evenly(np.flatnonzero(part == "val"), 6)]
+    rows = [np.flatnonzero(part == "train"), M.evenly(np.flatnonzero(part == "val"), 6)]     # six to look at
     images, val_images = (D.Loader({"image": data.image}, device, r) for r in rows)
     watch = preview(cfg, val_images) if len(val_images) else None
     torch.manual_seed(D.mix(cfg.seed, 0))

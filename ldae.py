@@ -1233,7 +1233,7 @@ def main(argv):
               f"trains stage A: {cfg.ae_steps} steps, B: {cfg.ldm_steps}, C, prior: {cfg.steps}; evaluates\n"
               f"out: {out}; stop at any time, the same command goes on", flush=True)
 
-    rows = [np.flatnonzero(part == "train"), M.evenly(np.flatnonzero(part == "val"), 4)]
+    rows = [np.flatnonzero(part == "train"), M.evenly(np.flatnonzero(part == "val"), 4)]     # four to look at
     D.batch_rows(len(rows[0]), cfg.batch, cfg.seed, 0)       # stages B and C: refused now, not after stage A
     default = lambda keys: {k: getattr(Config, k) for k in keys}
     torch.manual_seed(D.mix(cfg.seed, 0))

@@ -7,7 +7,6 @@ need no model (a constant image, another slice, all-positive, PCA): they score h
 Numbers come back as numpy float64. Images are in [0,1] (data_range 1), AUROC in [0,1], 0/0 is nan.
 """
 import dataclasses
-import io
 import itertools
 import json
 import os
@@ -657,17 +656,14 @@ def read_log(path):
 
 def write_atomically(path, data):
     """bytes -> file; a crash or a full disk leaves the old file or the new one, never half of one."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with D.writing(path):
-        try:
-            with open(temporary, "wb") as f:
-                f.write(data)
-                f.flush()
-                os.fsync(f.fileno())  # else the rename can reach the disk before the bytes do
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with D.replacing(path) as part:
+        Path(part).write_bytes(data)
+
+
+def as_json(results):
+    """-> results as strict JSON has them: numpy's numbers as Python's, paths as text, nan and inf as None"""
+    text = json.dumps(results, default=lambda v: v.item() if isinstance(v, np.generic) else str(v))
+    return json.loads(text, parse_constant=lambda constant: None)
 
 
 def save_results(path, script, data, n, seconds, config, metrics, device="cpu"):
@@ -685,10 +681,7 @@ def save_results(path, script, data, n, seconds, config, metrics, device="cpu"):
     results = {"script": script, "data": data, "n": n, "seconds": seconds, "device": f"{device}{name}",
                "memory_gb": memory, "torch": torch.__version__, "git": git, "config": config,
                "metrics": metrics}
-    # Numbers of numpy become Python's, paths text; then nan and inf, which strict JSON does not know, null.
-    text = json.dumps(results, default=lambda v: v.item() if isinstance(v, np.generic) else str(v))
-    results = json.loads(text, parse_constant=lambda constant: None)
-    write_atomically(path, (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
+    write_atomically(path, (json.dumps(as_json(results), indent=1, allow_nan=False) + "\n").encode())
 
 
 # ---- Codes and predictions, as CSV; probes, as JSON --------------------------------------------------------
@@ -723,7 +716,7 @@ def pooled(paths):
     table = pandas.concat([pandas.read_csv(path, dtype={"subject": str}, keep_default_na=False,
                                            na_values=[""]) for path in paths])
     numbers = [probe_numbers(of_key.dropna(axis=1, how="all"), key) for key, of_key in table.groupby("key")]
-    return {k: m for found in numbers for k, m in found.items()}
+    return as_json({k: m for found in numbers for k, m in found.items()})    # as in results.json
 
 
 def save_probes(path, probes, z, classes):
@@ -775,9 +768,8 @@ def apply_probes(out, folder, data, part, z):
 
 def save_arrays(path, arrays):
     """Writes {name: array} as .npz."""
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    write_atomically(path, buffer.getvalue())
+    with D.replacing(path) as part, open(part, "wb") as file:
+        np.savez(file, **arrays)
 
 
 def read_arrays(path, names):
@@ -925,9 +917,8 @@ def save_figure(path, figure, caption):
     """Matplotlib figure -> PNG, with the caption above it."""
     figure.suptitle(textwrap.fill(caption, int(13 * figure.get_figwidth())), fontsize=10, x=0.01, ha="left",
                     y=1 - 0.06 / figure.get_figheight(), va="top")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100, metadata={"Description": caption})
-    write_atomically(path, buffer.getvalue())
+    with D.replacing(path) as part:
+        figure.savefig(part, format="png", dpi=100, metadata={"Description": caption})
 
 
 def grid(path, rows, row_labels, col_labels, caption):

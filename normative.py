@@ -954,7 +954,7 @@ def main(argv):
               f"out: {out}; stop at any time, the same command goes on", flush=True)
 
     arrays = {"image": data.image, "age": data.columns["age"]}
-    rows = [np.flatnonzero(part == "train"), M.evenly(np.flatnonzero(part == "val"), 6)]
+    rows = [np.flatnonzero(part == "train"), M.evenly(np.flatnonzero(part == "val"), 6)]     # six to look at
     images, val_images = (D.Loader(arrays, device, r) for r in rows)
     watch = preview(cfg, val_images) if len(val_images) else None
     torch.manual_seed(D.mix(cfg.seed, 0))

@@ -460,14 +460,13 @@ def pages(blocks):
 
 def main(argv):
     args = parse(argv)
-    runs, out, caught, done, failures = plan(args), Path(args.out), [], {}, {}
+    runs, out, done, failures = plan(args), Path(args.out), {}, {}
     if args.dry_run:
         for run in runs:
             print(shlex.join(run.command))
         return
     held = M.lock(out)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: caught.append(number))
+    caught, _ = D.catch_signals()
     for run in runs:
         name = run.out.name
         if args.quick and not os.path.exists(run.cfg.data):

@@ -2,7 +2,6 @@
 drawings that reach the picture, which rows a run learns from, and what a run refuses."""
 import json
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 
 import h5py
@@ -47,10 +46,7 @@ def metrics_of(out):
     return json.loads((out / "results.json").read_text())["metrics"]
 
 
-@pytest.fixture(autouse=True)
-def few_resamples(monkeypatch):
-    """Intervals are tested in test_metrics.py: here they would be most of the time."""
-    monkeypatch.setattr(M, "bootstrap", partial(M.bootstrap, n=10))
+pytestmark = pytest.mark.usefixtures("few_resamples")
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ import metrics as M
 from conftest import ENV, ROOT, runs_of
 
 main, error_of = runs_of(m)
+pytestmark = pytest.mark.usefixtures("few_resamples")
 AB = m.linear_alpha_bar(1000)
 TINY = m.Config(size=16, base=16, mult=(1, 2), enc_mult=(1, 2, 2), blocks=1, attention=8, groups=0, dropout=0.0,
                 z_dim=8, steps=12, batch=4, lr=1e-3, save_every=4, device="cpu", S=4, draws=2, eval_images=8)
@@ -503,6 +504,13 @@ def test_the_untrained_row_is_the_same_network_at_step_0(tiny, tmp_path, monkeyp
     main("--data", tiny, "--out", tmp_path / "out", *FLAGS)
     metrics = json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]
     assert metrics["recon_ssim"]["value"] != metrics["recon_ssim.untrained"]["value"]
+
+
+@pytest.mark.parametrize("flag, word", [("--size=18", "--size 18"), ("--S=2000", "2000"), ("--batch=99", "--batch 99"),
+                                        ("--base=1000000000", "--size 16")])
+def test_bad_flags(flag, word, tiny, tmp_path, capsys):
+    assert word in error_of(capsys, "--data", tiny, "--out", tmp_path / "out", *FLAGS, flag)
+    assert not list(tmp_path.glob("out/*.pt"))      # before anything is trained
 
 
 @pytest.mark.parametrize("flags", [["--recipe=paper"], ["--z_scale=3", "--target=factor_size"]])

@@ -330,9 +330,6 @@ def test_a_run_of_another_kind_is_refused_and_nothing_changes(name, unbroken, fi
         assert words in line and digest(out) == before, (flag, line)
     with M.lock(out):
         assert "another run is using this folder" in error_of(capsys, *command) and digest(out) == before
-    for flag in ("--size=50", "--S=2000", "--base=1000000000", "--batch=1000000000"):
-        line = error_of(capsys, *command, f"--out={tmp_path / 'new'}", "--T=1000", flag)
-        assert not list(tmp_path.glob("new/*.pt")), (flag, line)        # before anything is trained
     (tmp_path / "linked").mkdir()
     (tmp_path / "precious").write_text("kept")
     (tmp_path / "linked" / ".lock").symlink_to(tmp_path / "precious")

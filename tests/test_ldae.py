@@ -1,6 +1,5 @@
 """ldae.py: PDAE's coefficients against closed forms, the gradient of each network, a frozen network that stays
 frozen, which rows each stage of a run sees, every part of the report on cases with a known answer, bad input."""
-import functools
 import json
 import shutil
 from dataclasses import replace
@@ -34,12 +33,7 @@ def heads(n, seed=0):
     return (grey * 255).astype(np.uint8), mask.astype(np.uint8), inner.ravel().astype(np.float32)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_intervals():
-    """20 resamples instead of 1000: intervals are tested in test_metrics."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(m.M, "bootstrap", functools.partial(m.M.bootstrap, n=20))
-        yield
+pytestmark = pytest.mark.usefixtures("few_resamples")
 
 
 @pytest.fixture(scope="module")
