@@ -256,7 +256,10 @@ def choose_target(data, target, usual):
     numeric = [k for k, x in data.columns.items() if x.dtype.kind in "biuf"]
     if target and target not in numeric:
         fail(f"--target {target}: no numbers of that name in {data.path}, which has {', '.join(numeric)}")
-    return target or next((k for k in usual if k in numeric), "label")
+    chosen = target or next((k for k in usual if k in numeric), "label")
+    if numeric and chosen not in numeric:
+        warn(f"{data.path} has no label, so nothing is predicted; --target can name one of {', '.join(numeric)}")
+    return chosen
 
 
 def augment(x, strength, flip, g):

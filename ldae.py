@@ -24,9 +24,10 @@ the encoder are left out (both need a download), and DDIM ends at level -1 where
 `--recipe ours`, the default, differs:
 - gan 0.0025: at the paper's 0.025 a short stage A learns to please the discriminator first;
 - predict v, t_power 0.25: PDAE's weights hardly train high noise levels, and only there must z_sem decide;
-- spatial: brains are registered, so a place means something. From each latent the mean of its place is
-  taken off, the encoder sees the deviation from the mean brain and flattens its feature maps where the paper
-  averages them, and a linear layer turns z_sem into a latent that is added to G.
+- spatial: brains are registered, so a place means something. Stage A and the encoder see the difference from
+  the mean brain, and a linear code of patches, of its own at each place, goes beside stage A. The encoder
+  flattens its feature maps where the paper averages them, and a linear layer turns z_sem into a latent that
+  is added to G.
 """
 import copy, dataclasses, functools, hashlib, itertools, math, signal, sys, time
 from dataclasses import dataclass
@@ -99,8 +100,8 @@ class Config:
 
 PRESETS = {
     "paper": {},
-    "demo": dict(size=(48, 56, 48), patch=4, ae_base=32, ae_mult=(1,), z_ch=32, disc_base=8, base=16,
-                 mult=(1, 2), blocks=1, groups=0, enc_base=32, enc_mult=(1, 2), z_dim=128, ae_steps=1200,
+    "demo": dict(size=(48, 56, 48), patch=4, ae_base=32, ae_mult=(1,), z_ch=4, disc_base=8, base=16,
+                 mult=(1, 2), blocks=1, groups=0, enc_base=32, enc_mult=(1, 2), z_dim=128, ae_steps=600,
                  ldm_steps=150, steps=600, batch=8, lr=2e-3, save_every=100, S=10, eval_images=12),
 }
 RECIPES = {
@@ -113,7 +114,7 @@ MAY_CHANGE = {"data", "test", "out", "apply", "preset", "device", "target", "ste
 # AFTER_A: the fields that stage A does not read. AFTER_B: those that stage B does not read either. ckpt_A.pt
 # and ckpt_B.pt hold the defaults of these, so that copies of them serve a run with another semantic encoder.
 AFTER_B = ("enc_base", "enc_mult", "z_dim")
-AFTER_A = (*AFTER_B, "recipe", "base", "mult", "spatial", "predict", "t_power", "T", "ldm_steps")
+AFTER_A = (*AFTER_B, "recipe", "base", "mult", "predict", "t_power", "T", "ldm_steps")
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -272,11 +273,32 @@ class ConvBlock3d(nn.Module):
         return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
 
 
+class PatchCode(nn.Module):
+    """Patches of f^3 voxels as ch numbers each, and back, linear: (B,1,D,H,W) <-> (B,ch,D/f,H/f,W/f)
+
+    Brains are registered, so each place has weights of its own. They start alike."""
+    def __init__(self, ch, f, places):
+        super().__init__()
+        self.f, start = f, torch.randn(f ** 3, ch) / f ** 1.5
+        self.down = nn.Parameter(start.repeat(places, 1, 1))
+        self.up = nn.Parameter(start.T.repeat(places, 1, 1))
+
+    def encode(self, x):
+        f, (D, H, W) = self.f, (s // self.f for s in x.shape[2:])
+        x = x.view(-1, D, f, H, f, W, f).permute(0, 1, 3, 5, 2, 4, 6).reshape(-1, D * H * W, 1, f ** 3)
+        return (x @ self.down).squeeze(2).transpose(1, 2).view(len(x), -1, D, H, W).float()
+
+    def decode(self, z):
+        f, (D, H, W) = self.f, z.shape[2:]
+        x = z.flatten(2).transpose(1, 2).unsqueeze(2) @ self.up                 # (B,places,1,f^3)
+        x = x.view(-1, D, H, W, f, f, f).permute(0, 1, 4, 2, 5, 3, 6)
+        return x.reshape(-1, 1, D * f, H * f, W * f).float()
+
+
 class Encoder3d(nn.Module):
     """The autoencoder's way down. x (B,1,D,H,W) -> mean, log variance (B,z_ch,D/f,H/f,W/f)
 
-    f = patch 2^(levels - 1) must divide the sides. With patches a linear layer goes beside the network: a
-    patch is almost linear in its code, and the linear part is learned first."""
+    f = patch 2^(levels - 1) must divide the sides."""
     def __init__(self, cfg):
         super().__init__()
         c, p = cfg.ae_base, cfg.patch
@@ -291,13 +313,10 @@ class Encoder3d(nn.Module):
         self.trunk = nn.Sequential(*layers)
         self.mean, self.logvar = nn.Conv3d(cfg.z_ch, cfg.z_ch, 1), nn.Conv3d(cfg.z_ch, cfg.z_ch, 1)
         nn.init.constant_(self.logvar.bias, -8)     # SD .02: at SD 1 short runs only fight the noise
-        f = p * 2 ** (len(cfg.ae_mult) - 1)
-        self.linear = nn.Conv3d(1, cfg.z_ch, f, stride=f) if p > 1 else None
 
     def forward(self, x):
         h = self.trunk(x)
-        mean = self.mean(h) if self.linear is None else self.mean(h) + self.linear(x)
-        return mean.float(), self.logvar(h).float().clamp(-30, 20)
+        return self.mean(h).float(), self.logvar(h).float().clamp(-30, 20)
 
 
 class Double3d(nn.Module):
@@ -324,12 +343,9 @@ class Decoder3d(nn.Module):
                 layers.append(Double3d(c))
         layers += [norm(c, cfg.groups), nn.SiLU(), nn.ConvTranspose3d(c, 1, p + 2, stride=p, padding=1)]
         self.trunk = nn.Sequential(*layers)
-        f = p * 2 ** (len(cfg.ae_mult) - 1)
-        self.linear = nn.ConvTranspose3d(cfg.z_ch, 1, f, stride=f) if p > 1 else None
 
     def forward(self, z):
-        x = self.trunk(z) if self.linear is None else self.trunk(z) + self.linear(z)
-        return x.float()
+        return self.trunk(z).float()
 
 
 class Discriminator3d(nn.Module):
@@ -540,22 +556,38 @@ class Frozen:
 
 
 class Autoencoder(nn.Module):
-    """Stage A, AutoencoderKL in 3D: L1 + KL + a patch adversarial loss (least squares) that warms up."""
+    """Stage A, AutoencoderKL in 3D: L1 + KL + a patch adversarial loss (least squares) that warms up.
+
+    spatial: only the difference from `mean_brain`, the mean training scan, is encoded: what all brains share
+    needs no latent. A linear code goes beside the network, since a patch is almost linear in its latent."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg, self.unit = cfg, cfg.patch * 2 ** (len(cfg.ae_mult) - 1)
         self.encoder, self.decoder = Encoder3d(cfg), Decoder3d(cfg)
+        if cfg.spatial:
+            self.register_buffer("mean_brain", torch.zeros(1, 1, *cfg.size))
+            self.patches = PatchCode(cfg.z_ch, self.unit, math.prod(-(-s // self.unit) for s in cfg.size))
         self.discriminator = Discriminator3d(cfg.disc_base, cfg.groups)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))   # so a checkpoint has it
 
+    def difference(self, x):
+        """x minus the mean brain, times 4: the SD of the difference is about 1/4. -> like x"""
+        return 4 * (x - self.mean_brain)
+
     def posterior(self, x):
         """x (B,1,D,H,W) in [-1,1] -> mean, log variance of q(z|x), (B,z_ch,d,h,w). Sides are padded."""
-        return self.encoder(pad(x, self.unit, -1.0))
+        if not self.cfg.spatial:
+            return self.encoder(pad(x, self.unit, -1.0))
+        x = pad(self.difference(x), self.unit, 0.0)
+        mean, logvar = self.encoder(x)
+        return mean + self.patches.encode(x), logvar
 
     def decode(self, z):
         """z (B,z_ch,d,h,w) -> (B,1,D,H,W) of the Config's size"""
         d, h, w = self.cfg.size
-        return self.decoder(z)[:, :, :d, :h, :w]
+        if not self.cfg.spatial:
+            return self.decoder(z)[:, :, :d, :h, :w]
+        return self.mean_brain + (self.decoder(z) + self.patches.decode(z))[:, :, :d, :h, :w] / 4
 
     def adversarial(self, x, recon):
         """-> (loss of the autoencoder, loss of the discriminator), least squares (Mao et al. 2017).
@@ -626,17 +658,13 @@ class Model(nn.Module):
         self.encoder = SemanticEncoder(cfg)
         self.embed = nn.Linear(cfg.z_dim, 4 * cfg.base)
         self.gradient = Up3d(cfg, cfg.z_ch, 4 * cfg.base)
-        # The encoder sees how a brain differs from the mean one: what all share would swamp the rest.
-        self.register_buffer("mean_brain", ae.decode(ldm.shift) if cfg.spatial else None)
         # AdaGN scales whole channels, so it cannot say where. A latent made of z_sem can.
         self.z_latent = zero(nn.Linear(cfg.z_dim, cfg.z_ch * math.prod(latent))) if cfg.spatial else None
 
     def encode(self, batch):
         """batch["image"] (B,1,D,H,W) in [-1,1] -> z_sem (B,z_dim)"""
         x = batch["image"]
-        if self.cfg.spatial:
-            x = 4 * (x - self.mean_brain)          # the SD of the difference is about 1/4
-        return self.encoder(x)
+        return self.encoder(self.ae.net.difference(x) if self.cfg.spatial else x)
 
     def outputs(self, z_t, t, z_sem):
         """-> the prediction (v or eps) of the frozen network, and G, both like z_t"""
@@ -1240,7 +1268,10 @@ def main(argv):
     a = dataclasses.replace(cfg, **default(AFTER_A), batch=cfg.ae_batch)
     images, val_images = (D.Loader({"image": data.image}, device, r) for r in rows)
     watch = preview3d(cfg, val_images, "preview_A.png", draw_autoencoder) if len(val_images) else None
-    ae, ae_reached = fit(fast_layout(Autoencoder(a), device), images, a, "ckpt_A", cfg.ae_steps, facts, watch)
+    ae = fast_layout(Autoencoder(a), device)
+    if cfg.spatial:
+        ae.mean_brain[:] = torch.as_tensor(data.image[M.evenly(rows[0], 200)].mean(0) / 127.5 - 1)
+    ae, ae_reached = fit(ae, images, a, "ckpt_A", cfg.ae_steps, facts, watch)
 
     facts = facts | {"stage_A": hash_of(ae)}
     mean, std = posteriors(ae, D.Loader({"image": data.image}, device))

@@ -573,6 +573,8 @@ def test_the_target_is_the_one_given_or_the_first_usual_one(capsys):
     for wrong in ("sex", "x"):
         one_error(capsys, lambda: data.choose_target(d, wrong, ()),
                   f"--target {wrong}: no numbers of that name in t.h5, which has age, ef, label")
+    del d.columns["label"]
+    assert data.choose_target(d, "", ()) == "label" and "one of age, ef" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- flags

@@ -151,6 +151,37 @@ def test_resample_and_pad():
     assert seen[0].shape[-2:] == (8, 7) and not seen[0].any()
 
 
+def test_patch_code_is_a_convolution_whose_weights_may_differ_by_place():
+    torch.manual_seed(0)
+    code, x = m.PatchCode(3, 2, places=24), torch.randn(5, 1, 4, 6, 8)
+    z = code.encode(x)
+    weight = code.down[0].T.reshape(3, 1, 2, 2, 2)
+    assert (z - torch.nn.functional.conv3d(x, weight, stride=2)).abs().max() < 1e-5
+    before = code.decode(z)
+    assert (before - torch.nn.functional.conv_transpose3d(z, weight, stride=2)).abs().max() < 1e-5
+    with torch.no_grad():
+        code.down[7] *= 2                      # places are counted along depth, height, width: 7 is (0,1,3)
+        code.up[7] *= 3
+    twice = (code.encode(x) - 2 * z).abs().amax((0, 1)) < 1e-5
+    thrice = (code.decode(z) - 3 * before).abs().amax((0, 1)) < 1e-5
+    assert twice.nonzero().tolist() == [[0, 1, 3]]
+    assert thrice[:2, 2:4, 6:8].all() and thrice.sum() == 8
+
+
+def test_the_autoencoder_codes_the_difference_from_the_mean_brain():
+    ae, x = m.Autoencoder(replace(TINY, size=(12, 13, 14))).eval(), torch.rand(2, 1, 12, 13, 14) * 2 - 1
+    ae.mean_brain[:] = torch.rand(1, 1, 12, 13, 14)
+    seen = []
+    ae.encoder.register_forward_pre_hook(lambda net, args: seen.append(args[0]))
+    ae.posterior(x)
+    assert torch.allclose(seen[0][:, :, :12, :13, :14], 4 * (x - ae.mean_brain))
+    assert seen[0].shape[3] == 16 and not seen[0][:, :, :, 13:].any()      # no rim where sides are padded
+    z = torch.randn(2, 2, 3, 4, 4)
+    difference = ae.decode(z) - ae.mean_brain
+    ae.mean_brain.zero_()
+    assert torch.allclose(difference, ae.decode(z), atol=1e-6)
+
+
 @pytest.mark.parametrize("spatial", [True, False])
 def test_semantic_encoder_tells_where_a_slice_lies(spatial):
     torch.manual_seed(0)
