@@ -239,6 +239,8 @@ def test_every_stage_is_of_the_training_scans_alone(finished, tiny):
         assert np.array_equal(seen[name]["image"][:, 0], data.image[train].astype(np.float32) / 127.5 - 1)
     assert np.array_equal(seen["ckpt_B"]["mean"], seen["ckpt_C"]["mean"])
     assert len(seen["ckpt_prior_4"]["z"]) == train.sum()
+    mean_brain = torch.load(out / "ckpt_A.pt", weights_only=True)["ema"]["mean_brain"][0, 0]
+    assert np.allclose(mean_brain, data.image[train].mean(0) / 127.5 - 1, atol=1e-6)
     saved = torch.load(out / "ckpt_B.pt", weights_only=True)["ema"]
     shift, scale = saved["shift"].numpy(), saved["scale"].numpy()
     z, std = (seen["ckpt_B"]["mean"] - shift) / scale, seen["ckpt_B"]["std"] / scale
