@@ -282,7 +282,7 @@ def other_optimizer(state):
 
 
 def other_network(state):
-    key = next(k for k, v in state["ema"].items() if v.ndim > 1)
+    key = next(k for k, v in state["ema"].items() if v.ndim > 1 and len(v) > 1)
     state["ema"][key] = state["ema"][key][:1]
 
 
