@@ -258,7 +258,7 @@ def choose_target(data, target, usual):
         fail(f"--target {target}: no numbers of that name in {data.path}, which has {', '.join(numeric)}")
     chosen = target or next((k for k in usual if k in numeric), "label")
     if numeric and chosen not in numeric:
-        warn(f"{data.path} has no label, so nothing is predicted; --target can name one of {', '.join(numeric)}")
+        warn(f"{data.path}: no label, so no prediction; --target can name one of {', '.join(numeric)}")
     return chosen
 
 
