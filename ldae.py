@@ -25,9 +25,9 @@ the encoder are left out (both need a download), and DDIM ends at level -1 where
 - gan 0.0025: at the paper's 0.025 a short stage A learns to please the discriminator first;
 - predict v, t_power 0.25: PDAE's weights hardly train high noise levels, and only there must z_sem decide;
 - spatial: brains are registered, so a place means something. Stage A and the encoder see the difference from
-  the mean brain, and a linear code of patches, of its own at each place, goes beside stage A. The encoder
-  flattens its feature maps where the paper averages them, and a linear layer turns z_sem into a latent that
-  is added to G.
+  the mean brain. Beside the network of stage A, each place has a linear code of its own. Latents lose the
+  mean of their place. The encoder flattens its feature maps where the paper averages them. A linear layer
+  turns z_sem into a latent that is added to G.
 """
 import copy, dataclasses, functools, hashlib, itertools, math, signal, sys, time
 from dataclasses import dataclass
@@ -274,7 +274,7 @@ class ConvBlock3d(nn.Module):
 
 
 class PatchCode(nn.Module):
-    """Patches of f^3 voxels as ch numbers each, and back, linear: (B,1,D,H,W) <-> (B,ch,D/f,H/f,W/f)
+    """A linear code: ch numbers for each patch of f^3 voxels, and back. (B,1,D,H,W) <-> (B,ch,D/f,H/f,W/f)
 
     Brains are registered, so each place has weights of its own. They start alike."""
     def __init__(self, ch, f, places):
@@ -558,8 +558,8 @@ class Frozen:
 class Autoencoder(nn.Module):
     """Stage A, AutoencoderKL in 3D: L1 + KL + a patch adversarial loss (least squares) that warms up.
 
-    spatial: only the difference from `mean_brain`, the mean training scan, is encoded: what all brains share
-    needs no latent. A linear code goes beside the network, since a patch is almost linear in its latent."""
+    spatial: it encodes the difference from `mean_brain`, the mean training scan. What all brains share needs
+    no latent. A linear code goes beside the network, since a patch is almost linear in its latent."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg, self.unit = cfg, cfg.patch * 2 ** (len(cfg.ae_mult) - 1)

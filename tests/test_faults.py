@@ -304,7 +304,7 @@ def test_a_spoilt_checkpoint_is_refused_and_nothing_changes(name, unbroken, file
     shutil.copytree(unbroken(name), out)
     path = sorted(out.glob("ckpt*.pt"))[0]
     good = path.read_bytes()
-    for what in (*BYTES, *STATE) if name == "diffae" else ("one byte", "other network"):    # one text reads them
+    for what in (*BYTES, *STATE) if name == "diffae" else ("one byte", "other network"):    # data.py reads all
         if what in BYTES:
             path.write_bytes(BYTES[what](good))
         else:
