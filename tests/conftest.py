@@ -14,11 +14,13 @@ ENV = {**os.environ, "PYTHONPATH": str(ROOT)}     # of the programs that tests s
 
 
 @pytest.fixture(scope="module")
-def few_resamples():
-    """10 resamples instead of 1,000: intervals are tested in test_metrics.py, here they would take most of the time."""
+def quick_statistics():
+    """10 resamples instead of 1,000, and probes without a search for the best penalty. test_metrics.py tests both; here
+    they would take most of the time."""
     import metrics      # ROOT is on the path by now
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics, "bootstrap", partial(metrics.bootstrap, n=10))
+        patch.setattr(metrics, "subject_folds", lambda *_: [])
         yield
 
 

@@ -46,7 +46,7 @@ def metrics_of(out):
     return json.loads((out / "results.json").read_text())["metrics"]
 
 
-pytestmark = pytest.mark.usefixtures("few_resamples")
+pytestmark = pytest.mark.usefixtures("quick_statistics")
 
 
 @pytest.fixture

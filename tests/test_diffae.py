@@ -20,7 +20,7 @@ import metrics as M
 from conftest import ENV, ROOT, runs_of
 
 main, error_of = runs_of(m)
-pytestmark = pytest.mark.usefixtures("few_resamples")
+pytestmark = pytest.mark.usefixtures("quick_statistics")
 AB = m.linear_alpha_bar(1000)
 TINY = m.Config(size=16, base=16, mult=(1, 2), enc_mult=(1, 2, 2), blocks=1, attention=8, groups=0, dropout=0.0,
                 z_dim=8, steps=12, batch=4, lr=1e-3, save_every=4, device="cpu", S=4, draws=2, eval_images=8)

@@ -33,7 +33,7 @@ def heads(n, seed=0):
     return (grey * 255).astype(np.uint8), mask.astype(np.uint8), inner.ravel().astype(np.float32)
 
 
-pytestmark = pytest.mark.usefixtures("few_resamples")
+pytestmark = pytest.mark.usefixtures("quick_statistics")
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import normative as m
 from conftest import runs_of
 
 main, error_of = runs_of(m)
-pytestmark = pytest.mark.usefixtures("few_resamples")
+pytestmark = pytest.mark.usefixtures("quick_statistics")
 SIZES = dict(size=16, base=16, mult=(1, 2), enc_mult=(1, 2, 2), blocks=1, attention=8, groups=0,
              z_dim=8, dropout=0.0, steps=4, batch=4, lr=1e-3, save_every=2, device="cpu", S=2, draws=1,
              eval_images=8)
