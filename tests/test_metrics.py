@@ -117,19 +117,6 @@ def test_nearest_is_brute_force():
     assert np.allclose(d, brute.min(1)) and (at == brute.argmin(1)).all()
 
 
-def test_bootstrap_resamples_whole_subjects():
-    subject = np.array(["b", "a", "b", "c", "a", "b"])
-    rows = {s: np.flatnonzero(subject == s) for s in "abc"}
-    seen = []
-    result = M.bootstrap(lambda index: seen.append(index) or 0.0, subject, np.arange(6), n=300)
-    assert result["n"] == 3 and len(seen) == 301
-    for index in seen:
-        counts = np.bincount(index, minlength=6)
-        assert all(len(set(counts[rows[s]])) == 1 for s in "abc")  # all rows of a subject, equally often
-        assert sum(counts[rows[s][0]] for s in "abc") == 3         # three subjects drawn
-    assert any(len(set(subject[i])) == 1 for i in seen)            # with replacement
-
-
 def test_bootstrap_covers_the_mean():
     rng = np.random.default_rng(0)
     subject, hits = np.repeat(np.arange(40), 4), 0

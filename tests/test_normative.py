@@ -1,4 +1,4 @@
-"""normative.py: what the scores are, whose images decide them, where the age enters, and whole runs."""
+"""normative.py: what a lesion does to the scores, whose images decide them, where the age enters, and whole runs."""
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +9,6 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from sklearn.covariance import LedoitWolf
 
 import data as D
 import metrics as M
@@ -48,38 +47,6 @@ def results_of(out):
 
 
 # ------------------------------------------------------------------------------------ the scores
-
-def test_five_scores_against_their_definitions():
-    rng = np.random.default_rng(0)
-    z, age, left = rng.normal(3, 1, (60, 5)), rng.uniform(20, 80, 60), rng.normal(size=(60, 4, 4))
-    got = m.five_scores(z, (left ** 2).mean((1, 2)), age, np.arange(40))
-    powers = lambda a: np.clip(a, age[:40].min(), age[:40].max())[:, None] ** np.arange(3)
-    at_age = powers(age) @ np.linalg.lstsq(powers(age[:40]), z[:40], rcond=None)[0]
-    beyond, cos = z - at_age, lambda a, b: a @ b / np.linalg.norm(a) / np.linalg.norm(b)
-    shrunk = LedoitWolf().fit(beyond[:40])
-    for i in (3, 50):
-        d = beyond[i] - beyond[:40].mean(0)
-        assert got["cosine"][i] == pytest.approx(cos(z[i], z[:40].mean(0)), abs=1e-9)
-        assert got["age_matched"][i] == pytest.approx(cos(z[i], at_age[i]), abs=1e-6)
-        assert got["l2"][i] == pytest.approx(-np.sqrt((beyond[i] ** 2).sum()), abs=1e-6)
-        assert got["mahalanobis"][i] == pytest.approx(-np.sqrt(d @ shrunk.precision_ @ d), abs=1e-6)
-        assert got["residual"][i] == pytest.approx(-sum(v ** 2 for v in left[i].flat) / 16)
-
-
-def test_age_mean_is_a_parabola_and_does_not_extrapolate():
-    age = np.linspace(20, 80, 31)
-    f = m.age_mean(np.stack([1 + 2 * age, 0.01 * age ** 2 - age], 1), age, np.arange(31))
-    assert abs(f(np.array([33.3]))[0] - [1 + 66.6, 0.01 * 33.3 ** 2 - 33.3]).max() < 1e-8
-    assert np.allclose(f(np.array([95.0, 5.0])), f(np.array([80.0, 20.0])))
-
-
-def test_latent_deviation_formula():
-    rng = np.random.default_rng(0)
-    mean, logvar = rng.normal(1, 2, (30, 4)), rng.normal(-1, 1, (30, 4))
-    terms = [abs(mean[25, i] - np.mean(mean[:20, i])) / np.sqrt(np.var(mean[:20, i]) + np.exp(logvar[25, i]))
-             for i in range(4)]
-    assert m.latent_deviation(mean, logvar, np.arange(20))[25] == pytest.approx(-sum(terms) / 4)
-
 
 def test_image_of_code_is_what_the_code_draws_at_the_noisiest_level():
     """An eps_hat that knows the image of each code: x0_hat is that image, whatever the noise."""
