@@ -755,6 +755,7 @@ def apply_probes(out, folder, data, part, z):
         table["truth"] = to_numpy(data.columns.get(p["target"], np.full(len(data), np.nan))).astype(float)
         table["score"] = to_numpy(z) @ p["weights"] + p["intercept"]
         if "cut" in p:
+            table["truth"] = table["truth"].where(table["truth"] <= 1)   # it knows 0 and 1 alone
             table["cut"] = p["cut"]
             table["called"] = (table["score"] >= p["cut"]).astype(int)
         tables[key, p["target"]] = table

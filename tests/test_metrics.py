@@ -316,12 +316,12 @@ def test_folds_are_pooled_and_saved_probes_read_like_the_fitted_ones(tmp_path, c
     # New data: the saved probe reads what the fitted one does, and nobody who was trained on is counted.
     M.save_probes(tmp_path / "probes.json", {"probe": ("label", table, probes[""])}, codes[""], ["well", "ill"])
     M.save_codes(tmp_path / "codes.csv", Table(subject, {}, []), part, codes[""])
-    data = Table(np.append(subject, "new"), {"label": np.append(y, 1), "path": np.full(len(y) + 1, "a.png")}, [])
+    data = Table(np.append(subject, ["new", "third class"]), {"label": np.append(y, [1, 2]), "path": np.full(len(y) + 2, "a.png")}, [])
     known = M.known_part(tmp_path, data.subject)
-    assert np.array_equal(known, np.append(part, "new")) and "was trained on 30 of these subjects" in capsys.readouterr().err
-    numbers = M.apply_probes(tmp_path, tmp_path, data, known, np.append(codes[""], codes[""][:1], 0))
+    assert np.array_equal(known, np.append(part, ["new", "new"])) and "was trained on 30 of these subjects" in capsys.readouterr().err
+    numbers = M.apply_probes(tmp_path, tmp_path, data, known, np.append(codes[""], codes[""][:2], 0))
     read = pandas.read_csv(tmp_path / "predictions.csv")
-    assert np.allclose(read["score"][:-1], probes[""].decision_function(codes[""]), atol=1e-4)
+    assert np.allclose(read["score"][:-2], probes[""].decision_function(codes[""]), atol=1e-4)
     assert np.array_equal(read["part"], known) and numbers["probe_auroc"]["n"] == 31
     assert np.array_equal(read["called"], read["score"] >= table["cut"][0]) and set(read["path"]) == {"a.png"}
     other = dataclasses.replace(data, label_names=["ill", "well"])
