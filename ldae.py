@@ -9,7 +9,7 @@ Question: does z_sem, learned without labels, tell Alzheimer's disease and age?
     B  z_t, t --Down3d--> skips --Up3d--> v_theta, or eps_theta       (unconditional, then frozen)
     C  x --SemanticEncoder--> z_sem (B,d) -------------------------------> probes, edits, prior
        z_t, t --frozen Down3d--> skips --Up3d(skips, z_sem)--> G
-       eps_hat of v_theta + G (paper: eps_theta + c_t G): DDIM up gives z_T, DDIM down gives z0
+       eps_hat of v_theta + G (paper: eps_theta - sqrt(1 - alpha_bar_t) G): DDIM up gives z_T, down z0
 
 Lozupone et al., Latent Diffusion Autoencoders, 2025 (arXiv 2504.08635). Stage C is PDAE (Zhang et al. 2022,
 arXiv 2212.12990).
@@ -19,11 +19,14 @@ arXiv 2212.12990).
     python ldae.py --apply new.h5      # codes, predictions, reconstructions by the trained model
 
 Latents are never clipped: they are standardised, and clipping a normal of SD 1 to [-1,1] costs an MSE of .15.
-`--recipe paper` trains as published, but the adversarial loss warms up, and LPIPS and the ImageNet weights of
-the encoder are left out (both need a download), and DDIM ends at level -1 where PDAE ends at 0.
+`--recipe paper` trains as published, but for these: the adversarial loss warms up, and LPIPS is left out (it
+needs a download). The encoder has the widths of ConvNeXt, but DiffAE's blocks and no ImageNet weights. All
+three axes are halved. A posterior's SD starts at .02. lr is 1e-4. Latents are standardised by channel. The
+prior predicts v. DDIM ends at level -1, PDAE's at 0.
 `--recipe ours`, the default, differs:
 - gan 0.0025: at the paper's 0.025 a short stage A learns to please the discriminator first;
-- predict v, t_power 0.25: PDAE's weights hardly train high noise levels, and only there must z_sem decide;
+- predict v, t_power 0.25: at high noise z_t is nearly eps, so a loss of eps asks little of z_sem, and only
+  there must z_sem decide;
 - spatial: brains are registered, so a place means something. Stage A and the encoder see the difference from
   the mean brain. Beside the network of stage A, each place has a linear code of its own. Latents lose the
   mean of their place. The encoder flattens its feature maps where the paper averages them. A linear layer
@@ -58,12 +61,12 @@ class Config:
     init: str = ""            # folder of another run: start from its weights (fine-tuning)
     apply: str = ""           # file: no training; the model in --out reads it, into OUT/apply/NAME/
     preset: str = ""          # demo (laptop) or paper (one GPU); empty: paper on CUDA, demo elsewhere
-    recipe: str = "ours"      # ours or paper: objective and semantic network as published
+    recipe: str = "ours"      # ours or paper (as published): see the top of this file
     device: str = ""          # cuda, mps, cpu; empty: the first of these that is there
     seed: int = 0             # of the split, the weights, the order of the data and every draw
     target: str = ""          # column that the probe predicts, beside age; empty: label
     # volumes, and the autoencoder of stage A
-    size: tuple = (128, 160, 128)         # D, H, W of the phantoms, as 48,56,48; a file's volumes keep theirs
+    size: tuple = (128, 160, 128)         # D, H, W of phantoms, as 48,56,48 (D decides all); a file keeps its
     patch: int = 1            # the first convolution takes steps of so many voxels: 4 is quick, but coarse
     ae_base: int = 64         # channels of the first level
     ae_mult: tuple = (1, 2, 2, 2)         # channels per level, in units of ae_base; sides are halved between
@@ -73,12 +76,12 @@ class Config:
     # stages B and C
     base: int = 256           # channels of the first level
     mult: tuple = (1, 2, 3)   # channels per level, in units of base
-    blocks: int = 2           # residual blocks per level, in all stages (one more on the way up of B and C)
+    blocks: int = 2           # residual blocks per level (one more on the way up of B and C)
     groups: int = 32          # of GroupNorm; 0: one per 16 channels (faster on a CPU)
     enc_base: int = 96        # semantic encoder: channels of the first level
     enc_mult: tuple = (1, 2, 4, 8)        # .. and per level, in units of enc_base
     z_dim: int = 768          # numbers in z_sem
-    spatial: bool = True      # latents, encoder and decoder keep position; paper: false
+    spatial: bool = True      # every stage makes use of places; paper: false
     # objective
     predict: Literal["v", "eps"] = "v"    # what B and C output; paper: eps, with PDAE's weights
     t_power: float = 0.25     # times are drawn as T u^t_power: 0.25 favours high noise; paper: 1, uniform
@@ -167,7 +170,8 @@ def snr_weight(alpha_bar):
 
 
 def shift_training(alpha_bar):
-    """PDAE's coefficient of G in training: the mean of q(x_{t-1}|x_t) shifts by G times its variance.
+    """PDAE's coefficient of G in training: the mean of p(x_{t-1}|x_t) shifts by G times the variance of
+    q(x_{t-1}|x_t,x_0).
 
     s_t = -sqrt(alpha_t) (1 - alpha_bar_{t-1}) / sqrt(1 - alpha_bar_t), with
     alpha_t = alpha_bar_t / alpha_bar_{t-1}. Sampling uses -sqrt(1 - alpha_bar_t): s_t over that is 0 at
@@ -234,7 +238,7 @@ def pad(x, unit, value):
 class Attention3d(nn.Module):
     """Self-attention over all voxels, one head, residual, projection zero at first. (B,C,D,H,W) -> same
 
-    Called as a ResBlock3d is, but neither t nor z_sem changes the result."""
+    It takes emb and c, as ResBlock3d does, and ignores both."""
     def __init__(self, ch, groups):
         super().__init__()
         self.norm = norm(ch, groups)
@@ -284,15 +288,15 @@ class PatchCode(nn.Module):
         self.up = nn.Parameter(start.T.repeat(places, 1, 1))
 
     def encode(self, x):
-        f, (D, H, W) = self.f, (s // self.f for s in x.shape[2:])
-        x = x.view(-1, D, f, H, f, W, f).permute(0, 1, 3, 5, 2, 4, 6).reshape(-1, D * H * W, 1, f ** 3)
-        return (x @ self.down).squeeze(2).transpose(1, 2).view(len(x), -1, D, H, W).float()
+        f, (d, h, w) = self.f, (s // self.f for s in x.shape[2:])
+        x = x.view(-1, d, f, h, f, w, f).permute(0, 1, 3, 5, 2, 4, 6).reshape(-1, d * h * w, 1, f ** 3)
+        return (x @ self.down).squeeze(2).transpose(1, 2).view(len(x), -1, d, h, w).float()
 
     def decode(self, z):
-        f, (D, H, W) = self.f, z.shape[2:]
+        f, (d, h, w) = self.f, z.shape[2:]
         x = z.flatten(2).transpose(1, 2).unsqueeze(2) @ self.up                 # (B,places,1,f^3)
-        x = x.view(-1, D, H, W, f, f, f).permute(0, 1, 4, 2, 5, 3, 6)
-        return x.reshape(-1, 1, D * f, H * f, W * f).float()
+        x = x.view(-1, d, h, w, f, f, f).permute(0, 1, 4, 2, 5, 3, 6)
+        return x.reshape(-1, 1, d * f, h * f, w * f).float()
 
 
 class Encoder3d(nn.Module):
@@ -370,8 +374,8 @@ class Discriminator3d(nn.Module):
 class SemanticEncoder(nn.Module):
     """2.5D: a 2D network on each axial slice, then attention over the slices. (B,1,D,H,W) -> (B,z_dim)
 
-    spatial: the maps of a slice, and the slices of a volume, are flattened into a linear layer. Otherwise
-    (paper) a slice is the mean of its maps, and a volume is what one pooled query attends to."""
+    spatial: one linear layer reads the maps of a slice, another one the tokens of all slices. Otherwise
+    (paper) a token is the mean of the maps, and a query, a weighted mean of the tokens, attends to them."""
     def __init__(self, cfg):
         super().__init__()
         n, *sides = cfg.size
@@ -388,7 +392,8 @@ class SemanticEncoder(nn.Module):
         d = 64 if cfg.spatial else cfg.z_dim
         self.token = nn.Linear(c * math.prod(sides) if cfg.spatial else c, d)
         self.register_buffer("place", time_embedding(torch.arange(n), d), persistent=False)
-        self.dropout, self.score = nn.Dropout(0.1), None if cfg.spatial else nn.Linear(d, 1)
+        self.dropout = nn.Dropout(0.1)
+        self.score = None if cfg.spatial else nn.Linear(d, 1)
         self.attend = nn.MultiheadAttention(d, 8, batch_first=True)
         self.norm = nn.LayerNorm(d)
         self.out = nn.Linear(n * d, cfg.z_dim) if cfg.spatial else None
@@ -464,7 +469,7 @@ class Down3d(nn.Module):
 
 
 class Up3d(nn.Module):
-    """Second half of a UNet, and alone PDAE's gradient decoder: middle, way up, output, on given skips.
+    """Second half of a UNet, on the skips of Down3d: middle, way up, output. PDAE's gradient decoder is one.
 
     emb (B,4*base), skips of Down3d, c (B,c_dim) of z_sem -> (B,ch,D,H,W) float32, zero at initialisation"""
     def __init__(self, cfg, ch, c_dim):
@@ -492,9 +497,8 @@ class Up3d(nn.Module):
         for layer in self.middle:
             h = layer(h, emb, c)
         for layers, skip in zip(self.steps, skips[::-1]):
-            d, height, w = skip.shape[2:]
-            h = h[:, :, :d, :height, :w]           # an odd side was rounded up on the way down
-            h = torch.cat([h, skip], 1)
+            D, H, W = skip.shape[2:]
+            h = torch.cat([h[:, :, :D, :H, :W], skip], 1)      # an odd side was rounded up on the way down
             for layer in layers:
                 h = layer(h, emb, c)
         return self.conv_out(F.silu(self.norm_out(h))).float()
@@ -558,20 +562,21 @@ class Frozen:
 class Autoencoder(nn.Module):
     """Stage A, AutoencoderKL in 3D: L1 + KL + a patch adversarial loss (least squares) that warms up.
 
-    spatial: it encodes the difference from `mean_brain`, the mean training scan. What all brains share needs
-    no latent. A linear code goes beside the network, since a patch is almost linear in its latent."""
+    spatial: it encodes the difference from `mean_brain`, the mean of training scans. What all brains share
+    needs no latent. A linear code is added to the network's: most of a patch is linear in its latent."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg, self.unit = cfg, cfg.patch * 2 ** (len(cfg.ae_mult) - 1)
+        self.sides = [-(-s // self.unit) for s in cfg.size]      # of the latent
         self.encoder, self.decoder = Encoder3d(cfg), Decoder3d(cfg)
         if cfg.spatial:
             self.register_buffer("mean_brain", torch.zeros(1, 1, *cfg.size))
-            self.patches = PatchCode(cfg.z_ch, self.unit, math.prod(-(-s // self.unit) for s in cfg.size))
+            self.patches = PatchCode(cfg.z_ch, self.unit, math.prod(self.sides))
         self.discriminator = Discriminator3d(cfg.disc_base, cfg.groups)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))   # so a checkpoint has it
 
     def difference(self, x):
-        """x minus the mean brain, times 4: the SD of the difference is about 1/4. -> like x"""
+        """x minus the mean brain, times 4, which brings its SD nearer to 1. -> like x"""
         return 4 * (x - self.mean_brain)
 
     def posterior(self, x):
@@ -608,16 +613,16 @@ class Autoencoder(nn.Module):
         # A tenth of the steps without the adversarial loss; in the next tenth its weight grows to cfg.gan.
         warm = (10 * self.step / self.cfg.ae_steps - 1).clamp(0, 1)
         self.step += self.training
-        # Gradients are clipped by their joint norm. With weight 1 the discriminator's would decide how much,
-        # and the autoencoder's steps would swing with it. (Adam divides the weight out again.)
+        # Gradients are clipped by their joint norm. With weight 1 the discriminator's would be most of it,
+        # and would set the size of the autoencoder's steps. (Adam divides the weight out again.)
         return (recon - x).abs().mean() + 1e-7 * kl + self.cfg.gan * (warm * fool + judge)
 
 
 class Unconditional(nn.Module):
     """Stage B: || UNet(z_t, t) - target ||^2 on standardised latents, (latent - shift) / scale.
 
-    mean, std (N,z_ch,d,h,w): the posteriors of the training scans, which shift and scale are measured on: per
-    channel mean 0 (spatial: at every place) and variance 1. Both are saved with the weights."""
+    mean, std (N,z_ch,d,h,w): posteriors of the training scans. shift is their mean in each channel (spatial:
+    at each place, too), and scale gives each channel variance 1. Both are saved with the weights."""
     def __init__(self, cfg, mean, std):
         super().__init__()
         self.cfg = cfg
@@ -647,19 +652,18 @@ class Model(nn.Module):
     """Stage C: a gradient decoder G(z_t, t, z_sem) steers the frozen stage B; z_sem = SemanticEncoder(x).
 
     predict eps (paper): lambda_t || eps_theta + s_t G - eps ||^2 trains, eps_theta - sqrt(1 - alpha_bar_t) G
-    samples; s_t is `shift`, lambda_t is `weight`. predict v: || v_theta + G - v ||^2, which is
-    || eps_hat - eps ||^2 / alpha_bar_t."""
+    samples; lambda_t is `weight`. predict v: || v_theta + G - v ||^2, || eps_hat - eps ||^2 / alpha_bar_t."""
     def __init__(self, cfg, ldm, ae):
         super().__init__()
         self.cfg, self.ldm, self.ae, self.alpha_bar = cfg, Frozen(ldm), Frozen(ae), ldm.alpha_bar
-        self.register_buffer("shift", shift_training(self.alpha_bar).float(), persistent=False)
+        self.register_buffer("s_t", shift_training(self.alpha_bar).float(), persistent=False)
         self.register_buffer("weight", snr_weight(self.alpha_bar).float(), persistent=False)
-        latent = [-(-s // ae.unit) for s in cfg.size]
         self.encoder = SemanticEncoder(cfg)
         self.embed = nn.Linear(cfg.z_dim, 4 * cfg.base)
         self.gradient = Up3d(cfg, cfg.z_ch, 4 * cfg.base)
         # AdaGN scales whole channels, so it cannot say where. A latent made of z_sem can.
-        self.z_latent = zero(nn.Linear(cfg.z_dim, cfg.z_ch * math.prod(latent))) if cfg.spatial else None
+        linear = cfg.spatial and cfg.predict == "v"
+        self.z_latent = zero(nn.Linear(cfg.z_dim, cfg.z_ch * math.prod(ae.sides))) if linear else None
 
     def encode(self, batch):
         """batch["image"] (B,1,D,H,W) in [-1,1] -> z_sem (B,z_dim)"""
@@ -689,7 +693,7 @@ class Model(nn.Module):
         out, G = self.outputs(q_sample(z0, t, eps, self.alpha_bar), t, z_sem)
         if self.cfg.predict == "v":
             return (out + G - v_target(z0, t, eps, self.alpha_bar)).square().mean((1, 2, 3, 4))
-        error = out + self.shift[t].view(-1, 1, 1, 1, 1) * G - eps
+        error = out + self.s_t[t].view(-1, 1, 1, 1, 1) * G - eps
         return self.weight[t] * error.square().mean((1, 2, 3, 4))
 
     def forward(self, batch, g):
@@ -862,9 +866,7 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
 
 def posteriors(ae, loader):
     """Posterior mean and standard deviation of every volume. -> two (N,z_ch,d,h,w) on the loader's device"""
-    rows = torch.arange(len(loader), device=loader.device)
-    both = in_batches(lambda i: torch.cat(ae.posterior(loader.batch(i)["image"]), 1), rows, batch=4)
-    mean, logvar = both.chunk(2, 1)
+    mean, logvar = over_rows(lambda batch: torch.cat(ae.posterior(batch["image"]), 1), loader).chunk(2, 1)
     return mean, (logvar / 2).exp()
 
 
@@ -894,10 +896,10 @@ def in_batches(fn, *tensors, batch=64):
         return torch.cat([fn(*rows) for rows in zip(*(x.split(batch) for x in tensors))])
 
 
-def codes_of(model, loader):
-    """z_sem of every row. -> (N,z_dim)"""
+def over_rows(fn, loader):
+    """fn(batch) of all rows of the loader, concatenated. fn is Model.encode: z_sem (N,z_dim)"""
     rows = torch.arange(len(loader), device=loader.device)
-    return in_batches(lambda i: model.encode(loader.batch(i)), rows, batch=8)
+    return in_batches(lambda i: fn(loader.batch(i)), rows, batch=4)
 
 
 def travel(sampler, model, x, z_sem):
@@ -919,6 +921,13 @@ def render(model, z_T, z_sem):
     return volumes(model, travel(ddim_decode, model, z_T, z_sem))
 
 
+def redraw(model, x, z_sem):
+    """Volumes x (B,1,D,H,W) drawn again from their z_sem (B,z_dim) and z_T -> numpy (B,D,H,W) in [0,1]"""
+    ldm, ae = model.ldm.net, model.ae.net
+    z0 = in_batches(lambda x: ldm.latent({"mean": ae.posterior(x)[0]}), x, batch=4)
+    return render(model, travel(ddim_encode, model, z0, z_sem), z_sem)
+
+
 def view(x):
     """(D,H,W) -> axial and coronal middle slice side by side, the coronal one head up. -> (max(H,D),2W)"""
     axial, coronal = x[x.shape[0] // 2], x[::-1, x.shape[1] // 2]
@@ -928,7 +937,7 @@ def view(x):
 
 
 def preview3d(cfg, loader, name, draw):
-    """-> watch(ema) for fit: OUT/name.png of validation volumes. draw(ema, batch) -> {label: (B,D,H,W)}"""
+    """-> watch(ema) for fit: OUT/name of validation volumes. draw(ema, batch) -> {label: (B,D,H,W)}"""
     def watch(ema):
         lines = draw(ema, loader.batch(np.arange(len(loader))))
         M.grid(Path(cfg.out, name), [[view(x) for x in line] for line in lines.values()], list(lines), [],
@@ -959,9 +968,8 @@ def evaluate(cfg, data, part, loader, models, prior, device):
     everything = np.flatnonzero(part == "test")
     test = M.evenly(everything, cfg.eval_images)
     who, real, g = data.subject[test], data.image[test] / 255, torch.Generator(device).manual_seed(cfg.seed)
-    codes = {row: codes_of(m, loader) for row, m in models.items()}
-    rows = torch.arange(len(data), device=device)
-    z, z0 = codes[""], in_batches(lambda i: model.ldm.net.latent(loader.batch(i)), rows, batch=8)
+    codes = {row: over_rows(m.encode, loader) for row, m in models.items()}
+    z, z0 = codes[""], over_rows(model.ldm.net.latent, loader)
     noise = torch.randn(z0[test].shape, generator=g, device=device)
 
     # Images from z_sem with the inverted z_T (recon), and from z_sem alone (semantic, one random z_T). The
@@ -975,8 +983,8 @@ def evaluate(cfg, data, part, loader, models, prior, device):
     wrong = render(model, noise, z[test][torch.as_tensor(M.other_subject(who), device=device)])
     gain = M.ssim(real, semantic[""]) - M.ssim(real, wrong)
     metrics["semantic_gain"] = M.row_of(np.mean, who, gain)
-    # A network that always outputs zero reconstructs well. If that is eps, its z_T has an SD near 0; if it is
-    # v, z_T is z0 times .8 to .96, which the SD hardly shows: so look at z_sem alone, too.
+    # A network whose output is 0 reconstructs well. If that is eps, its z_T has an SD near 0. If it is v, z_T
+    # is .83 z0 (S = 10) or .91 z0 (S = 20), and its SD looks right: so look at z_sem alone, too.
     metrics["z_T_sd_error"] = M.row_of(np.mean, who, (z_T.std((1, 2, 3, 4)) - 1).abs(), better="lower")
     lines = {"test scan": real, "autoencoder": recon["ae"], "z_sem + z_T": recon[""],
              "z_sem, random z_T": semantic[""], f"PCA, {cfg.z_dim} numbers": recon["pca"]}
@@ -1002,7 +1010,7 @@ def evaluate(cfg, data, part, loader, models, prior, device):
     metrics |= M.factor_numbers(all_codes, data.columns, part, data.subject, cfg.seed)
 
     first = everything[np.unique(data.subject[everything], return_index=True)[1]]    # of each subject
-    if "probe_auroc" in metrics or "probe_r2" in metrics:
+    if "probe" in probes:
         metrics |= manipulation(cfg, data, train, M.evenly(first, cfg.eval_images), model, z, z0)
     if "session" in data.columns:
         metrics |= missing_scans(cfg, data, everything, model, z, z0)
@@ -1010,9 +1018,9 @@ def evaluate(cfg, data, part, loader, models, prior, device):
 
     noise = torch.randn(6, *z0.shape[1:], generator=g, device=device)
     new = render(model, noise, prior.sample(6, g))
-    bank = data.image[M.evenly(train, 200)] / 255
+    bank = data.image[M.evenly(train, 200)]
     coarse = lambda x: x[:, ::2, ::2, ::2]
-    nearest = bank[M.nearest(coarse(new), coarse(bank))[1]]
+    nearest = bank[M.nearest(coarse(new), coarse(bank))[1]] / 255
     M.grid(out / "samples.png", [[view(x) for x in line] for line in (new, nearest)],
            ["new brain", "nearest training scan"], [],
            "New brains: z_sem from the prior, random z_T. Row 2 shows whether they are copies.")
@@ -1024,8 +1032,7 @@ def volume_reader(data, rows, label, ml):
     """Measures a structure in volumes without a mask. It is a ridge regression to ml (N,) from the voxels in
     and next to the mask's label, fitted to `rows`. -> a function of volumes (n,D,H,W) in [0,1] -> (n,) ml"""
     where = np.any([data.mask[i] == label for i in rows], 0)
-    where = F.max_pool3d(torch.as_tensor(where)[None].float(), 3, 1, 1).flatten().nonzero()[:, 0].numpy()
-    where = M.evenly(where, 4000)
+    where = M.evenly(np.flatnonzero(F.max_pool3d(torch.as_tensor(where)[None].float(), 3, 1, 1)), 4000)
     pick = lambda x: np.stack([v.reshape(-1)[where] for v in x])
     fitted = M.probe("regression", pick(data.image[i] / 255 for i in rows), ml[rows], data.subject[rows])
     return lambda x: fitted.predict(pick(x))
@@ -1034,14 +1041,13 @@ def volume_reader(data, rows, label, ml):
 def manipulation(cfg, data, train, rows, model, z, z0):
     """z_sem of the scans `rows` moved along its covariance with the target, z_T kept. -> metrics, a picture
 
-    On phantoms the moved scans are measured: ventricles must grow, hippocampi shrink, heads stay."""
+    Heads must keep their size. On phantoms, ventricles must grow and hippocampi shrink."""
     # The weights of a probe say how to read an attribute, and also hold what cancels other causes. How codes
-    # change with the attribute is their covariance with it (Haufe et al. 2014).
+    # change with the attribute is their covariance with it (Haufe et al. 2014). probes.json has the weights.
     y = torch.as_tensor(data.columns[cfg.target], dtype=z.dtype, device=z.device)[train]
     seen, y = z[train][~y.isnan()], y[~y.isnan()]
     axis = (seen - seen.mean(0)).T @ (y - y.mean())
-    axis = axis / axis.norm()
-    axis = axis * (seen @ axis).std()       # as long as one SD of the training codes
+    axis = axis * (seen @ axis).std() / axis.norm() ** 2        # as long as one SD of the training codes
     moves = np.array([-1.5, -0.75, 0, 0.75, 1.5])
     z_T = travel(ddim_encode, model, z0[rows], z[rows])
     moved = np.stack([render(model, z_T, z[rows] + float(m) * axis) for m in moves], 1)      # (n,5,D,H,W)
@@ -1110,30 +1116,21 @@ def missing_scans(cfg, data, test, model, z, z0):
 def throughput(cfg, batch, model):
     """Seconds to reconstruct batch["image"], S steps up and S down, in latent and in voxel space.
 
-    The voxel network is stage B's at a quarter of the width (the whole would fit no GPU), untrained, with
-    more levels above until one has the latent's size. -> metrics recon_s, recon_s.voxel, throughput_ratio"""
-    x, ldm, ae = batch["image"], model.ldm.net, model.ae.net
-    mult = (1,) * round(math.log2(ae.unit)) + cfg.mult
-    small = dataclasses.replace(cfg, base=max(8, cfg.base // 4), mult=mult, groups=0)
+    The voxel network is one UNet that takes z_sem, untrained, a quarter as wide as stage B (at least 8
+    channels), with more levels above until one has the latent's size.
+    -> metrics recon_s, recon_s.voxel, throughput_ratio"""
+    x, mult = batch["image"], (1,) * round(math.log2(model.ae.net.unit)) + cfg.mult
+    small = dataclasses.replace(cfg, base=max(8, cfg.base // 4), mult=mult, groups=1)
     down, up = (fast_layout(net.to(x.device).eval(), x.device)
                 for net in (Down3d(small, 1), Up3d(small, 1, cfg.z_dim)))
     voxel = SimpleNamespace(cfg=cfg, alpha_bar=model.alpha_bar, eps=lambda x, t, z: up(*down(x, t), z))
-    wait = torch.cuda.synchronize if x.is_cuda else lambda: None
-
-    def in_latent_space(z_sem):
-        z0 = in_batches(lambda x: (ae.posterior(x)[0] - ldm.shift) / ldm.scale, x)
-        render(model, travel(ddim_encode, model, z0, z_sem), z_sem)
-
-    def in_voxel_space(z_sem):
-        travel(ddim_decode, voxel, travel(ddim_encode, voxel, x, z_sem), z_sem)
-
+    in_latents = lambda z: redraw(model, x, z)
+    in_voxels = lambda z: travel(ddim_decode, voxel, travel(ddim_encode, voxel, x, z), z).cpu()     # waits
     metrics = {}
-    for key, reconstruct in (("recon_s", in_latent_space), ("recon_s.voxel", in_voxel_space)):
+    for key, draw in (("recon_s", in_latents), ("recon_s.voxel", in_voxels)):
         for _ in range(2):      # the first call is slower: only the second counts
-            wait()
             began = time.perf_counter()
-            reconstruct(in_batches(lambda x: model.encode({"image": x}), x))
-            wait()
+            draw(in_batches(lambda x: model.encode({"image": x}), x))
         metrics[key] = M.row((time.perf_counter() - began) / len(x), unit="s", better="lower")
     ratio = metrics["recon_s.voxel"]["value"] / metrics["recon_s"]["value"]
     return metrics | {"throughput_ratio": M.row(ratio, unit="x")}
@@ -1153,10 +1150,8 @@ def load(out, name="ckpt_C", device=""):
     elif name.startswith("ckpt_prior"):
         build = lambda cfg: Prior(cfg.T, torch.zeros(2, cfg.z_dim))
     else:
-        ae, cfg = load(out, "ckpt_A", device)
-        sides = [-(-s // ae.unit) for s in cfg.size]
-        latent = torch.zeros(2, cfg.z_ch, *sides)
-        build = lambda cfg: Unconditional(cfg, latent, latent)
+        ae, _ = load(out, "ckpt_A", device)
+        build = lambda cfg: Unconditional(cfg, *torch.zeros(2, 2, cfg.z_ch, *ae.sides))
         if name == "ckpt_C":
             ldm, _ = load(out, "ckpt_B", device)
             build = lambda cfg: Model(cfg, ldm, ae)
@@ -1173,19 +1168,17 @@ def apply(out, path, device):
         D.fail(f"{path}: image: {data.image.shape[1:]}, but the model in {out} reads volumes of {cfg.size}")
     folder.mkdir(parents=True, exist_ok=True)
     loader, part = D.Loader({"image": data.image}, cfg.device), M.known_part(out, data.subject)
-    z = codes_of(model, loader)
+    z = over_rows(model.encode, loader)
     M.save_codes(folder / "codes.csv", data, part, z)
     metrics = M.apply_probes(out, folder, data, part, z)
 
-    images, ldm = [], model.ldm.net
-    for rows in tqdm(np.array_split(np.arange(len(data)), len(data) // 16 + 1), "reconstruct", unit="batch"):
-        x = loader.batch(rows)["image"]
-        z0 = in_batches(lambda x: (model.ae.net.posterior(x)[0] - ldm.shift) / ldm.scale, x, batch=4)
-        images.append(render(model, travel(ddim_encode, model, z0, z[rows]), z[rows]))
-    images, few = np.concatenate(images), M.evenly(np.arange(len(data)), 6)
+    batches = np.array_split(np.arange(len(data)), len(data) // 16 + 1)
+    images = np.concatenate([redraw(model, loader.batch(rows)["image"], z[rows])
+                             for rows in tqdm(batches, "reconstruct", unit="batch")])
+    few = M.evenly(np.arange(len(data)), 6)
     D.write(folder / "reconstructions.h5", [dict(image=D.to_uint8(255 * images), subject=data.subject)],
             dict(source=f"z_sem + z_T of {path} by the model in {out}"))
-    lines = [[view(x) for x in volumes] for volumes in (data.image[few] / 255, images[few])]
+    lines = [[view(x) for x in line] for line in (data.image[few] / 255, images[few])]
     M.grid(folder / "reconstructions.png", lines, ["scan", "z_sem + z_T"],
            list(data.subject[few]), f"Scans of {path}: axial and coronal slice.")
     new = np.flatnonzero(~np.isin(part, ["train", "val"]))      # numbers are of those it did not learn from
@@ -1235,7 +1228,8 @@ def main(argv):
     out, (rank, world) = Path(cfg.out), D.ranks()
     if cfg.ae_batch % world:
         D.fail(f"--ae_batch {cfg.ae_batch}: must be a multiple of the {world} processes")
-    check_networks(cfg)
+    if not cfg.data:
+        check_networks(cfg)
     held = M.lock(out) if rank == 0 else None           # until the process ends
     path = D.phantom_path(cfg, "brains.h5", lambda out: D.phantom_brains(out, size=cfg.size[0]))
     data, part = D.load_study(path, cfg.test, None, cfg.seed, fold=cfg.fold)
@@ -1244,14 +1238,13 @@ def main(argv):
         D.fail(f"{path}: image: slices of {shape[0]}x{shape[1]}; ldae.py needs volumes (N,D,H,W)")
     if not cfg.data and shape != cfg.size:
         D.fail(f"{path}: phantoms of {shape}, not of --size {cfg.size}; choose that size, or another --out")
-    cfg = dataclasses.replace(cfg, size=shape)
+    cfg = dataclasses.replace(cfg, size=shape, target=D.choose_target(data, cfg.target, []))
     check_networks(cfg)
     label = data.columns.get("label", np.zeros(1))
     if (label > 1).any():
         print(f"label: 1 against 0; {(label > 1).sum()} scans of other classes are left out of the probes")
         data.columns["label"] = np.where(label > 1, np.nan, label)
     count, facts = D.describe(data, part)
-    cfg = dataclasses.replace(cfg, target=D.choose_target(data, cfg.target, []))
     if rank == 0:
         M.warn_if_edited(cfg, __file__)
         if cfg.init:
@@ -1262,7 +1255,7 @@ def main(argv):
               f"out: {out}; stop at any time, the same command goes on", flush=True)
 
     rows = [np.flatnonzero(part == "train"), M.evenly(np.flatnonzero(part == "val"), 4)]     # four to look at
-    D.batch_rows(len(rows[0]), cfg.batch, cfg.seed, 0)       # stages B and C: refused now, not after stage A
+    D.batch_rows(len(rows[0]), cfg.batch, cfg.seed, 0)      # a --batch that is too large is refused now
     default = lambda keys: {k: getattr(Config, k) for k in keys}
     torch.manual_seed(D.mix(cfg.seed, 0))
     a = dataclasses.replace(cfg, **default(AFTER_A), batch=cfg.ae_batch)
@@ -1292,7 +1285,7 @@ def main(argv):
     models[""], reached = fit(model, scans, cfg, "ckpt_C", cfg.steps, facts, watch)
     if D.leave():       # the rest is the work of one process
         return
-    z = codes_of(models[""], scans)
+    z = over_rows(models[""].encode, scans)
     torch.manual_seed(D.mix(cfg.seed, 3))
     codes = D.Loader({"z": z.cpu().numpy()}, device)
     prior, _ = fit(Prior(cfg.T, z), codes, cfg, f"ckpt_prior_{reached}", cfg.steps, facts)
