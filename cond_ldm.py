@@ -29,7 +29,6 @@ LPIPS loss is left out, and sampling is by DDIM). `--recipe ours`, the default, 
 - gan 0.01: the adversarial loss of the VQ-VAE is weaker, and its training images are moved (augment).
 """
 import copy, dataclasses, functools, math, signal, sys, time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -47,7 +46,7 @@ import metrics as M
 # --------------------------------------------------------------------------------------------------------
 # Config: `--key value` changes any line. Order: these defaults < PRESETS < RECIPES < the command line.
 
-@dataclass
+@dataclasses.dataclass
 class Config:
     data: str = ""            # HDF5 file, or a folder of one file per subject; empty: phantom views
     test: str = ""            # second file: train on all of --data, test on all of this one
@@ -622,15 +621,14 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
     started = time.perf_counter() - spent                   # as if it had never been stopped
     progress = M.Progress(cfg, name, step, steps, started + limit, rank)
 
-    g, seen = torch.Generator(device), []
+    g, seen, ends = torch.Generator(device), [], False
     mine = slice(rank * cfg.batch // world, (rank + 1) * cfg.batch // world)
-    rows = (D.batch_rows(len(loader), cfg.batch, cfg.seed, k)[mine] for k in range(step, steps))
-    for batch in map(loader.batch, rows):
+    while not ends:
+        batch = loader.batch(D.batch_rows(len(loader), cfg.batch, cfg.seed, step)[mine])
         g.manual_seed(D.mix(cfg.seed, step, rank, 0))          # t, noise, augmentation
         torch.manual_seed(D.mix(cfg.seed, step, rank, 1))      # dropout
         lr = cfg.lr * min(1, (step + 1) / 100)
-        for group in opt.param_groups:
-            group["lr"] = lr
+        opt.param_groups[0]["lr"] = lr
         with amp(device):
             loss = net(batch, g)
         opt.zero_grad()
@@ -664,8 +662,6 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
                 if watch:
                     watch(ema)
         progress.began = time.perf_counter()        # the speed is that of the training alone
-        if ends:
-            break
     progress.bar.close()
     restore()
     if world > 1:

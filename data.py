@@ -280,7 +280,7 @@ def augment(x, strength, flip, g):
 
 def moved(x, cfg, g):
     """Images (B,1,H,W) moved at random: augment(), or in the wall frame turned and mirrored. -> like x"""
-    if getattr(cfg, "frame", "image") != "wall":        # diffae.py alone has frames
+    if getattr(cfg, "frame", "image") != "wall":        # normative.py has no frames
         return augment(x, cfg.augment, cfg.flip, g)
     x, n = augment(x, 0, True, g), x.shape[3]
     turn = torch.randint(n, (len(x), 1), generator=g, device=g.device)

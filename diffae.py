@@ -27,11 +27,12 @@ but lr and EMA warm up, and the prior predicts v. `--recipe ours`, the default, 
   channels. So the encoder flattens its last feature map, and a linear layer turns z_sem into an image that
   the UNet sees beside x_t. The VAE gets the same encoder;
 - augment 0.5, no flip: small random motions of the training images, and no mirrored hearts;
-- stride quadratic, S 50: DDIM ends at T - 1, the noisiest trained level, and steps finely at low noise;
-- with --frame wall the encoder pools over the angle and keeps the depth, see RingEncoder.
+- stride quadratic, S 50 (demo: 20): DDIM ends at T - 1, the noisiest trained level, and steps finely at low
+  noise;
+- with --frame wall the encoder pools over the angle and keeps the depth, see RingEncoder. There the training
+  images are turned by any angle, and mirrored.
 """
 import copy, dataclasses, functools, math, signal, sys, time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -49,9 +50,9 @@ import metrics as M
 # --------------------------------------------------------------------------------------------------------
 # Config: `--key value` changes any line. Order: these defaults < PRESETS < RECIPES < the command line.
 
-@dataclass
+@dataclasses.dataclass
 class Config:
-    data: str = ""            # HDF5 file, or a folder of one file per subject; empty: phantom hearts
+    data: str = ""            # HDF5 file, or a folder of one file per subject; empty: phantoms
     test: str = ""            # second file: train on all of --data, test on all of this one
     fold: str = ""            # 0/5 .. 4/5: test on this fifth of the subjects, train on the others
     out: str = "out/diffae"   # everything the run leaves; the same command again goes on from there
@@ -79,7 +80,7 @@ class Config:
     predict: Literal["v", "eps"] = "v"    # what the UNet outputs; paper: eps
     t_power: float = 0.7      # times are drawn as T u^t_power: below 1 favours high noise; paper: 1, uniform
     augment: float = 0.5      # strength of random rotation, zoom and shift of the training images; paper: 0
-    flip: bool = False        # random left-right flips (paper: true; but a heart has its left and its right)
+    flip: bool = False        # random left-right flips (paper: true; but a body has its left and its right)
     T: int = 1000             # diffusion steps, linear beta; with far fewer, level T - 1 is not pure noise
     vae_beta: float = 1e-3    # weight of the VAE's KL; KL and squared error are sums over an image
     # training
@@ -300,15 +301,16 @@ class UNet(nn.Module):
         # AdaGN scales whole channels, so it cannot say where. An image made of z_sem can.
         self.z_image = nn.Linear(cfg.z_dim, width * width) if cfg.spatial else None
         self.conv_in = nn.Conv2d(2 if cfg.spatial else 1, c, 3, padding=1)
+        def block(ch_in, ch_out):     # width is that of the level at which it is called
+            layers = [ResBlock(ch_in, ch_out, cfg)]
+            layers += [Attention(ch_out, cfg.groups)] if width == cfg.attention else []
+            return nn.ModuleList(layers)
         skips = [c]                   # channels of what the way up takes, last in first out, as in forward
         self.down = nn.ModuleList()   # each entry: a list of layers whose output is kept for the way up
         for i, m in enumerate(cfg.mult):
             for _ in range(cfg.blocks):
-                layers = [ResBlock(c, m * cfg.base, cfg)]
+                self.down.append(block(c, m * cfg.base))
                 c = m * cfg.base
-                if width == cfg.attention:
-                    layers.append(Attention(c, cfg.groups))
-                self.down.append(nn.ModuleList(layers))
                 skips.append(c)
             if i < len(cfg.mult) - 1:
                 self.down.append(nn.ModuleList([ResBlock(c, c, cfg, "down")]))
@@ -317,15 +319,12 @@ class UNet(nn.Module):
         self.middle = nn.ModuleList([ResBlock(c, c, cfg), Attention(c, cfg.groups), ResBlock(c, c, cfg)])
         self.up = nn.ModuleList()     # each entry: takes one skip
         for i, m in reversed(list(enumerate(cfg.mult))):
-            for j in range(cfg.blocks + 1):
-                layers = [ResBlock(c + skips.pop(), m * cfg.base, cfg)]
+            for _ in range(cfg.blocks + 1):
+                self.up.append(block(c + skips.pop(), m * cfg.base))
                 c = m * cfg.base
-                if width == cfg.attention:
-                    layers.append(Attention(c, cfg.groups))
-                if i > 0 and j == cfg.blocks:
-                    layers.append(ResBlock(c, c, cfg, "up"))
-                    width *= 2
-                self.up.append(nn.ModuleList(layers))
+            if i > 0:
+                self.up[-1].append(ResBlock(c, c, cfg, "up"))
+                width *= 2
         self.norm_out = norm(c, cfg.groups)
         self.conv_out = zero(nn.Conv2d(c, 1, 3, padding=1))
 
@@ -334,19 +333,16 @@ class UNet(nn.Module):
         if self.z_image is not None:
             x_t = torch.cat([x_t, self.z_image(z_sem).view(x_t.shape)], 1)
         emb = self.time(time_embedding(t, self.base))
-        run = lambda layer, h: layer(h, emb, z) if isinstance(layer, ResBlock) else layer(h)
-        h = self.conv_in(x_t)
-        skips = [h]
+        def run(layers, h):
+            for layer in layers:
+                h = layer(h, emb, z) if isinstance(layer, ResBlock) else layer(h)
+            return h
+        skips = [self.conv_in(x_t)]
         for layers in self.down:
-            for layer in layers:
-                h = run(layer, h)
-            skips.append(h)
-        for layer in self.middle:
-            h = run(layer, h)
+            skips.append(run(layers, skips[-1]))
+        h = run(self.middle, skips[-1])
         for layers in self.up:
-            h = torch.cat([h, skips.pop()], 1)
-            for layer in layers:
-                h = run(layer, h)
+            h = run(layers, torch.cat([h, skips.pop()], 1))
         return self.conv_out(F.silu(self.norm_out(h))).float()
 
 
@@ -415,8 +411,7 @@ class Prior(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------------
-# The two models that are compared. forward(batch, g) is the training loss. A batch is a dict, since other
-# scripts have more in it than the image.
+# The models that are compared. forward(batch, g) is the training loss; batch is a dict, see D.Loader.
 
 class Model(nn.Module):
     """Diffusion autoencoder: || UNet(x_t, t, z_sem) - target ||^2, z_sem = Encoder(x0) (DiffAE sec. 3)."""
@@ -437,17 +432,14 @@ class Model(nn.Module):
         out = self.unet(x_t, t, z_sem)
         return out if self.cfg.predict == "eps" else eps_from_v(out, x_t, t, self.alpha_bar)
 
-    def loss(self, x0, z_sem, t, eps):
-        """Squared error of the prediction per image. -> (B,)"""
-        target = eps if self.cfg.predict == "eps" else v_target(x0, t, eps, self.alpha_bar)
-        out = self.unet(q_sample(x0, t, eps, self.alpha_bar), t, z_sem)
-        return (out - target).square().mean((1, 2, 3))
-
     def forward(self, batch, g):
         x0 = D.moved(batch["image"], self.cfg, g)
         t = random_t(len(x0), self.cfg.T, self.cfg.t_power, g)
         eps = torch.randn(x0.shape, generator=g, device=g.device)
-        return self.loss(x0, self.encode(batch | {"image": x0}), t, eps).mean()
+        z_sem = self.encode(batch | {"image": x0})
+        out = self.unet(q_sample(x0, t, eps, self.alpha_bar), t, z_sem)
+        target = eps if self.cfg.predict == "eps" else v_target(x0, t, eps, self.alpha_bar)
+        return (out - target).square().mean()
 
 
 class VAE(nn.Module):
@@ -608,15 +600,14 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
     started = time.perf_counter() - spent                   # as if it had never been stopped
     progress = M.Progress(cfg, name, step, steps, started + limit, rank)
 
-    g, seen = torch.Generator(device), []
+    g, seen, ends = torch.Generator(device), [], False
     mine = slice(rank * cfg.batch // world, (rank + 1) * cfg.batch // world)
-    rows = (D.batch_rows(len(loader), cfg.batch, cfg.seed, k)[mine] for k in range(step, steps))
-    for batch in map(loader.batch, rows):
+    while not ends:
+        batch = loader.batch(D.batch_rows(len(loader), cfg.batch, cfg.seed, step)[mine])
         g.manual_seed(D.mix(cfg.seed, step, rank, 0))          # t, noise, augmentation
         torch.manual_seed(D.mix(cfg.seed, step, rank, 1))      # dropout
         lr = cfg.lr * min(1, (step + 1) / 100)
-        for group in opt.param_groups:
-            group["lr"] = lr
+        opt.param_groups[0]["lr"] = lr
         with amp(device):
             loss = net(batch, g)
         opt.zero_grad()
@@ -650,8 +641,6 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
                 if watch:
                     watch(ema)
         progress.began = time.perf_counter()        # the speed is that of the training alone
-        if ends:
-            break
     progress.bar.close()
     restore()
     if world > 1:
@@ -672,12 +661,10 @@ def in_batches(fn, *tensors, batch=64):
         return torch.cat([fn(*rows) for rows in zip(*(x.split(batch) for x in tensors))])
 
 
-@torch.inference_mode()
 def semantic_codes(model, loader):
     """z_sem (the VAE: its mean) of every row, not augmented. -> (N,z_dim)"""
-    batches = (loader.batch(np.arange(len(loader))[i:i + 64]) for i in range(0, len(loader), 64))
-    with amp(loader.device):
-        return torch.cat([model.encode(batch) for batch in batches])
+    rows = torch.arange(len(loader), device=loader.device)
+    return in_batches(lambda i: model.encode(loader.batch(i)), rows)
 
 
 def walk(sampler, model, x, z_sem):
@@ -701,9 +688,7 @@ def decode(model, x_T, z_sem):
 def preview(cfg, loader):
     """-> watch(ema) for fit: preview.png of validation images. Another image in row 3: z_sem is not used."""
     def watch(ema):
-        batch = loader.batch(np.arange(len(loader)))
-        with amp(loader.device), torch.inference_mode():
-            x0, z = batch["image"], ema.encode(batch)
+        x0, z = loader.batch(np.arange(len(loader)))["image"], semantic_codes(ema, loader)
         noise = torch.randn(x0.shape, generator=torch.Generator(x0.device).manual_seed(0), device=x0.device)
         rows = [x0, decode(ema, encode_noise(ema, x0, z), z), decode(ema, noise, z)]
         M.grid(Path(cfg.out, "preview.png"), [M.to_image(x) for x in rows],
@@ -721,33 +706,30 @@ def evaluate(cfg, data, part, models, prior, device):
     loader = D.Loader({"image": data.image}, device)
     test = M.evenly(np.flatnonzero(part == "test"), cfg.eval_images)
     who, real, x0 = data.subject[test], data.image[test] / 255, loader.batch(test)["image"]
-    wrong = torch.as_tensor(M.other_subject(who), device=device)
     g = torch.Generator(device).manual_seed(cfg.seed)
     noise = torch.randn(cfg.draws, *x0.shape, generator=g, device=device)
     codes = {row: semantic_codes(model, loader) for row, model in models.items()}
 
     # Images from z_sem with the encoded x_T (recon), and from z_sem alone (mean over random x_T). The VAE and
-    # the trivial rows have one image for both. Ours comes last: its x_T, z and draws are used below.
+    # the trivial rows have one image for both. Ours comes last: what it leaves is used below.
     recon = M.trivial_images(data, train, test, cfg.z_dim)
     recon["vae"] = M.to_image(in_batches(models["vae"].decoder, codes["vae"][test]))
-    mean, metrics = dict(recon), {}             # row -> (n,H,W): the mean over the draws
-    single = {"vae": recon["vae"]}              # row -> (n,H,W): one image, for its grain
+    ratio = lambda a, b: a.mean() / b.mean()
+    grain = lambda images: M.row_of(ratio, who, M.roughness(images), M.roughness(real), better="")
+    mean, metrics = dict(recon), {"grain.vae": grain(recon["vae"])}     # mean: row -> (n,H,W), over the draws
     for row in tqdm(("untrained", ""), "evaluate: images", unit="model"):
         model, z, dot = models[row], codes[row][test], f".{row}" if row else ""
         x_T = encode_noise(model, x0, z)
         recon[row] = M.to_image(decode(model, x_T, z))
         draws = [M.to_image(decode(model, x, z)) for x in noise]
-        mean[row], single[row] = np.mean(draws, 0), draws[0]
-        of_another = M.to_image(decode(model, noise[0], z[wrong]))      # a slice of another patient
+        mean[row] = np.mean(draws, 0)
+        metrics["grain" + dot] = grain(draws[0])
+        of_another = M.to_image(decode(model, noise[0], z[M.other_subject(who)]))
         gain = M.ssim(real, draws[0]) - M.ssim(real, of_another)
         metrics["semantic_gain" + dot] = M.row_of(np.mean, who, gain)
         sd_error = (x_T.std((1, 2, 3)) - 1).abs()           # noise has an SD of 1; alone that is no proof
         metrics["x_T_sd_error" + dot] = M.row_of(np.mean, who, sd_error, better="lower")
     metrics |= M.image_numbers("recon", recon, real, who) | M.image_numbers("semantic_mean", mean, real, who)
-    for row, images in single.items():
-        grain = M.row_of(lambda a, b: a.mean() / b.mean(), who, M.roughness(images), M.roughness(real),
-                         better="")
-        metrics["grain" + (f".{row}" if row else "")] = grain
     gain = M.ssim(real, mean[""]) - M.ssim(real, mean["vae"])
     metrics["semantic_mean_gain.vae"] = M.row_of(np.mean, who, gain)
 
@@ -789,7 +771,7 @@ def evaluate(cfg, data, part, models, prior, device):
     _, nearest = M.nearest(M.to_image(new), bank)
     M.grid(out / "samples.png", [M.to_image(new), bank[nearest]], ["new heart", "nearest training image"], [],
            "New hearts: z_sem from the prior, random x_T. Row 2 shows whether they are copies.")
-    M.curves(out / "curves.png", {"diffusion": out / "log.jsonl"})
+    M.curves(out / "curves.png", {"diffusion": out / "log.jsonl", "VAE": out / "log_vae.jsonl"})
     return metrics
 
 
@@ -839,8 +821,7 @@ def apply(out, path, device):
 
     images, sd_error = [], []
     for rows in tqdm(np.array_split(np.arange(len(data)), len(data) // 64 + 1), "reconstruct", unit="batch"):
-        x0 = loader.batch(rows)["image"]
-        x_T = encode_noise(model, x0, z[rows])
+        x_T = encode_noise(model, loader.batch(rows)["image"], z[rows])
         images.append(M.to_image(decode(model, x_T, z[rows])))
         sd_error.append(M.to_numpy((x_T.std((1, 2, 3)) - 1).abs()))
     images, few = np.concatenate(images), M.evenly(np.arange(len(data)), 8)
@@ -864,7 +845,7 @@ def apply(out, path, device):
 # The command
 
 # The table that ends a run. z_sem + x_T proves little. When v is predicted, the output 0 of an untrained UNet
-# makes DDIM a mere scaling, and the image comes back. Its x_T is no noise then, but 0.9 times the image. So
+# makes DDIM a mere scaling, and the image comes back. Its x_T is no noise then, but 0.92 times the image. So
 # look at the SD of x_T, and at z_sem alone: the mean of images from random x_T.
 SHOWN = {"recon_ssim": "z_sem + x_T, SSIM", "semantic_mean_ssim": "z_sem alone (mean), SSIM",
          "semantic_gain": "right - wrong z_sem, SSIM", "grain": "grain of one draw, times real",
@@ -892,7 +873,7 @@ def main(argv):
         if cfg.size < 11 or any(x.shape != x0.shape for x in images):
             raise ValueError(f"--size {cfg.size} is below 11 or cannot be halved as often as the levels ask")
     except (ValueError, RuntimeError, OverflowError) as e:
-        D.fail(f"--size {cfg.size}, --mult, --enc_mult, --groups, --z_dim, --S: do not fit ({e})")
+        D.fail(f"--size {cfg.size}, --mult, --enc_mult, --groups, --S: do not fit each other ({e})")
     held = M.lock(out) if rank == 0 else None           # until the process ends
     path = D.phantom_path(cfg, "hearts.h5", D.phantom_hearts)
     data, part = D.load_study(path, cfg.test, cfg.size, cfg.seed, fold=cfg.fold, frame=cfg.frame)
@@ -935,9 +916,8 @@ def main(argv):
     M.save_results(out / "results.json", "diffae", data.path, count, seconds, config, metrics, device)
     print(M.table(metrics, SHOWN, ROWS))
     if "probe_auroc_gain.vae" in metrics:
-        question = f"Does z_sem tell {data.question(cfg.target)} better than the VAE's code?"
-        print(M.answer(question, "AUROC", metrics["probe_auroc"], metrics["probe_auroc.vae"],
-                       metrics["probe_auroc_gain.vae"]))
+        print(M.answer(f"Does z_sem tell {data.question(cfg.target)} better than the VAE's code?", "AUROC",
+                       metrics["probe_auroc"], metrics["probe_auroc.vae"], metrics["probe_auroc_gain.vae"]))
     print(f"{seconds:.0f} s. Numbers: {out}/results.json. Pictures: {out}/*.png")
 
 

@@ -13,7 +13,7 @@ a higher score live longer.
 Ijishakin et al., Normative Diffusion Autoencoders, 2024 (arXiv 2407.14191). Neither code nor data are public.
 Where the paper is silent, this script does what diffae.py does.
 
-    python normative.py                     # phantom cohort, 4 to 5 minutes on 2 CPU cores
+    python normative.py                     # phantom cohort, 3 to 5 minutes on 2 CPU cores
     python normative.py --data cohort.h5    # yours: label (0 healthy), age; for survival also time, event
     python normative.py --apply new.h5      # scores of new people, by the trained model
 
@@ -29,7 +29,6 @@ DDIM at T - 1 (stride trailing). Two more differences:
 - augment 0.1: brains come registered, so the random motion is smaller than that of hearts.
 """
 import copy, dataclasses, functools, math, signal, sys, time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -47,9 +46,9 @@ import metrics as M
 # --------------------------------------------------------------------------------------------------------
 # Config: `--key value` changes any line. Order: these defaults < PRESETS < RECIPES < the command line.
 
-@dataclass
+@dataclasses.dataclass
 class Config:
-    data: str = ""            # HDF5 file, or a folder of one file per subject; empty: phantom cohort
+    data: str = ""            # HDF5 file, or a folder of one file per subject; empty: phantoms
     test: str = ""            # second file: train on all of --data, test on all of this one
     fold: str = ""            # 0/5 .. 4/5: test on this fifth of the subjects, train on the others
     out: str = "out/normative"  # everything the run leaves; the same command again goes on from there
@@ -78,7 +77,7 @@ class Config:
     predict: Literal["v", "eps"] = "v"    # what the UNet outputs; paper: eps
     t_power: float = 0.5      # times are drawn as T u^t_power: 0.5 favours high noise; paper: 1, uniform
     augment: float = 0.1      # strength of random rotation, zoom and shift of the training images; paper: 0
-    flip: bool = False        # random left-right flips (paper: true; but a brain has its left and its right)
+    flip: bool = False        # random left-right flips (paper: true; but a body has its left and its right)
     T: int = 1000             # diffusion steps, linear beta; with far fewer, level T - 1 is not pure noise
     vae_beta: float = 1e-3    # weight of the VAE's KL; KL and squared error are sums over an image
     # training
@@ -275,15 +274,16 @@ class UNet(nn.Module):
         # AdaGN scales whole channels, so it cannot say where. An image made of z_sem can.
         self.z_image = nn.Linear(cfg.z_dim, width * width) if cfg.spatial else None
         self.conv_in = nn.Conv2d(2 if cfg.spatial else 1, c, 3, padding=1)
+        def block(ch_in, ch_out):     # width is that of the level at which it is called
+            layers = [ResBlock(ch_in, ch_out, cfg)]
+            layers += [Attention(ch_out, cfg.groups)] if width == cfg.attention else []
+            return nn.ModuleList(layers)
         skips = [c]                   # channels of what the way up takes, last in first out, as in forward
         self.down = nn.ModuleList()   # each entry: a list of layers whose output is kept for the way up
         for i, m in enumerate(cfg.mult):
             for _ in range(cfg.blocks):
-                layers = [ResBlock(c, m * cfg.base, cfg)]
+                self.down.append(block(c, m * cfg.base))
                 c = m * cfg.base
-                if width == cfg.attention:
-                    layers.append(Attention(c, cfg.groups))
-                self.down.append(nn.ModuleList(layers))
                 skips.append(c)
             if i < len(cfg.mult) - 1:
                 self.down.append(nn.ModuleList([ResBlock(c, c, cfg, "down")]))
@@ -292,15 +292,12 @@ class UNet(nn.Module):
         self.middle = nn.ModuleList([ResBlock(c, c, cfg), Attention(c, cfg.groups), ResBlock(c, c, cfg)])
         self.up = nn.ModuleList()     # each entry: takes one skip
         for i, m in reversed(list(enumerate(cfg.mult))):
-            for j in range(cfg.blocks + 1):
-                layers = [ResBlock(c + skips.pop(), m * cfg.base, cfg)]
+            for _ in range(cfg.blocks + 1):
+                self.up.append(block(c + skips.pop(), m * cfg.base))
                 c = m * cfg.base
-                if width == cfg.attention:
-                    layers.append(Attention(c, cfg.groups))
-                if i > 0 and j == cfg.blocks:
-                    layers.append(ResBlock(c, c, cfg, "up"))
-                    width *= 2
-                self.up.append(nn.ModuleList(layers))
+            if i > 0:
+                self.up[-1].append(ResBlock(c, c, cfg, "up"))
+                width *= 2
         self.norm_out = norm(c, cfg.groups)
         self.conv_out = zero(nn.Conv2d(c, 1, 3, padding=1))
 
@@ -309,19 +306,16 @@ class UNet(nn.Module):
         if self.z_image is not None:
             x_t = torch.cat([x_t, self.z_image(z_sem).view(x_t.shape)], 1)
         emb = self.time(time_embedding(t, self.base))
-        run = lambda layer, h: layer(h, emb, z) if isinstance(layer, ResBlock) else layer(h)
-        h = self.conv_in(x_t)
-        skips = [h]
+        def run(layers, h):
+            for layer in layers:
+                h = layer(h, emb, z) if isinstance(layer, ResBlock) else layer(h)
+            return h
+        skips = [self.conv_in(x_t)]
         for layers in self.down:
-            for layer in layers:
-                h = run(layer, h)
-            skips.append(h)
-        for layer in self.middle:
-            h = run(layer, h)
+            skips.append(run(layers, skips[-1]))
+        h = run(self.middle, skips[-1])
         for layers in self.up:
-            h = torch.cat([h, skips.pop()], 1)
-            for layer in layers:
-                h = run(layer, h)
+            h = run(layers, torch.cat([h, skips.pop()], 1))
         return self.conv_out(F.silu(self.norm_out(h))).float()
 
 
@@ -348,8 +342,7 @@ class Decoder(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------------
-# The two models that are compared. forward(batch, g) is the training loss. A batch is a dict, since other
-# scripts have more in it than the image.
+# The models that are compared. forward(batch, g) is the training loss; batch is a dict, see D.Loader.
 
 class Model(nn.Module):
     """Diffusion autoencoder: || UNet(x_t, t, z_sem) - target ||^2, z_sem = Encoder(x0, age) (Fig. 1, 2)."""
@@ -371,17 +364,14 @@ class Model(nn.Module):
         out = self.unet(x_t, t, z_sem)
         return out if self.cfg.predict == "eps" else eps_from_v(out, x_t, t, self.alpha_bar)
 
-    def loss(self, x0, z_sem, t, eps):
-        """Squared error of the prediction per image. -> (B,)"""
-        target = eps if self.cfg.predict == "eps" else v_target(x0, t, eps, self.alpha_bar)
-        out = self.unet(q_sample(x0, t, eps, self.alpha_bar), t, z_sem)
-        return (out - target).square().mean((1, 2, 3))
-
     def forward(self, batch, g):
         x0 = D.moved(batch["image"], self.cfg, g)
         t = random_t(len(x0), self.cfg.T, self.cfg.t_power, g)
         eps = torch.randn(x0.shape, generator=g, device=g.device)
-        return self.loss(x0, self.encode(batch | {"image": x0}), t, eps).mean()
+        z_sem = self.encode(batch | {"image": x0})
+        out = self.unet(q_sample(x0, t, eps, self.alpha_bar), t, z_sem)
+        target = eps if self.cfg.predict == "eps" else v_target(x0, t, eps, self.alpha_bar)
+        return (out - target).square().mean()
 
 
 class VAE(nn.Module):
@@ -502,15 +492,14 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
     started = time.perf_counter() - spent                   # as if it had never been stopped
     progress = M.Progress(cfg, name, step, steps, started + limit, rank)
 
-    g, seen = torch.Generator(device), []
+    g, seen, ends = torch.Generator(device), [], False
     mine = slice(rank * cfg.batch // world, (rank + 1) * cfg.batch // world)
-    rows = (D.batch_rows(len(loader), cfg.batch, cfg.seed, k)[mine] for k in range(step, steps))
-    for batch in map(loader.batch, rows):
+    while not ends:
+        batch = loader.batch(D.batch_rows(len(loader), cfg.batch, cfg.seed, step)[mine])
         g.manual_seed(D.mix(cfg.seed, step, rank, 0))          # t, noise, augmentation
         torch.manual_seed(D.mix(cfg.seed, step, rank, 1))      # dropout
         lr = cfg.lr * min(1, (step + 1) / 100)
-        for group in opt.param_groups:
-            group["lr"] = lr
+        opt.param_groups[0]["lr"] = lr
         with amp(device):
             loss = net(batch, g)
         opt.zero_grad()
@@ -544,8 +533,6 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
                 if watch:
                     watch(ema)
         progress.began = time.perf_counter()        # the speed is that of the training alone
-        if ends:
-            break
     progress.bar.close()
     restore()
     if world > 1:
@@ -566,12 +553,10 @@ def in_batches(fn, *tensors, batch=64):
         return torch.cat([fn(*rows) for rows in zip(*(x.split(batch) for x in tensors))])
 
 
-@torch.inference_mode()
 def semantic_codes(model, loader):
     """z_sem (the VAE: its mean) of every row, not augmented. -> (N,z_dim)"""
-    batches = (loader.batch(np.arange(len(loader))[i:i + 64]) for i in range(0, len(loader), 64))
-    with amp(loader.device):
-        return torch.cat([model.encode(batch) for batch in batches])
+    rows = torch.arange(len(loader), device=loader.device)
+    return in_batches(lambda i: model.encode(loader.batch(i)), rows)
 
 
 def walk(sampler, model, x, z_sem):
@@ -595,9 +580,7 @@ def decode(model, x_T, z_sem):
 def preview(cfg, loader):
     """-> watch(ema) for fit: preview.png of validation images. Another image in row 3: z_sem is not used."""
     def watch(ema):
-        batch = loader.batch(np.arange(len(loader)))
-        with amp(loader.device), torch.inference_mode():
-            x0, z = batch["image"], ema.encode(batch)
+        x0, z = loader.batch(np.arange(len(loader)))["image"], semantic_codes(ema, loader)
         noise = torch.randn(x0.shape, generator=torch.Generator(x0.device).manual_seed(0), device=x0.device)
         rows = [x0, decode(ema, encode_noise(ema, x0, z), z), decode(ema, noise, z)]
         M.grid(Path(cfg.out, "preview.png"), [M.to_image(x) for x in rows],
@@ -718,13 +701,12 @@ def evaluate(cfg, data, part, models, device):
     loader = D.Loader({"image": data.image, "age": data.columns["age"]}, device)
     test = M.evenly(np.flatnonzero(part == "test"), cfg.eval_images)
     who, real, x0 = data.subject[test], data.image[test] / 255, loader.batch(test)["image"]
-    wrong = torch.as_tensor(M.other_subject(who), device=device)
     g = torch.Generator(device).manual_seed(cfg.seed)
     noise = torch.randn(cfg.draws, *x0.shape, generator=g, device=device)
     codes = {row: semantic_codes(model, loader) for row, model in models.items()}
 
     # Images from z_sem with the encoded x_T (recon), and from z_sem alone (mean over random x_T). The VAE and
-    # the trivial rows have one image for both. Ours comes last: its model and x_T are used below.
+    # the trivial rows have one image for both. Ours comes last: what it leaves is used below.
     recon = M.trivial_images(data, train, test, cfg.z_dim)
     recon["vae"] = M.to_image(in_batches(models["vae"].decoder, codes["vae"][test]))
     mean, metrics = dict(recon), {}
@@ -734,7 +716,7 @@ def evaluate(cfg, data, part, models, device):
         recon[row] = M.to_image(decode(model, x_T, z))
         draws = [M.to_image(decode(model, x, z)) for x in noise]
         mean[row] = np.mean(draws, 0)
-        of_another = M.to_image(decode(model, noise[0], z[wrong]))      # by the code of another person
+        of_another = M.to_image(decode(model, noise[0], z[M.other_subject(who)]))
         gain = M.ssim(real, draws[0]) - M.ssim(real, of_another)
         metrics["semantic_gain" + dot] = M.row_of(np.mean, who, gain)
         sd_error = (x_T.std((1, 2, 3)) - 1).abs()           # noise has an SD of 1; alone that is no proof
@@ -894,8 +876,7 @@ SHOWN = {"hr_per_sd": "hazard ratio per SD", "c_index": "C-index with age and se
          "logrank_p": "log-rank p, halves", "ks_p": "KS p (ignores censoring)",
          "auroc": "AUROC, patients against controls", "severity_r": "correlation with severity",
          "lesion_gain": "patient - twin (others: - own image): AUROC of the lesion over chance",
-         "recon_ssim": "z_sem + x_T, SSIM",
-         "semantic_mean_ssim": "z_sem alone (mean), SSIM"}
+         "recon_ssim": "z_sem + x_T, SSIM", "semantic_mean_ssim": "z_sem alone (mean), SSIM"}
 KINDS = {"residual": "residual", "cosine": "cosine", "age_matched": "cosine at this age",
          "l2": "distance at this age", "mahalanobis": "Mahalanobis"}
 ROWS = {"": "ours, primary score", **{kind: f"* {words}" for kind, words in KINDS.items()},
