@@ -29,8 +29,8 @@ prior predicts v. DDIM ends at level -1, PDAE's at 0.
   there must z_sem decide;
 - spatial: brains are registered, so a place means something. Stage A and the encoder see the difference from
   the mean brain. Beside the network of stage A, each place has a linear code of its own. Latents lose the
-  mean of their place. The encoder flattens its feature maps where the paper averages them. A linear layer
-  turns z_sem into a latent that is added to G.
+  mean of their place. The encoder flattens its feature maps where the paper averages them, and adds a linear
+  code. A linear layer turns z_sem into a latent that is added to G.
 """
 import copy, dataclasses, functools, hashlib, itertools, math, signal, sys, time
 from pathlib import Path
@@ -373,8 +373,10 @@ class Discriminator3d(nn.Module):
 class SemanticEncoder(nn.Module):
     """2.5D: a 2D network on each axial slice, then attention over the slices. (B,1,D,H,W) -> (B,z_dim)
 
-    spatial: one linear layer reads the maps of a slice, another one the tokens of all slices. Otherwise
-    (paper) a token is the mean of the maps, and a query, a weighted mean of the tokens, attends to them."""
+    spatial: one linear layer reads the maps of a slice, another one the tokens of all slices. A linear code
+    of the volume at a quarter of its resolution is added, since a hundred people are too few for a network
+    alone. Otherwise (paper) a token is the mean of the maps, and a query, a weighted mean of the tokens,
+    attends to them."""
     def __init__(self, cfg):
         super().__init__()
         n, *sides = cfg.size
@@ -396,6 +398,7 @@ class SemanticEncoder(nn.Module):
         self.attend = nn.MultiheadAttention(d, 8, batch_first=True)
         self.norm = nn.LayerNorm(d)
         self.out = nn.Linear(n * d, cfg.z_dim) if cfg.spatial else None
+        self.linear = nn.Linear(math.prod(s // 4 for s in cfg.size), cfg.z_dim) if cfg.spatial else None
 
     def forward(self, x):
         B, _, n, H, W = x.shape
@@ -406,7 +409,8 @@ class SemanticEncoder(nn.Module):
         h = self.dropout(h.view(B, n, -1) + self.place)                                        # (B,n,d)
         if self.spatial:
             q = self.norm(h)
-            return self.out((h + self.attend(q, q, q, need_weights=False)[0]).flatten(1)).float()
+            h = self.out((h + self.attend(q, q, q, need_weights=False)[0]).flatten(1))
+            return (h + self.linear(F.avg_pool3d(x, 4).flatten(1))).float()
         query = (self.score(h).softmax(1) * h).sum(1, keepdim=True)
         return self.norm(self.attend(query, h, h, need_weights=False)[0].squeeze(1)).float()
 

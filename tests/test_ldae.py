@@ -170,6 +170,16 @@ def test_semantic_encoder_tells_where_a_slice_lies(spatial):
     assert (enc(x.flip(2)) - z).abs().max() > 1e-4 and torch.allclose(enc(x[:1]), z[:1], atol=1e-5)
 
 
+def test_z_sem_holds_a_linear_code_of_the_volume_beside_that_of_the_network():
+    torch.manual_seed(0)
+    enc, x = m.SemanticEncoder(replace(TINY, spatial=True)).eval(), batch(2)["image"]
+    z = enc(x)
+    torch.nn.init.zeros_(enc.out.weight), torch.nn.init.zeros_(enc.out.bias)
+    blocks = x[..., :24, :24].reshape(2, 6, 4, 6, 4, 6, 4).mean((2, 4, 6)).flatten(1)      # the rim is left out
+    linear = blocks @ enc.linear.weight.T + enc.linear.bias
+    assert (enc(x) - linear).abs().max() < 1e-5 and (z - linear).abs().max() > 1e-3
+
+
 def test_each_network_gets_its_own_adversarial_gradient():
     """One backward of the sum equals two separate passes in which the other network is constant."""
     torch.manual_seed(0)
