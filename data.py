@@ -1649,13 +1649,14 @@ def grid(shape, voxel):
     return right[None, None] + MIDDLE[0], MIDDLE[1] - back[None, :, None], MIDDLE[2] + up[:, None, None]
 
 
-def brain(rng, x, y, z, voxel, age=40.0, severity=0.0, alzheimer=0.0):
+def brain(rng, x, y, z, voxel, age=40.0, severity=0.0, alzheimer=0.0, own=1.0):
     """The noise-free T1 picture of one skull-stripped brain, and what it was drawn from.
 
     rng (freshly seeded) is the individual: the same seed is the same head at any age, in any disease.
     x, y, z: mm, broadcastable to (D,H,W); voxel: mm, the width of partial volume. age: of the brain, years.
-    severity (0..1) of motor neuron disease, alzheimer (0..1). -> dict of image in [0,1], mask (BRAIN), and
-    the share of each voxel that is head, ventricle, hippocampus."""
+    severity (0..1) of motor neuron disease, alzheimer (0..1). own: of the shape that is a person's own; 1 is
+    what deformable registration to a template leaves, 3 what affine registration leaves. -> dict of image in
+    [0,1], mask (BRAIN), and the share of each voxel that is head, ventricle, hippocampus."""
     x, y, z = (np.asarray(c, np.float32) for c in np.broadcast_arrays(x, y, z))
     picture = Picture(2 / max(1, voxel))
     over, inside = picture.over, picture.inside
@@ -1667,12 +1668,11 @@ def brain(rng, x, y, z, voxel, age=40.0, severity=0.0, alzheimer=0.0):
     # Ageing: slow at first, faster later. 0 at 20 years, 1 at 80.
     wear = 0.35 * (age - 20) / 60 + 0.65 * max(age - 45, 0) ** 2 / 35 ** 2
 
-    # The individual: warped coordinates; X = distance from the midplane; the surface of the cerebrum. Little
-    # is left of shape and folding of one's own, as after deformable registration to a template.
-    warp = [0.36 * waves(rng, x, y, z, 75, 6) + 0.12 * waves(rng, x, y, z, 34) for _ in range(3)]
+    # The individual: warped coordinates; X = distance from the midplane; the surface of the cerebrum.
+    warp = [own * (0.36 * waves(rng, x, y, z, 75, 6) + 0.12 * waves(rng, x, y, z, 34)) for _ in range(3)]
     x, y, z = (c + d for c, d in zip((x, y, z), warp))
     X, back, high = abs(x), y + 16, z - 18                             # from the middle of the head
-    stretch = np.exp(rng.normal(0, 0.005, 3)).tolist()
+    stretch = np.exp(rng.normal(0, 0.005 * own, 3)).tolist()
     radii = 66 * stretch[0] * (1 - 0.0011 * back), 79 * stretch[1], 58 * stretch[2]
     e, _, steep = egg((x, back, high), radii, 2.1)
     hull = (1 - e) / steep                                             # depth in mm
@@ -1700,11 +1700,11 @@ def brain(rng, x, y, z, voxel, age=40.0, severity=0.0, alzheimer=0.0):
     e, normal, _ = egg((X - 26, back, high), (np.where(X > 26, radii[0] - 26, 26), *radii[1:]))
     ray = np.maximum(e, 0.4)
     at = 26 + (X - 26) / ray + 99 * np.sign(x), back * (0.6 + 0.4 / ray), 0.65 * high / ray
-    fold, slope = waves(rng, *at, 21, 16, slope=True, own=0.2)
+    fold, slope = waves(rng, *at, 21, 16, slope=True, own=0.2 * own)
     slope[2] = 0.65 * slope[2]                                         # sulci stand rather than lie
     along = sum(n * s for n, s in zip(normal, slope))
     fold = fold * ray / np.sqrt(sum(s * s for s in slope) - along ** 2 + 1e-3)
-    deep = 18 + 5 * waves(rng, x, y, z, 45, 6, own=0.2)
+    deep = 18 + 5 * waves(rng, x, y, z, 45, 6, own=0.2 * own)
     pia, half = np.float32(99), np.float32(99)                         # depth below the nearest surface
 
     def cut(depth, width):
@@ -1855,11 +1855,12 @@ def phantom_cohort(out, subjects=1000, patients=220, seed=0, size=128):
                       mask_names=[*BRAIN[:4], "lesion"]))
 
 
-def phantom_brains(out, subjects=160, seed=0, size=48):
+def phantom_brains(out, subjects=160, seed=0, size=48, own=1.0):
     """Write T1 volumes of controls (CN) and Alzheimer's disease (AD): 3 to 5 visits each within 4 years.
 
     (D,H,W) as in volumes(); H = size * 5/4, cut to a multiple of 8, is 176 mm. factor_rate: years that this
-    brain ages per year; factor_alzheimer 0..1. All is held in memory: 0.17 GB at 48x56x48."""
+    brain ages per year; factor_alzheimer 0..1. own: how much people differ in shape and pose; 1: as after
+    deformable registration, 3: as after an affine one. All is held in memory: 0.17 GB at 48x56x48."""
     shape = size, size * 5 // 32 * 8, size
     voxel = 176 / shape[1]
     frame = grid(shape, voxel)
@@ -1872,12 +1873,12 @@ def phantom_brains(out, subjects=160, seed=0, size=48):
         rate = np.exp(rng.normal(0, 0.3)) * (1 + ill)
         ahead, stage = rng.normal(0, 4), rng.uniform(0.3, 0.8) * ill
         visits = np.sort(rng.permutation(np.arange(6, 49, 6))[:rng.integers(2, 5)])    # most are missed
-        at, months, rows = pose(rng, *frame), np.append(0.0, visits), []
+        at, months, rows = pose(rng, *frame, own), np.append(0.0, visits), []
         for years in months / 12:
             ill_now = min(float(stage + 0.03 * ill * rate * years), 1.0)
             old = float(first + ahead + rate * years)
             here = pose(rng, *at, 0.7)
-            drawn = brain_volume([seed, i, 1], *here, voxel, age=old, alzheimer=ill_now)
+            drawn = brain_volume([seed, i, 1], *here, voxel, age=old, alzheimer=ill_now, own=own)
             ml = {f"factor_{k}_ml": drawn[k].sum(dtype=float) * voxel ** 3 / 1000
                   for k in ("ventricle", "hippocampus")}
             rows.append(dict(image=scan(rng, drawn, *here), mask=drawn["mask"], age=first + years, **ml,
@@ -1886,7 +1887,7 @@ def phantom_brains(out, subjects=160, seed=0, size=48):
         return dict({k: np.array([row[k] for row in rows]) for k in rows[0]}, session=months,
                     label=np.full(n, ill), sex=np.full(n, sex), factor_rate=np.full(n, rate))
 
-    phantom_file(out, f"brains --subjects {subjects} --seed {seed} --size {size}",
+    phantom_file(out, f"brains --subjects {subjects} --seed {seed} --size {size} --own {own}",
                  [f"brain{seed}-{i:03d}" for i in range(subjects)], draw,
                  dict(spacing_mm=[voxel] * 3, label_names=["CN", "AD"], mask_names=BRAIN))
 

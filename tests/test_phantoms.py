@@ -143,6 +143,14 @@ def test_a_slice_of_a_brain_is_a_slice_of_the_volume():
             np.testing.assert_array_equal(one[name][0], volume[name][k], err_msg=name)
 
 
+def test_people_differ_three_times_as_much_where_three_times_as_much_is_their_own(made, tmp_path):
+    """The variance of the mask of the head over six people; at its rim it grows as the differences do."""
+    data.phantom_brains(str(tmp_path / "own.h5"), subjects=6, seed=2, size=32, own=3.0)
+    first = lambda d: d.mask[np.unique(d.subject, return_index=True)[1][:6]] > 0
+    spread = [first(d).var(0).sum() for d in (made["brains"], data.load(str(tmp_path / "own.h5")))]
+    assert 2 < spread[1] / spread[0] < 4
+
+
 def test_brains_shrink_as_their_factors_say(made):
     d = made["brains"]
     c, voxel = d.columns, d.attrs["spacing_mm"][0]
