@@ -374,7 +374,7 @@ class SemanticEncoder(nn.Module):
     """2.5D: a 2D network on each axial slice, then attention over the slices. (B,1,D,H,W) -> (B,z_dim)
 
     spatial: one linear layer reads the maps of a slice, another one the tokens of all slices. A linear code
-    of the volume at a quarter of its resolution is added, since a hundred people are too few for a network
+    of the volume at a quarter of its resolution is added, since hundreds of people are too few for a network
     alone. Otherwise (paper) a token is the mean of the maps, and a query, a weighted mean of the tokens,
     attends to them."""
     def __init__(self, cfg):
