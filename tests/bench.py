@@ -2,15 +2,17 @@
 
     pip install diffusers monai denoising-diffusion-pytorch      # what is missing is left out
     python tests/bench.py --side 64 --base 32 --batch 16
+    python tests/bench.py --growth growth.png                    # ours alone: batch, side and base in turn
 
 A round times every network in every setting once, so that a busy machine slows all of them. A training step is
 forward, squared error, backward and Adam. A reconstruction is S DDIM steps up and S down (20). On a CPU the time of
 the process counts, on a GPU the time between two events. The ceiling is a large matrix product of the same number
 format. The networks differ in operations per image; GFLOP/s and the share of the ceiling allow for that.
 """
-import argparse, dataclasses, itertools, statistics, sys, time
+import argparse, copy, dataclasses, itertools, multiprocessing, resource, statistics, sys, time
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import diffae
 
 LEVELS = (1, 2, 4)
+GROWTH = {"batch": (4, 8, 16, 32, 64), "side": (32, 48, 64, 96, 128), "base": (8, 16, 32, 64)}
 
 
 def ours(side, base):
@@ -105,15 +108,50 @@ def works(make, args, device, dtype, layout):
     return train, reconstruct, count.get_total_flops() / args.batch, sum(p.numel() for p in net.parameters())
 
 
+def step_alone(args, device, dtype):
+    """Ours in its default layout, in a process of its own -> images/s of a training step, GB at most"""
+    torch.set_num_threads(args.threads)
+    gpu = device == "cuda"
+    memory = lambda: torch.cuda.max_memory_allocated() if gpu else \
+        1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss         # Linux; macOS counts bytes
+    seconds, before = clock(device), memory()
+    train = works(ours, args, device, dtype, torch.channels_last)[0]
+    took = [seconds(train) for _ in range(args.rounds + 1)][1:]
+    return args.batch / statistics.median(took), (memory() - before) / 1e9
+
+
+def growth(args, device, dtype):
+    """A picture: how images/s and memory change with one number while the others stay"""
+    fig, panels = plt.subplots(1, len(GROWTH), figsize=(8, 2.6), layout="constrained")
+    for panel, (name, values) in zip(panels, GROWTH.items()):
+        rows = []
+        for value in values:
+            one = copy.copy(args)
+            setattr(one, name, value)
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                rows.append(pool.apply(step_alone, (one, device, dtype)))
+            print(f"{name} {value}: {rows[-1][0]:.2f} images/s, {rows[-1][1]:.2f} GB", flush=True)
+        for axis, row, colour in zip((panel, panel.twinx()), zip(*rows), ("C0", "C1")):
+            axis.loglog(values, row, "o-", color=colour)
+            axis.set_ylabel("GB" if colour == "C1" else "images/s", color=colour)
+        panel.set_xlabel(name)
+        panel.set_xticks(values, values)
+        panel.minorticks_off()
+    fig.savefig(args.growth, dpi=100)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in dict(side=48, base=16, batch=16, rounds=5, threads=1, S=20).items():
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--growth", metavar="PNG")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with diffae.amp(torch.device(device)):
         dtypes = [torch.float32] + [torch.bfloat16] * torch.is_autocast_enabled(device)
+    if args.growth:
+        return growth(args, device, dtypes[-1])
     seconds, cases = clock(device), {}
     for make, dtype, layout in itertools.product((ours, diffusers, monai, lucidrains), dtypes,
                                                  (torch.contiguous_format, torch.channels_last)):
