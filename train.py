@@ -1,22 +1,19 @@
 """The whole study: the four scripts as programs, in both recipes and with any seeds, then one report.
 
-    python train.py                                   # everything on phantoms, then out/report.html
+    python train.py                                   # everything on phantoms, then out/RESULTS.md
     python train.py --quick                           # does everything run? A smoke test in out/quick
     python train.py diffae --folds 5 -- --data emidec.h5 --steps 9000    # after --: flags of the scripts,
     python train.py diffae ldae --gpus 2 -- --ldae.data brains.h5        # .. or of one of them
 
 Every script runs as it would by hand: our recipe in OUT/NAME, the published one in OUT/NAME_paper, seed 1 in
 OUT/NAME_s1, fold 2 in OUT/NAME_f2. What it prints is in train.log there. The same command again goes on where
-it was stopped, and passes over what is finished. The report (RESULTS.md, report.html) sets the recipes beside
-rows that need no training, and judges what the papers claim by the rules in CLAIMS. Exit code: 0; 1, a script
-failed and the others ran all the same; 2, one line says what to do; 130 or 143, stopped and saved.
+it was stopped, and passes over what is finished. The report, RESULTS.md, sets the recipes beside rows that
+need no training, and judges what the papers claim by the rules in CLAIMS. Exit code: 0; 1, a script failed
+and the others ran all the same; 2, one line says what to do; 130 or 143, stopped and saved.
 """
-import argparse, base64, contextlib, html, importlib, io, itertools, json, math, os, re, shlex
+import argparse, collections, contextlib, importlib, io, itertools, json, math, os, re, shlex
 import signal, statistics, subprocess, sys, time
-from dataclasses import dataclass
 from pathlib import Path
-
-from PIL import Image
 
 import data as D
 import metrics as M
@@ -164,9 +161,10 @@ def as_one(script, folds):
     every, pooled = [results for _, results in folds], {}
     metrics = every[0]["metrics"]
     if len(folds) > 1:
+        keys = dict.fromkeys(key for results in every for key in results["metrics"])
         paths = [run.out / "predictions.csv" for run, _ in folds]
         pooled = M.pooled(paths) if all(path.exists() for path in paths) else {}
-        means = {key: mean([r["metrics"][key] for r in every if key in r["metrics"]]) for key in metrics}
+        means = {key: mean([r["metrics"][key] for r in every if key in r["metrics"]]) for key in keys}
         metrics = means | pooled
     short = max(too_short(script, r["config"]) for r in every)
     return every[0] | {"metrics": metrics, "pooled": pooled, "undertrained": short}
@@ -175,14 +173,8 @@ def as_one(script, folds):
 # --------------------------------------------------------------------------------------------------------
 # The command line -> runs
 
-@dataclass
-class Run:
-    """One script with one seed and fold. label: ours, paper or one of MORE; cfg: the script's Config"""
-    script: str
-    label: str
-    out: Path
-    command: list
-    cfg: object
+# One script with one seed and fold. label: ours, paper or one of MORE; cfg: the script's Config
+Run = collections.namedtuple("Run", "script label out command cfg")
 
 
 def parse(argv):
@@ -336,15 +328,11 @@ def execute(run, held, caught):
 
 
 # --------------------------------------------------------------------------------------------------------
-# The report: blocks (kind, text, ..), written as Markdown and as one page of HTML
+# The report, in Markdown
 
 SMOKE = "smoke test: no verdicts"
 FOLDS = ("All folds together: each subject is tested once, by a run that has not seen them. One interval "
          "for all. Other numbers are means over the folds, as are the ends of their intervals.")
-CSS = """:root{color-scheme:light dark}body{margin:auto;max-width:72rem;padding:1rem;font:1rem/1.5 system-ui}
-.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.86rem}img{max-width:100%;background:#fff}
-th,td{padding:.3rem .4rem .3rem 0;min-width:6rem;text-align:left;vertical-align:top;
-border-bottom:1px solid #8886}"""
 
 
 def cell(found):
@@ -356,16 +344,22 @@ def cell(found):
     return "".join([value, spread, *interval])
 
 
+def table(head, rows):
+    """-> the same in Markdown"""
+    lines = ["| " + " | ".join(t.replace("|", "/") for t in row) + " |" for row in (head, *rows)]
+    return "\n".join([lines[0], "| --- " * len(head) + "|", *lines[1:]])
+
+
 def system(script, runs, seeds):
-    """-> blocks: what was trained on whom, the numbers of every run and row, pictures"""
+    """-> paragraphs: what was trained on whom, the numbers of every run and row, pictures"""
     module = importlib.import_module(script)
-    blocks = [("h2", script), ("p", " ".join(module.__doc__.split("\n\n")[1].split()))]
+    text = [f"## {script}", " ".join(module.__doc__.split("\n\n")[1].split())]
     if not seeds:
-        return blocks
+        return text
     first = next(iter(seeds[0].values()))
     subjects = ", ".join(f"{k} {n}" for k, n in first["n"].items())
-    blocks.append(("p", f"Data: {Path(first['data']).name}; subjects of a run: {subjects}. Preset "
-                        f"{first['config']['preset']}, {first['device']}, torch {first['torch']}."))
+    text.append(f"Data: {Path(first['data']).name}; subjects of a run: {subjects}. Preset "
+                f"{first['config']['preset']}, {first['device']}, torch {first['torch']}.")
 
     labels = [label for label in dict.fromkeys(run.label for run in runs) if any(label in s for s in seeds)]
     every = {k: m for s in seeds for results in s.values() for k, m in results["metrics"].items()}
@@ -378,18 +372,18 @@ def system(script, runs, seeds):
         numbers = [value(label, f"{key}.{row}" if row else key) for key in shown]
         if set(numbers) != {"-"}:
             rows.append([f"{label}: {words}" if row else label, *numbers])
-    blocks.append(("table", "", ["", *(f"{module.SHOWN[key]} {arrow(key)}" for key in shown)], rows))
+    text.append(table(["", *(f"{module.SHOWN[key]} {arrow(key)}" for key in shown)], rows))
     rows = [[f"{key} {arrow(key)}", *(value(label, key) for label in labels)] for key in every]
-    blocks.append(("table", f"All {len(rows)} numbers", ["", *labels], rows))
+    text += [f"<details><summary>All {len(rows)} numbers</summary>", table(["", *labels], rows), "</details>"]
     folder = next(run.out for run in runs if run.label in seeds[0])
     for path in sorted(folder.glob("*.png")):
         if not path.stem.startswith("preview"):     # these were for watching the training
-            blocks.append(("image", Image.open(path).info.get("Description", path.stem), path))
-    return blocks
+            text.append(f"![{path.stem}]({folder.name}/{path.name})")       # a picture shows its own caption
+    return text
 
 
 def report(args, runs, done, failures):
-    """Writes report.html and RESULTS.md. done: folder name -> results; failures: folder name -> why"""
+    """Writes RESULTS.md. done: folder name -> results; failures: folder name -> why"""
     seeds = {run.script: [] for run in runs}
     for (script, _), group in itertools.groupby(runs, lambda run: (run.script, run.cfg.seed)):
         found = {}
@@ -399,63 +393,35 @@ def report(args, runs, done, failures):
                 found[label] = as_one(script, folds)
         seeds[script] += [found] if found else []
     minutes = sum(results["seconds"] for results in done.values()) / 60
-    blocks = [
-        ("h1", "Study report"),
-        ("p", "For research and teaching only. Phantoms are drawings: on them a verdict is about the method, "
-              "not about patients. ours is our recipe, paper is the published one. In brackets is the 95 % "
-              "interval over subjects, after ± the standard deviation over seeds."),
-        ("p", f"{args.command} (seeds: {args.seeds}, folds: {args.folds}, minutes: {minutes:.1f})"),
-        *([("p", f"This is a {SMOKE}.")] if args.quick else []),
-        *([("p", FOLDS)] if args.folds > 1 else []),
-        *(("p", f"{name} did not finish. {why}") for name, why in failures.items()),
-        ("h2", "What the papers claim, and what this study found"),
-        ("p", "A claim holds if its rule is true over the whole 95 % interval of the difference, in every "
-              "seed. It does not hold if the rule is false in the same way. It is undecided if an interval, "
-              "or the seeds, lie on both sides. Two numbers count as independent; a gain is paired. Runs of "
-              "fewer training steps than their preset has are undertrained: they judge no claim.")]
+    text = [
+        "# Study report",
+        "For research and teaching only. Phantoms are drawings: on them a verdict is about the method, not "
+        "about patients. ours is our recipe, paper is the published one. In brackets is the 95 % interval "
+        "over subjects, after ± the standard deviation over seeds.",
+        f"{args.command} (seeds: {args.seeds}, folds: {args.folds}, minutes: {minutes:.1f})",
+        *([f"This is a {SMOKE}."] if args.quick else []),
+        *([FOLDS] if args.folds > 1 else []),
+        *(f"{name} did not finish. {why}" for name, why in failures.items()),
+        "## What the papers claim, and what this study found",
+        "A claim holds if its rule is true over the whole 95 % interval of the difference, in every seed. It "
+        "does not hold if the rule is false in the same way. It is undecided if an interval, or the seeds, "
+        "lie on both sides. Two numbers count as independent; a gain is paired. Runs of fewer training steps "
+        "than their preset has are undertrained: they judge no claim."]
     for script, found in seeds.items():
         rows = []
         for claim, rule in CLAIMS[script]:
             both = judge(rule, "paper", found), ("", "") if ":" in rule else judge(rule, "ours", found)
             both = [(SMOKE, "")] * 2 if args.quick else both
             rows.append([claim, rule, *(". ".join(filter(None, verdict)) for verdict in both)])
-        blocks += [("h3", script), ("table", "", ["claim", "rule", "published recipe", "ours"], rows)]
+        text += [f"### {script}", table(["claim", "rule", "published recipe", "ours"], rows)]
     for script, found in seeds.items():
-        blocks += system(script, [run for run in runs if run.script == script], found)
+        text += system(script, [run for run in runs if run.script == script], found)
     rows = [[run.out.name, r["device"], f"{r['seconds'] / 60:.1f}", M.number(r["memory_gb"]),
              r["git"] or "unknown", shlex.join(["python", *run.command[1:]])]
             for run in runs if (r := done.get(run.out.name))]
     head = ["run", "device", "minutes, last start", "GB at most", "commit", "command"]
-    blocks += [("h2", "Runs"), ("table", "", head, rows)]
-    for name, text in zip(("RESULTS.md", "report.html"), pages(blocks)):
-        M.write_atomically(Path(args.out, name), text.encode())
-
-
-def pages(blocks):
-    """-> Markdown, without pictures and long tables (those with a title); HTML, which needs no other file and
-    no script. A picture shows its own caption."""
-    text, page = [], []
-    for kind, words, *rest in blocks:
-        safe = html.escape(words)
-        if kind == "table":
-            head, rows = rest
-            lines = ["| " + " | ".join(t.replace("|", "/") for t in row) + " |" for row in (head, *rows)]
-            lines.insert(1, "| --- " * len(head) + "|")
-            text += [] if words else ["\n".join(lines)]
-            line = lambda tag, row: "<tr>" + "".join(f"<{tag}>{html.escape(t)}" for t in row)
-            lines = [line("th", head), *(line("td", row) for row in rows)]
-            table = '<div class="scroll"><table>' + "\n".join(lines) + "</table></div>"
-            page.append(f"<details><summary>{safe}</summary>{table}</details>" if words else table)
-        elif kind == "image":
-            picture = base64.b64encode(rest[0].read_bytes()).decode()
-            page.append(f'<p><img alt="{safe}" src="data:image/png;base64,{picture}"></p>')
-        else:
-            text.append({"h1": "# ", "h2": "## ", "h3": "### ", "p": ""}[kind] + words)
-            page.append(f"<{kind}>{safe}</{kind}>")
-    start = ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Study report</title>'
-             '<meta name="viewport" content="width=device-width, initial-scale=1">'
-             f"<style>{CSS}</style></head>\n<body>\n")
-    return "\n\n".join(text) + "\n", start + "\n".join(page) + "\n</body></html>\n"
+    text += ["## Runs", table(head, rows)]
+    M.write_atomically(Path(args.out, "RESULTS.md"), ("\n\n".join(text) + "\n").encode())
 
 
 def main(argv):
@@ -482,7 +448,7 @@ def main(argv):
         if name not in failures:
             done[name] = json.loads((run.out / "results.json").read_text())
     report(args, runs, done, failures)
-    print(f"report: {out}/report.html, {out}/RESULTS.md")
+    print(f"report: {out}/RESULTS.md")
     sys.exit(bool(failures))
 
 

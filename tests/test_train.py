@@ -212,16 +212,15 @@ def test_a_script_that_fails_does_not_stop_the_others(stubs, tmp_path, capsys):
 
 def test_the_report_sets_both_recipes_side_by_side(stubs, tmp_path):
     assert stubs("diffae", "--seeds", "2") == 0
-    text, page = ((tmp_path / "out" / name).read_text() for name in ("RESULTS.md", "report.html"))
+    text = (tmp_path / "out" / "RESULTS.md").read_text()
     vae = "recon_ssim.vae 0.850 ± 0.000 [0.840, 0.860]"
     verdicts = [f"does not hold. recon_ssim 0.810 ± 0.014 [0.800, 0.820]; {vae}",
                 f"holds. recon_ssim 0.910 ± 0.014 [0.900, 0.920]; {vae}"]
-    assert " | ".join(["| recon_ssim > recon_ssim.vae", *verdicts]) in text and "<td>".join(verdicts) in page
-    assert "<td>recon_ssim ↑<td>0.910 ± 0.014 [0.900, 0.920]<td>0.810 ± 0.014 [0.800, 0.820]" in page
-    assert "does it <count> & stop?" in text and "does it &lt;count&gt; &amp; stop?" in page
+    assert " | ".join(["| recon_ssim > recon_ssim.vae", *verdicts]) in text
+    assert "| recon_ssim ↑ | 0.910 ± 0.014 [0.900, 0.920] | 0.810 ± 0.014 [0.800, 0.820] |" in text
+    assert "does it <count> & stop?" in text
     assert "python diffae.py --recipe=paper --seed=1 --out=out/diffae_paper_s1" in text
     assert sys.executable not in text       # no path of this machine
-    assert not re.search(r'(src|href)="(?!data:)|<script', page)        # it needs no other file
 
 
 def test_folds_are_pooled_by_recipe_and_seed(stubs, tmp_path, monkeypatch):
