@@ -5,10 +5,10 @@ only healthy people train it. A score says how healthy a brain is. Cox regressio
 a higher score live longer.
 
     x0 (B,1,H,W), age (B,) --Encoder--> z_sem (B,d) --what it leaves out of x0--> score --Cox--> hazard ratio
-         |                                 |      |
-         +----------DDIM up: UNet(x_t, t, z_sem)--> x_T (B,1,H,W)
-                                           |      |
-      healthy mean of z_sem at this age ---+--DDIM down--> healthy twin (B,1,H,W)
+         |                                 |
+         +---------------DDIM up with z_sem--> x_T (B,1,H,W)
+                                                |
+      healthy mean of z_sem at this age --------+--DDIM down--> healthy twin (B,1,H,W)
 
 Ijishakin et al., Normative Diffusion Autoencoders, 2024 (arXiv 2407.14191). Neither code nor data are public.
 Where the paper is silent, this script does what diffae.py does.
@@ -20,9 +20,9 @@ Where the paper is silent, this script does what diffae.py does.
 Each healthy person has one role: train the networks (part "train"), be the reference that says what is usual
 (part "val"), or be a control (part "test"). Patients are always "test".
 
-`--recipe paper` trains and scores as published (but lr and EMA warm up). `--recipe ours`, the default,
-differs as in diffae.py in predict v, spatial and flip, draws large t more often (t_power 0.5), and ends
-DDIM at T - 1 (stride trailing). Two more differences:
+`--recipe paper` trains and scores as published, but lr and EMA warm up, and the healthy mean is that of part
+"val". `--recipe ours`, the default, differs as in diffae.py in predict v, spatial and flip. It draws large t
+more often (t_power 0.5) and ends DDIM at T - 1 (stride trailing). Two more differences:
 - score residual (paper: cosine): a code of healthy brains has numbers for what healthy brains differ in. A
   lesion is none of that, so distances between codes hardly see it. The residual is the image minus what z_sem
   alone draws. It is measured pixel by pixel in units of what is usual in the reference;
@@ -50,7 +50,7 @@ import metrics as M
 class Config:
     data: str = ""            # HDF5 file, or a folder of one file per subject; empty: phantoms
     test: str = ""            # second file: train on all of --data, test on all of this one
-    fold: str = ""            # 0/5 .. 4/5: test on this fifth of the subjects, train on the others
+    fold: str = ""            # 0/5 .. 4/5: test on this fifth of the healthy, and on all patients
     out: str = "out/normative"  # everything the run leaves; the same command again goes on from there
     init: str = ""            # folder of another run: start from its weights (fine-tuning)
     apply: str = ""           # file: no training; the model in --out reads it, into OUT/apply/NAME/
@@ -345,7 +345,7 @@ class Decoder(nn.Module):
 # The models that are compared. forward(batch, g) is the training loss; batch is a dict, see D.Loader.
 
 class Model(nn.Module):
-    """Diffusion autoencoder: || UNet(x_t, t, z_sem) - target ||^2, z_sem = Encoder(x0, age) (Fig. 1, 2)."""
+    """Diffusion autoencoder: || UNet(x_t, t, z_sem) - target ||^2, z_sem = Encoder(x0, age) (Fig. 2)."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -355,7 +355,7 @@ class Model(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def encode(self, batch):
-        """batch: image (B,1,H,W) in [-1,1], age (B,) in years, a constant channel -> z_sem (B,z_dim)."""
+        """image (B,1,H,W) in [-1,1]; age (B,) in years, a constant second channel -> z_sem (B,z_dim)"""
         age = (batch["age"] / 50 - 1).view(-1, 1, 1, 1).expand(batch["image"].shape)
         return self.encoder(torch.cat([batch["image"], age], 1))
 
@@ -544,7 +544,7 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
 
 
 # --------------------------------------------------------------------------------------------------------
-# Evaluation: every number is of patients that no network, probe or threshold has seen
+# Evaluation: every number is of people whom no network and no reference has seen
 
 @torch.inference_mode()
 def in_batches(fn, *tensors, batch=64):
@@ -618,27 +618,27 @@ def usual_residual(real, drawn):
     return np.sqrt(((real - drawn) ** 2).mean(0)) + 0.01
 
 
-def five_scores(z, deviates, age, rows):
+def five_scores(z, deviation, age, rows):
     """How healthy is z (N,d)? -> {kind: (N,)}, higher = healthier. rows: of the healthy reference.
 
     cosine: with their mean z, whatever the age (the paper). age_matched, l2, mahalanobis: a cosine with, or
-    minus a distance from, their mean at this age. residual: minus `deviates` (N,), the mean square over an
+    minus a distance from, their mean at this age. residual: minus `deviation` (N,), the mean square over an
     image of what its code leaves out, in units of usual_residual()."""
     at_age = age_mean(z, age, rows)(age)
-    norm = lambda a: np.linalg.norm(a, axis=-1)
-    cosine = lambda a, b: (a * b).sum(-1) / (norm(a) * norm(b))
-    return {"residual": -deviates, "cosine": cosine(z, z[rows].mean(0)),
-            "age_matched": cosine(z, at_age), "l2": -norm(z - at_age),
+    length = lambda a: np.linalg.norm(a, axis=-1)
+    cosine = lambda a, b: (a * b).sum(-1) / (length(a) * length(b))
+    return {"residual": -deviation, "cosine": cosine(z, z[rows].mean(0)),
+            "age_matched": cosine(z, at_age), "l2": -length(z - at_age),
             "mahalanobis": -M.mahalanobis(z - at_age, rows)}
 
 
-def reference_scores(z, deviates, age):
-    """five_scores of the healthy reference, a fifth by the others, as new people are scored by all of it. (A
-    mean and a covariance are too near to those that they are made of.) -> {kind: (n,)}"""
-    out, fold = {}, np.arange(len(z)) % 5
+def reference_scores(z, deviation, age, subject):
+    """five_scores of the healthy reference, each fifth of its people judged by the other four. (Who is part
+    of a mean and a covariance is too near to them. New people are not.) -> {kind: (n,)}"""
+    out, fold = {}, np.unique(subject, return_inverse=True)[1] % 5
     for k in range(5):
-        for kind, score in five_scores(z, deviates, age, np.flatnonzero(fold != k)).items():
-            out.setdefault(kind, score.copy())[fold == k] = score[fold == k]
+        for kind, score in five_scores(z, deviation, age, np.flatnonzero(fold != k)).items():
+            out.setdefault(kind, score)[fold == k] = score[fold == k]
     return out
 
 
@@ -650,10 +650,10 @@ def latent_deviation(mean, logvar, rows):
 
 
 def all_scores(cfg, data, part, models, codes, loader):
-    """-> scores {row: (N,)}; left_out (N,H,W): image minus image_of_code(), over usual; usual (H,W), see
-    usual_residual(). Only part "val", the reference, says what is usual.
+    """-> scores {row: (N,)}; of our code left_out (N,H,W), image minus image_of_code() over usual, and usual
+    (H,W), see usual_residual(). Only part "val", the reference, says what is usual.
 
-    Rows KIND and CODE_KIND: the scores of our code and of others, as in ROWS. "" and CODE: only cfg.score."""
+    Rows: KIND of our code, CODE_KIND of another (names: ROWS). "" and CODE are the kind in cfg.score."""
     age, real = data.columns["age"].astype(np.float64), data.image[np.arange(len(data))] / np.float32(255)
     train, rows = np.flatnonzero(part == "train"), np.flatnonzero(part == "val")
     g = torch.Generator(loader.device).manual_seed(cfg.seed)
@@ -661,9 +661,9 @@ def all_scores(cfg, data, part, models, codes, loader):
     drawn["vae"] = M.to_image(in_batches(models["vae"].decoder, codes["vae"]))
     codes = {row: code.double().cpu().numpy() for row, code in codes.items()}
     pca, flat = M.pca_of_rows(data, train, cfg.z_dim)
-    z = pca.transform(flat(np.arange(len(data))))
-    drawn["pca"] = pca.inverse_transform(z).reshape(real.shape).clip(0, 1)
-    codes["pca"] = z + pca.components_ @ pca.mean_        # not centred: a cosine with the mean needs a mean
+    z_pca = pca.transform(flat(np.arange(len(data))))
+    drawn["pca"] = pca.inverse_transform(z_pca).reshape(real.shape).clip(0, 1)
+    codes["pca"] = z_pca + pca.components_ @ pca.mean_      # not centred: a cosine with the mean needs a mean
     scores = {}
     usual = {row: usual_residual(real[rows], images[rows]) for row, images in drawn.items()}
     left_out = {row: (real - images) / usual[row] for row, images in drawn.items()}
@@ -671,10 +671,10 @@ def all_scores(cfg, data, part, models, codes, loader):
         kinds = five_scores(codes[row], (left_out[row] ** 2).mean((1, 2)), age, rows)
         scores |= {row: kinds[cfg.score]} | {f"{row}_{kind}".strip("_"): kinds[kind] for kind in kinds}
     every = torch.arange(len(data), device=loader.device)
-    logvar = in_batches(lambda few: models["vae"].posterior(loader.batch(few)["image"])[1], every)
+    logvar = in_batches(lambda i: models["vae"].posterior(loader.batch(i)["image"])[1], every)
     scores["vae_deviation"] = latent_deviation(codes["vae"], logvar.cpu().numpy(), rows)
     scores["vae_error"] = -((real - drawn["vae"]) ** 2).mean((1, 2))
-    scores["brain_age_gap"] = -M.brain_age_gap(z, age, train, rows, data.subject)[1]
+    scores["brain_age_gap"] = -M.brain_age_gap(z_pca, age, train, rows, data.subject)[1]
     if "factor_severity" in data.columns:       # a phantom: the score of somebody who knows
         scores["planted"] = -data.columns["factor_severity"].astype(np.float64)
     return {row: scores[row] for row in ROWS if row in scores}, left_out[""], usual[""]
@@ -688,13 +688,13 @@ def lesion_gain(change, lesion, brain, age, ill):
     controls, out = np.flatnonzero(~ill), []
     for k in np.flatnonzero(ill & lesion.any((1, 2))):
         other = controls[abs(age[controls] - age[k]).argmin()]
-        own, chance = (M.auroc(abs(change[i])[brain[k]], lesion[k][brain[k]]) for i in (k, other))
-        out.append(own - chance)
+        own, control = (M.auroc(abs(change[i])[brain[k]], lesion[k][brain[k]]) for i in (k, other))
+        out.append(own - control)
     return np.array(out)
 
 
 def evaluate(cfg, data, part, models, device):
-    """Every number and picture of a run. -> metrics, as in results.json; scores: higher = healthier
+    """Every number and picture of a run. -> metrics, as in results.json
 
     models: {"": the diffusion autoencoder, "untrained": the same at step 0, "vae": ..}"""
     out, train = Path(cfg.out), np.flatnonzero(part == "train")
@@ -706,7 +706,7 @@ def evaluate(cfg, data, part, models, device):
     codes = {row: semantic_codes(model, loader) for row, model in models.items()}
 
     # Images from z_sem with the encoded x_T (recon), and from z_sem alone (mean over random x_T). The VAE and
-    # the trivial rows have one image for both. Ours comes last: what it leaves is used below.
+    # the trivial rows have one image for both. Ours comes last: its model and x_T are used below.
     recon = M.trivial_images(data, train, test, cfg.z_dim)
     recon["vae"] = M.to_image(in_batches(models["vae"].decoder, codes["vae"][test]))
     mean, metrics = dict(recon), {}
@@ -735,10 +735,10 @@ def evaluate(cfg, data, part, models, device):
     M.save_scores(out / "scores.csv", data, part, columns)
     # All that --apply needs of the healthy reference. Their images are not among it.
     of_healthy = {"z": codes[""][reference].double().cpu().numpy(), "age": age[reference], "usual": usual,
-                  "deviates": (left_out[reference] ** 2).mean((1, 2))}
+                  "deviation": (left_out[reference] ** 2).mean((1, 2)), "subject": data.subject[reference]}
     M.save_arrays(out / "reference.npz", of_healthy)
     for row, score in scores.items():
-        dot, below = f".{row}" if row else "", age_mean(score[:, None], age, reference)(age)[:, 0] - score
+        dot, below = f".{row}" if row else "", age_mean(score, age, reference)(age) - score
         metrics["auroc" + dot] = M.row_of(M.auroc, data.subject[tested], below[tested], ill[tested])
         if "planted" in scores:
             metrics["severity_r" + dot] = M.row_of(M.spearman, data.subject[patients], below[patients],
@@ -748,12 +748,12 @@ def evaluate(cfg, data, part, models, device):
     _, first, index = np.unique(data.subject[patients], return_index=True, return_inverse=True)
     if {"time", "event"} <= set(data.columns):
         known = ~np.isnan(data.columns["time"][patients][first])
-        line = lambda x: (np.bincount(index, x[patients]) / np.bincount(index))[known]
+        of_patient = lambda x: (np.bincount(index, x[patients]) / np.bincount(index))[known]
         sex = data.columns.get("sex", np.full(len(data), ""))[patients][first][known]
-        survival = line(data.columns["time"]), line(data.columns["event"])
-        metrics |= M.survival_numbers({row: line(x) for row, x in scores.items()}, *survival, line(age), sex,
-                                      cfg.seed)
-        M.survival_curves(out / "survival.png", *survival, line(scores[""]),
+        survival = of_patient(data.columns["time"]), of_patient(data.columns["event"])
+        metrics |= M.survival_numbers({row: of_patient(x) for row, x in scores.items()}, *survival,
+                                      of_patient(age), sex, cfg.seed)
+        M.survival_curves(out / "survival.png", *survival, of_patient(scores[""]),
                           f"Patients above and below the median score ({cfg.score}).")
 
     # The healthy twin: z_sem moved to the healthy mean at this age, x_T kept.
@@ -769,11 +769,6 @@ def evaluate(cfg, data, part, models, device):
         for row, images in (mean | {"": twin}).items() if found.any() else ():
             gain = lesion_gain(real - images, lesion, mask > 0, age[test], ill[test])
             metrics["lesion_gain" + (f".{row}" if row else "")] = M.row_of(np.mean, who[found], gain)
-    # Is the age used? How far z_sem moves with 20 years more, over the spread of the reference's codes.
-    older = D.Loader({"image": data.image, "age": age + 20}, device, reference)
-    shift = (semantic_codes(model, older) - codes[""][reference]).norm(dim=1)
-    spread = codes[""][reference].std(0).norm()
-    metrics["age_use"] = M.row_of(np.mean, data.subject[reference], shift / spread)
 
     # Pictures
     few = np.flatnonzero(ill[test])
@@ -821,10 +816,11 @@ def apply(out, path, device):
     """Scores of the people in `path` by the model in the folder `out`, among healthy people of their age.
 
     Nothing is trained, and nothing is written but OUT/apply/NAME/: codes.csv; scores.csv, each score and its
-    percentile; twins.h5 and .png, the healthy twins and the differences from them; results.json."""
+    percentile (low: ill); twins.h5 and .png, healthy twins and the differences from them; results.json."""
     began, (model, cfg) = time.perf_counter(), load(out, device=device)
+    M.check_evaluated(out)
     data, folder = D.load(path, cfg.size), Path(out, "apply", Path(path).stem)
-    healthy = M.read_arrays(Path(out, "reference.npz"), ("z", "age", "usual", "deviates"))
+    healthy = M.read_arrays(Path(out, "reference.npz"), ("z", "age", "usual", "deviation", "subject"))
     age = D.numbers(data, "age")
     folder.mkdir(parents=True, exist_ok=True)
     loader, part = D.Loader({"image": data.image, "age": age}, cfg.device), M.known_part(out, data.subject)
@@ -835,15 +831,15 @@ def apply(out, path, device):
     # The reference comes first, the people in question after it: one scale for both. (`usual` is of this very
     # reference: where that has few people, the residuals of new healthy ones look a little worse.)
     left_out = (real - image_of_code(model, z, g.manual_seed(cfg.seed))) / healthy["usual"]
-    deviates = np.concatenate([healthy["deviates"], (left_out ** 2).mean((1, 2))])
+    deviation = np.concatenate([healthy["deviation"], (left_out ** 2).mean((1, 2))])
     ages = np.concatenate([healthy["age"], age])
     everyone, rows = np.concatenate([healthy["z"], z.double().cpu()]), np.arange(n)
     columns, metrics, ill = {"age": age}, {}, data.columns.get(cfg.target, np.full(len(data), np.nan))
     known = ~np.isnan(ill) & ~np.isin(part, ["train", "val"])       # numbers: of those it has not seen
-    held_out = reference_scores(healthy["z"], healthy["deviates"], healthy["age"])
-    for kind, score in five_scores(everyone, deviates, ages, rows).items():
+    held_out = reference_scores(healthy["z"], healthy["deviation"], healthy["age"], healthy["subject"])
+    for kind, score in five_scores(everyone, deviation, ages, rows).items():
         score[:n] = held_out[kind]
-        below = age_mean(score[:, None], ages, rows)(ages)[:, 0] - score    # what the age does not tell
+        below = age_mean(score, ages, rows)(ages) - score       # what the age does not tell
         columns[kind] = score[n:]
         columns[f"{kind}_percentile"] = 100 * (below[:n] > below[n:, None]).mean(1)
         if known.any():
@@ -864,7 +860,7 @@ def apply(out, path, device):
     M.grid(folder / "twins.png", [images[few] for images in rows.values()], list(rows),
            [f"{data.subject[k]}, {columns[f'{cfg.score}_percentile'][k]:.0f} %" for k in few],
            f"The lowest percentiles of {cfg.score} among healthy people of the same age.")
-    M.save_applied(folder, "normative", data, part, cfg, metrics, {"auroc": SHOWN["auroc"]}, ROWS,
+    M.save_applied(folder, "normative", data, part, cfg, metrics, {"auroc": SHOWN["auroc"]}, KINDS,
                    time.perf_counter() - began)
 
 
@@ -875,7 +871,7 @@ def apply(out, path, device):
 SHOWN = {"hr_per_sd": "hazard ratio per SD", "c_index": "C-index with age and sex",
          "logrank_p": "log-rank p, halves", "ks_p": "KS p (ignores censoring)",
          "auroc": "AUROC, patients against controls", "severity_r": "correlation with severity",
-         "lesion_gain": "patient - twin (others: - own image): AUROC of the lesion over chance",
+         "lesion_gain": "AUROC of the lesion in |image - twin| (others: - their drawing), minus a control's",
          "recon_ssim": "z_sem + x_T, SSIM", "semantic_mean_ssim": "z_sem alone (mean), SSIM"}
 KINDS = {"residual": "residual", "cosine": "cosine", "age_matched": "cosine at this age",
          "l2": "distance at this age", "mahalanobis": "Mahalanobis"}
@@ -885,21 +881,6 @@ ROWS = {"": "ours, primary score", **{kind: f"* {words}" for kind, words in KIND
         "pca": "PCA, the same", "pca_residual": "PCA, residual", "pca_cosine": "PCA, cosine",
         "pca_mahalanobis": "PCA, Mahalanobis", "brain_age_gap": "brain-age gap", "age_sex": "age and sex",
         "planted": "planted severity", "constant": "mean training image"}
-
-
-def best_score(metrics, planted):
-    """-> which of our five scores is best, why, and whether its interval holds the planted hazard ratio.
-
-    planted: of the severity, so that the ratio of a score is 1 / planted; 0 if nothing is planted."""
-    c = {kind: metrics[f"c_index.{kind}"]["value"] for kind in KINDS}
-    best = max(c, key=lambda kind: np.nan_to_num(c[kind]))
-    low, high = metrics[f"hr_per_sd.{best}"]["ci"]
-    text = (f"Best of our five scores is {KINDS[best]}: its C-index is the highest, {M.number(c[best])}. Its "
-            f"hazard ratio is {M.cell(metrics[f'hr_per_sd.{best}'])}")
-    if planted:
-        where = "inside" if low <= 1 / planted <= high else "outside"
-        text += f"; the planted one, {1 / planted:.2f}, lies {where} this interval"
-    return text + "."
 
 
 def main(argv):
@@ -948,11 +929,13 @@ def main(argv):
     metrics = evaluate(cfg, data, part, models, device)
     seconds, config = time.perf_counter() - began, dataclasses.asdict(cfg) | {"steps": reached}
     M.save_results(out / "results.json", "normative", data.path, count, seconds, config, metrics, device)
-    rows = {row: words for row, words in ROWS.items() if not row.endswith(cfg.score)}      # is "" or CODE
+    rows = {row: words for row, words in ROWS.items() if not row.endswith(cfg.score)}  # these are "" or CODE
     print(M.table(metrics, SHOWN, rows))
     if "c_index" in metrics:
-        print(f"The primary score, {cfg.score}, was named before the run. * is exploratory: of many scores "
-              f"one looks good by chance.\n{best_score(metrics, data.attrs.get('hr_per_sd', 0))}")
+        print(f"The primary score is {cfg.score}: name it before you see results. * is exploratory: of many "
+              "scores one looks good by chance.")
+        if "hr_per_sd" in data.attrs:
+            print(f"Planted hazard ratio per SD of health: {1 / data.attrs['hr_per_sd']:.2f}.")
         print(M.answer("Does the primary score foretell survival better than age and sex alone?", "C-index",
                        metrics["c_index"], metrics["c_index.age_sex"], metrics["c_index_gain.age_sex"]))
     else:
