@@ -21,7 +21,7 @@ The study: T. Yang, Conditional LDM with medical images, 2024. VQ-VAE: van den O
 `--recipe paper` trains as the study did (but lr warms up, unused codes are moved, attention has one head, the
 LPIPS loss is left out, and sampling is by DDIM). `--recipe ours`, the default, changes this:
 - cond conv: strided convolutions read the drawing. The study resizes the drawing to 32x32 by nearest
-  neighbour, and to one channel. Of the latent pixels that hold an edge 13 % keep it;
+  neighbour, and to one channel. Of the latent pixels that hold an edge 13 % keep it.
   The view and the phase of the beat are planes of the drawing, too;
 - edges mixed: one model learns from all edges, a few strokes, the map's contours, and no edges;
 - predict v, of standardised latents, with averaged weights and a larger lr;
@@ -55,13 +55,13 @@ class Config:
     init: str = ""            # folder of another run: start from its weights (fine-tuning)
     apply: str = ""           # file of drawings: no training; OUT/apply/NAME/ gets an image for each
     preset: str = ""          # demo, hearts or paper (one GPU); empty: paper on CUDA, demo elsewhere
-    recipe: str = "ours"      # ours or paper: condition, objective and learning rates of the study
+    recipe: str = "ours"      # ours or paper: the method, see above
     device: str = ""          # cuda, mps, cpu; empty: the first of these that is there
     seed: int = 0             # of the split, the weights, the order of the data and every draw
     view: str = ""            # diffusion model and test on this view alone (SA): do mixed views hurt?
     inception: str = ""       # TorchScript Inception-v3 (inception-2015-12-05.pt): FID; empty: no FID
     # images and VQ-VAE
-    frame: Literal["image", "patient"] = "image"    # patient: a square around all masks of a patient
+    frame: Literal["image", "patient"] = "image"    # patient: see D.load_patients
     size: int = 256           # images are resized to size x size
     patch: int = 1            # patch x patch pixels become channels: 2 is 4x faster, at half the resolution
     augment: float = 0.5      # strength of random rotation, zoom and shift for the VQ-VAE; paper: 0
@@ -106,8 +106,8 @@ RECIPES = {
                   ema=0.0, w=1.0),
 }
 # A run may go on in the same folder with other values of these. All other settings need another --out.
-MAY_CHANGE = {"data", "test", "out", "apply", "preset", "device", "inception", "vq_steps", "steps",
-              "save_every", "minutes", "S", "w", "eval_images"}
+MAY_CHANGE = {"data", "test", "out", "apply", "preset", "device", "inception", "steps", "save_every",
+              "S", "w", "eval_images"}
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -359,7 +359,7 @@ class LatentUNet(nn.Module):
 # --------------------------------------------------------------------------------------------------------
 # The three models that are trained. forward(batch, g) is the training loss.
 
-IDLE = 20    # a code that is unused for so many steps is moved, and again in each step until it is used
+IDLE = 20    # a code that is unused for so many steps is moved in every step until it is used
 
 
 class VQVAE(nn.Module):
@@ -402,7 +402,7 @@ class VQVAE(nn.Module):
         """After a step that used the codes index (B,h,w): moves those unused for IDLE steps to latents drawn
         from z (B,z_dim,h,w). Else a codebook collapses to the few codes that win at first.
 
-        The averaged copy of a code that never stays is a mean of latents. It seldom wins."""
+        In the EMA a code that keeps moving is a mean of latents, which is seldom the nearest."""
         used = torch.zeros_like(self.unused)
         used[index.flatten()] = 1
         rows = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
@@ -699,7 +699,7 @@ def edge_maps(image, mask, seed):
 
 def view_names(data):
     """The name of every row's view, (N,) str; "" where the file does not say."""
-    names = data.attrs.get("view_names", ["0", "1"])
+    names = [*data.attrs.get("view_names", []), "0", "1"][:2]
     view = data.columns.get("view", np.full(len(data), np.nan))
     return np.array(["" if np.isnan(v) else names[int(v)] for v in view])
 
@@ -712,7 +712,7 @@ def to_picture(drawing):
 
 
 def generate(model, vq, loader, rows, edges):
-    """Images for the drawings of these rows, with edges as in planes() -> (n,H,W) in [0,1]. Noise by seed."""
+    """Images for the drawings of these rows, with edges as in planes(). -> (n,H,W) in [0,1]"""
     g = torch.Generator(loader.device).manual_seed(model.cfg.seed)
     noise = torch.randn(len(rows), *model.shape, generator=g, device=loader.device)
 
@@ -738,7 +738,8 @@ def preview_vq(cfg, loader):
         x0 = loader.batch(M.evenly(np.arange(len(loader)), 32))["image"]
         images, perplexity = reconstruct(ema, x0)
         log = Path(cfg.out, "log_vq.jsonl")
-        M.log_line(log, (M.read_log(log) or [dict(step=0)])[-1] | dict(perplexity=perplexity))
+        last = (M.read_log(log) or [dict(step=0)])[-1]
+        M.log_line(log, last | dict(perplexity=perplexity))
         M.grid(Path(cfg.out, "preview_vq.png"), [M.to_image(x0)[::4], images[::4]], ["image", "VQ-VAE"], [],
                "Validation images at the last save.")
     return watch
@@ -790,11 +791,14 @@ def evaluate(cfg, data, part, arrays, vq, models, judge, inception):
     loader, train = D.Loader(arrays, device), np.flatnonzero(part == "train")
     test = M.evenly(np.flatnonzero(part == "test"), cfg.eval_images)
     who, real, view = data.subject[test], data.image[test] / 255, view_names(data)
-    edges, wrong, metrics = cfg.edges, test[M.other_subject(who)], {}
+    edges, wrong, metrics = cfg.edges, test.copy(), {}
+    for name in np.unique(view[test]):          # wrong: rows of another patient in the same view
+        at = np.flatnonzero(view[test] == name)
+        wrong[at] = test[at[M.other_subject(who[at])]]
 
     # Images for the drawings of the test rows, in their order, by the model and without it.
     ways = {"": ("", test, edges)}
-    ways |= {f"edges_{kind}": ("", test, kind) for kind in D.EDGES[1:] if edges == "mixed"}
+    ways |= {f"edges_{kind}": ("", test, kind) for kind in (D.EDGES[1:] if edges == "mixed" else ())}
     ways |= {"other_drawing": ("", wrong, edges), "untrained": ("untrained", test, edges)}
     made = {}
     for name, (model, rows, kind) in tqdm(ways.items(), "evaluate: images", unit="way"):
@@ -815,8 +819,9 @@ def evaluate(cfg, data, part, arrays, vq, models, judge, inception):
         dot = f".{name}" if name else ""
         metrics["ssim" + dot] = M.row_of(np.mean, who[at], M.ssim(real[at], images))
         metrics["nmse" + dot] = M.row_of(np.mean, who[at], M.nmse(real[at], images), better="lower")
-        canny, near = D.edges(np.rint(255 * images.clip(0, 1)).astype(np.uint8)), 2 if cfg.size > 128 else 1
-        found[name] = M.edge_hits(canny, arrays["edges"][test[at], 0], near)      # within so many pixels
+        near = 2 if cfg.size > 128 else 1           # pixels
+        canny = D.edges(np.rint(255 * images.clip(0, 1)).astype(np.uint8))
+        found[name] = M.edge_hits(canny, arrays["edges"][test[at], 0], near)
         metrics["edge_f1" + dot] = M.row_of(M.edge_f1, who[at], found[name])
         if judge is not None:
             labels = in_batches(lambda x: judge.logits(x).argmax(1), to_tensor(images, device))
@@ -910,10 +915,12 @@ SHOWN = {"dice": "Dice, segmenter with map", "edge_f1": "F1 of edges", "ssim": "
          "nmse": "MSE / variance", "fid": "FID", "kid": "KID", "fd_vq": "Frechet, VQ features",
          "kid_vq": "KID, VQ features"}
 ROWS = {"": "ours", "edges_sparse": "a few strokes", "edges_mask": "contours, no edges inside",
-        "edges_none": "no edges", "other_drawing": "another patient's drawing", "view_SA": "short axis alone",
-        "view_LA": "long axis alone", "untrained": "untrained diffusion", "painted": "map in mean greys",
-        "copy": "next slice, same patient", "constant": "mean training image", "pca": "PCA of the real slice",
-        "vq": "VQ-VAE of the real slice", "real": "real slices (distances: of others)"}
+        "edges_none": "no edges", "other_drawing": "another patient's drawing",
+        "view_SA": "ours, short-axis slices", "view_LA": "ours, long-axis slices",
+        "untrained": "untrained diffusion", "painted": "map in mean greys",
+        "copy": "nearest slice, same patient", "constant": "mean training image",
+        "pca": "PCA of the real slice", "vq": "VQ-VAE of the real slice",
+        "real": "real slices (distances: of others)"}
 
 
 def main(argv):
@@ -978,7 +985,8 @@ def main(argv):
         judge_cfg = dataclasses.replace(cfg, lr=1e-3)
         judge, _ = fit(Segmenter(cfg), pairs, judge_cfg, "ckpt_judge", cfg.vq_steps // 2, facts)
 
-    # The diffusion model belongs to the latents of this VQ-VAE: one that was trained longer has others.
+    # Latents of all rows; the diffusion model gets those of train. It belongs to this VQ-VAE: one that was
+    # trained longer has others.
     everything = D.Loader({"image": data.image}, device)
     rows = torch.arange(len(data), device=device)
     z0 = in_batches(lambda rows: vq.encode(everything.batch(rows)["image"]), rows)

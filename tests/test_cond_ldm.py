@@ -92,6 +92,17 @@ def test_unused_codes_move_to_latents_and_used_ones_stay():
     assert ((vq.codes[moved][:, None] - rows).abs().sum(-1).min(1).values == 0).all()
 
 
+def test_fine_tuning_keeps_the_codebook(tmp_path):
+    """The average does not count which codes are in use; a network that starts from it must know."""
+    model, ema = a_vq(), m.VQVAE(replace(TINY, augment=0.0, gan=0.5))
+    assert (ema.unused == m.IDLE).all()
+    state = dict(step=3, config={}, model=model.state_dict(), ema=ema.state_dict(), optimizer={"state": {}})
+    m.D.save_checkpoint(str(tmp_path / "vq.pt"), state)
+    new = a_vq()
+    m.D.start_from(tmp_path / "vq.pt", new)
+    assert (new.unused == 0).all() and torch.equal(new.codes, ema.codes)
+
+
 def test_codebook_comes_alive():
     """All codes begin at zero. After the first step they are where latents are, and most of them are used."""
     torch.manual_seed(0)
@@ -287,7 +298,10 @@ def test_more_steps_go_on_where_a_run_ended(tiny, tmp_path, capsys):
             main(*flags, tmp_path / out, f"--steps={n}")
     a, b = (torch.load(tmp_path / out / "ckpt_ldm.pt", weights_only=True) for out in "ab")
     assert all(torch.equal(v, b["ema"][k]) for k, v in a["ema"].items())
-    assert "other vq reached" in error_of(capsys, *flags, tmp_path / "a", "--vq_steps=7")
+    before = (tmp_path / "a" / "ckpt_vq.pt").read_bytes()
+    for more in ("--vq_steps=7", "--minutes=1"):
+        assert "choose another --out" in error_of(capsys, *flags, tmp_path / "a", more)
+    assert (tmp_path / "a" / "ckpt_vq.pt").read_bytes() == before
 
 
 def test_one_view_alone(tiny, tmp_path, capsys, monkeypatch):
