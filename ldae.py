@@ -112,7 +112,7 @@ RECIPES = {
 }
 # A run may go on in the same folder with other values of these. All other settings need another --out.
 MAY_CHANGE = {"data", "test", "out", "apply", "preset", "device", "target", "steps", "save_every",
-              "minutes", "S", "eval_images"}
+              "S", "eval_images"}
 # AFTER_A: the fields that stage A does not read. AFTER_B: those that stage B does not read either. ckpt_A.pt
 # and ckpt_B.pt hold the defaults of these, so that copies of them serve a run with another semantic encoder.
 AFTER_B = ("enc_base", "enc_mult", "z_dim")
@@ -374,9 +374,9 @@ class SemanticEncoder(nn.Module):
     """2.5D: a 2D network on each axial slice, then attention over the slices. (B,1,D,H,W) -> (B,z_dim)
 
     spatial: one linear layer reads the maps of a slice, another one the tokens of all slices. A linear code
-    of the volume at a quarter of its resolution is added, since hundreds of people are too few for a network
-    alone. Otherwise (paper) a token is the mean of the maps, and a query, a weighted mean of the tokens,
-    attends to them."""
+    of the volume at a quarter of its resolution is added: trained on hundreds of people, it reads more than
+    the network. Otherwise (paper) a token is the mean of the maps, and a query, a weighted mean of the
+    tokens, attends to them."""
     def __init__(self, cfg):
         super().__init__()
         n, *sides = cfg.size
@@ -994,6 +994,10 @@ def evaluate(cfg, data, part, loader, models, prior, device):
     # What a linear probe reads from the codes of all test scans: the target, age, on phantoms known factors.
     all_codes = {row: code.cpu().numpy() for row, code in codes.items()}
     all_codes["pca"] = M.pca_codes(data, train, cfg.z_dim)
+    # The linear part of z_sem sees the volume at a quarter of its resolution. So does this PCA.
+    small = over_rows(lambda batch: F.avg_pool3d(batch["image"], 4), loader)
+    small = dataclasses.replace(data, image=255 * M.to_image(small))
+    all_codes["pca_small"] = M.pca_codes(small, train, cfg.z_dim)
     M.save_codes(out / "codes.csv", data, part, all_codes[""])
     probes = {}
     for key, column in (("age", "age"), ("probe", cfg.target)):
@@ -1163,6 +1167,7 @@ def apply(out, path, device):
     """The model in the folder `out` reads the volumes in `path`. Nothing is trained, and nothing is written
     but OUT/apply/NAME/: codes.csv, predictions.csv, reconstructions.h5 and .png, results.json."""
     began, (model, cfg) = time.perf_counter(), load(out, device=device)
+    M.check_evaluated(out, "log_C.jsonl")
     data, folder = D.load(path), Path(out, "apply", Path(path).stem)
     if data.image.shape[1:] != cfg.size:
         D.fail(f"{path}: image: {data.image.shape[1:]}, but the model in {out} reads volumes of {cfg.size}")
@@ -1197,7 +1202,8 @@ SHOWN = {"recon_ssim": "z_sem + z_T, SSIM", "semantic_ssim": "z_sem alone, SSIM"
          "interp_18m_mse": "missing scan, 18 months, MSE", "interp_24m_mse": "the same, 24 months",
          "manip_ventricle_slope": "ventricles, ml per SD", "recon_s": "reconstruction, s"}
 ROWS = {"": "ours", "untrained": "untrained encoder", "ae": "autoencoder alone", "pca": "PCA",
-        "copy": "another visit", "voxel_mean": "mean of two visits", "latent_mean": "mean latent",
+        "pca_small": "PCA, quarter resolution", "copy": "another visit",
+        "voxel_mean": "mean of two visits", "latent_mean": "mean latent",
         "constant": "mean training image", "all_positive": "all called positive", "mean": "training mean",
         "voxel": "small voxel network"}
 
@@ -1238,12 +1244,12 @@ def main(argv):
         D.fail(f"{path}: image: slices of {shape[0]}x{shape[1]}; ldae.py needs volumes (N,D,H,W)")
     if not cfg.data and shape != cfg.size:
         D.fail(f"{path}: phantoms of {shape}, not of --size {cfg.size}; choose that size, or another --out")
-    cfg = dataclasses.replace(cfg, size=shape, target=D.choose_target(data, cfg.target, []))
-    check_networks(cfg)
     label = data.columns.get("label", np.zeros(1))
     if (label > 1).any():
         print(f"label: 1 against 0; {(label > 1).sum()} scans of other classes are left out of the probes")
         data.columns["label"] = np.where(label > 1, np.nan, label)
+    cfg = dataclasses.replace(cfg, size=shape, target=D.choose_target(data, cfg.target, []))
+    check_networks(cfg)
     count, facts = D.describe(data, part)
     if rank == 0:
         M.warn_if_edited(cfg, __file__)

@@ -313,7 +313,7 @@ def study(n=12):
     """-> Dataset of n subjects with three scans, whose images are an even grey: 40, 60, 100 at months 0, 6, 18"""
     image = np.broadcast_to(np.tile(np.uint8([40, 60, 100]), n)[:, None, None, None], (3 * n, *SIZE))
     columns = dict(session=np.tile([0.0, 6, 18], n), label=np.tile([0, 1, 1], n))
-    return D.Dataset("study", image, None, np.repeat(np.arange(n), 3).astype(str), columns, None, {}, [], "", [])
+    return D.Dataset("study", image, None, np.repeat(np.arange(n), 3).astype(str), columns, None, {}, [], "")
 
 
 def test_missing_scans_are_compared_with_the_real_one(tmp_path):
@@ -342,7 +342,7 @@ def test_manipulation_moves_codes_along_their_covariance_with_the_training_label
 
 def test_volume_reader_measures_what_it_has_not_seen():
     image, mask, inner = heads(60)
-    data = D.Dataset("heads", image, mask, np.arange(60) // 2, {}, None, {}, [], "", [])
+    data = D.Dataset("heads", image, mask, np.arange(60) // 2, {}, None, {}, [], "")
     read = m.volume_reader(data, np.arange(50), 4, inner)
     assert np.corrcoef(read(image[50:] / 255), inner[50:])[0, 1] > 0.97
 
@@ -370,8 +370,8 @@ def test_volumes_that_cannot_be_are_one_line(tmp_path, capsys):
     image, subject = heads(8)[0], np.array(list("abcdefgh"))
     small = image[:, :20, :20, :20]
     for name, x, word in (("flat", image[:, 8], "needs volumes"), ("small", small, "at least 24")):
-        D.write(str(tmp_path / name), [dict(image=x, subject=subject)], {})
-        assert word in error_of(capsys, "--data", tmp_path / name, "--out", tmp_path / "out", *FLAGS)
+        D.write(str(tmp_path / f"{name}.h5"), [dict(image=x, subject=subject)], {})
+        assert word in error_of(capsys, "--data", tmp_path / f"{name}.h5", "--out", tmp_path / "out", *FLAGS)
     D.phantom_brains(str(tmp_path / "brains.h5"), subjects=2, size=16)
     message = error_of(capsys, "--out", tmp_path, *FLAGS, "--size=24,24,24")
     assert "phantoms of (16, 16, 16), not of --size" in message
