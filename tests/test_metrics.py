@@ -326,6 +326,13 @@ def test_folds_are_pooled_and_saved_probes_read_like_the_fitted_ones(tmp_path, c
     assert np.array_equal(read["called"], read["score"] >= table["cut"][0]) and set(read["path"]) == {"a.png"}
     other = dataclasses.replace(data, label_names=["ill", "well"])
     one_error(capsys, lambda: M.apply_probes(tmp_path, tmp_path, other, known, codes[""]), "label_names", "ill")
+    # A network that was trained on since then is not read by these probes.
+    (tmp_path / "results.json").write_text('{"config": {"steps": 20}}')
+    M.check_evaluated(tmp_path)
+    M.log_line(tmp_path / "log.jsonl", dict(step=20))
+    M.check_evaluated(tmp_path)
+    M.log_line(tmp_path / "log.jsonl", dict(step=40))
+    one_error(capsys, lambda: M.check_evaluated(tmp_path), "trained on after its evaluation")
     (tmp_path / "probes.json").write_text('{"probe": {"weights": 3}}')
     one_error(capsys, lambda: M.read_probes(tmp_path), "probes.json", "damaged")
 
@@ -443,7 +450,7 @@ def test_answer(ci, better, verdict):
 def test_grid_shows_the_pixels_it_was_given(tmp_path):
     x, color = smooth((1, 40, 50), 0)[0], smooth((3, 40, 50), 1).transpose(1, 2, 0)
     path, h, w = tmp_path / "g.png", 3 * 40, 3 * 50  # scale 3 makes 40 pixels >= 96
-    size = M.grid(path, [[x, None], [torch.as_tensor(x) * 2 - 0.5, color]], ["real", "a label of the row"],
+    size = M.grid(path, [[x, None], [torch.as_tensor(x) * 2 - 0.5, color]], ["real", "a$b_$c is no formula"],
                   ["one", "two, with a label as long as this one"], "A caption.")
     picture = np.asarray(Image.open(path).convert("RGB"))
     assert picture.shape == (size[1], size[0], 3) and Image.open(path).info["Description"] == "A caption."
