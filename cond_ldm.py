@@ -895,9 +895,10 @@ def apply(out, path, device):
     arrays = D.load_drawings(path, cfg.size, cfg.edges, reads_mask, cfg.frame)
     folder.mkdir(parents=True, exist_ok=True)
     n = len(arrays["kind"])
+    subject = arrays.pop("subject", np.arange(n).astype(str))
     loader = D.Loader(arrays | {"edges": arrays["edges"][:, None]}, cfg.device)     # the plane of "full"
     images = generate(model, vq, loader, np.arange(n), "full")
-    columns = dict(image=np.rint(255 * images).astype(np.uint8), subject=np.arange(n).astype(str))
+    columns = dict(image=np.rint(255 * images).astype(np.uint8), subject=subject)
     columns |= {"mask": arrays["mask"]} if "mask" in arrays else {}
     source = f"{path}, drawn by the model in {out}"
     D.write(folder / "drawn.h5", [columns], D.CINE_NAMES | dict(source=source))

@@ -1190,12 +1190,13 @@ def load_drawings(path, size, edges, with_mask, frame="image"):
     a data set of slices without edges: those of its images, in this frame, and its masks are the drawings.
 
     edges: what the model was trained on, one of EDGES; with_mask: whether the model reads masks. What the
-    model does not read may be missing. -> {edges, mask: (N,size,size), kind: view_phase} for Loader."""
+    model does not read may be missing. -> {edges, mask: (N,size,size), kind: view_phase} for Loader, and the
+    subject (N,) of a data set."""
     with open_h5(h5_files(path)[0]) as file:
         without_edges = {"image", "subject"} <= {*file} and "edges" not in {*file}
     if without_edges:
         data = load_framed(path, size, frame)
-        arrays = {"kind": view_phase(data.columns, len(data))}
+        arrays = {"kind": view_phase(data.columns, len(data)), "subject": data.subject}
         if with_mask:
             arrays["mask"] = cine_ids(data)[data.mask[:]]
         kind, rng = edges.replace("mixed", "full"), np.random.default_rng(0)

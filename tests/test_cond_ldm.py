@@ -272,7 +272,8 @@ def test_a_run_learns_from_training_rows_and_is_tested_on_others(tiny, tmp_path,
     assert abs(drawn.image / 255 - made[seen["at"]]).max() < 0.003
     assert np.array_equal(drawn.mask, columns["mask"][test])
     main("--out", out, "--apply", tiny, "--device=cpu")         # or slices: their edges and masks are the drawings
-    assert np.array_equal(D.load(out / "apply" / "tiny" / "drawn.h5").mask, columns["mask"])
+    again = D.load(out / "apply" / "tiny" / "drawn.h5")
+    assert np.array_equal(again.mask, columns["mask"]) and np.array_equal(again.subject, columns["subject"])
     with h5py.File(written(tmp_path / "both.h5", columns), "a") as f:        # a user's own lines win
         f["edges"] = 0 * columns["mask"]
     assert not D.load_drawings(str(tmp_path / "both.h5"), 16, "mixed", True)["edges"].any()
