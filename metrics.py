@@ -483,7 +483,7 @@ def trivial_images(data, train, test, z_dim):
 
 
 # ---- Survival: time in days > 0, event 1 = died, 0 = censored (alive when last seen) -----------------------
-# A score is a similarity: higher = healthier = lives longer: hazard ratio < 1. A risk is the reverse.
+# A score is high in the healthy: they live longer, so its hazard ratio is below 1. A risk is the reverse.
 
 def c_index(risk, time, event, counts=None):
     """Harrell's C: of all pairs in which one is known to have died first, the share in which that one had the
@@ -1003,7 +1003,7 @@ def survival_curves(path, time, event, score, caption):
     figure = Figure(figsize=(7, 5.2))
     axis = figure.add_axes([0.15, 0.27, 0.82, 0.58])
     high, fitted = score > np.median(score), []
-    for label, half, color in (("more similar", high, COLORS[0]), ("less similar", ~high, COLORS[1])):
+    for label, half, color in (("healthier half", high, COLORS[0]), ("other half", ~high, COLORS[1])):
         if half.any():  # a constant score has one half
             label = f"{label}: {half.sum()} patients, {event[half].sum()} events"
             fitted.append(KaplanMeierFitter(label=label).fit(time[half], event[half]))
