@@ -1155,7 +1155,8 @@ def ids_by_name(data, kinds):
 
     kinds: (number, pattern); the first that a name matches counts; 254 if none does. The names are those of
     the file: the attribute mask_names, or text in `mask` such as ACDC's "0 background, 1 RV cavity"."""
-    table, names = np.full(256, 255, np.uint8), data.attrs.get("mask_names") or data.attrs.get("mask", "")
+    table = np.full(256, 255, np.uint8)
+    names = data.attrs.get("mask_names") or str(data.attrs.get("mask", ""))
     for k, name in enumerate(names.split(",") if isinstance(names, str) else names):
         number = re.match(r"\s*(\d\d?)\b", name)
         kind = next((i for i, pattern in kinds if re.search(pattern, name.lower())), 254)

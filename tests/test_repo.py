@@ -18,7 +18,7 @@ BUDGETS = {
     "normative.py": (720, 947, "diffae.py's excess, and five scores of four codes with their pictures"),
     "cond_ldm.py": (850, 1016, "diffae.py's excess, and four edges, two condition paths and a judge"),
     "ldae.py": (1050, 1311, "diffae.py's excess; three stages, two recipes and four reports"),
-    "data.py": (1500, 2436, "parse, start, processes, checkpoints, cohorts and drawings moved in (385); four phantoms take 660; frames and images 290"),
+    "data.py": (1500, 2438, "parse, start, processes, checkpoints, cohorts and drawings moved in (385); four phantoms take 660; frames and images 290"),
     "metrics.py": (700, 1018, "lock, logs, progress, PCA rows moved in from the scripts (145); CSVs and probes (130); a glossary (40)"),
     "train.py": (400, 456, "the claims of four sources take 57 lines; quick studies and folds 70"),
     "exercises.py": (250, 250, ""),
