@@ -41,8 +41,6 @@ from tqdm import tqdm
 
 import data as D
 
-matplotlib.rcParams["text.parse_math"] = False  # a subject may be called a$b$
-
 try:
     import fcntl
     import resource
@@ -928,6 +926,7 @@ def save_figure(path, figure, caption):
         figure.savefig(part, format="png", dpi=100, metadata={"Description": caption})
 
 
+@matplotlib.rc_context({"text.parse_math": False})  # a subject may be called a$b$
 def grid(path, rows, row_labels, col_labels, caption):
     """Writes a labelled PNG. rows: lists of (H,W) or (H,W,3) images in [0,1] of one size; None leaves a gap.
     Each pixel becomes so many equal ones that a cell is 96 wide or more (smoothing would flatter the model).

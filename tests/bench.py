@@ -122,8 +122,8 @@ def step_alone(args, device, dtype):
 
 def growth(args, device, dtype):
     """A picture: how images/s and memory change with one number while the others stay"""
-    fig, panels = plt.subplots(1, len(GROWTH), figsize=(8, 2.6), layout="constrained")
-    for panel, (name, values) in zip(panels, GROWTH.items()):
+    fig, panels = plt.subplots(2, len(GROWTH), figsize=(8, 4), sharex="col", layout="constrained")
+    for column, (name, values) in zip(panels.T, GROWTH.items()):
         rows = []
         for value in values:
             one = copy.copy(args)
@@ -131,13 +131,11 @@ def growth(args, device, dtype):
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 rows.append(pool.apply(step_alone, (one, device, dtype)))
             print(f"{name} {value}: {rows[-1][0]:.2f} images/s, {rows[-1][1]:.2f} GB", flush=True)
-        for axis, row, colour in zip((panel, panel.twinx()), zip(*rows), ("C0", "C1")):
-            axis.loglog(values, row, "o-", color=colour)
-            axis.set_ylabel("GB" if colour == "C1" else "images/s", color=colour)
-        panel.set_xlabel(name)
-        panel.set_xticks(values, values)
-        panel.minorticks_off()
-    fig.savefig(args.growth, dpi=100)
+        for panel, row, word in zip(column, zip(*rows), ("images/s", "GB")):
+            panel.plot(values, row, "o-")
+            panel.set(ylim=0, ylabel=word, xticks=values)
+        column[1].set_xlabel(name)
+    fig.savefig(args.growth, dpi=80)
 
 
 def main():
