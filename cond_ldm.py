@@ -85,7 +85,7 @@ class Config:
     vq_lr: float = 8e-5       # Adam; constant after 100 steps of warm-up (the segmenter's is 1e-3)
     lr: float = 1e-4          # of the diffusion model; paper: 8e-6
     ema: float = 0.999        # decay of the averaged weights; the averaged weights are evaluated; paper: 0
-    minutes: float = 0.0      # at most so many minutes for each network; 0: no limit. results.json: the steps
+    minutes: float = 0.0      # at most so many minutes for each network; 0: no limit. Steps: in results.json
     save_every: int = 500     # steps between checkpoints
     # evaluation
     S: int = 50               # DDIM steps

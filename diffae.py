@@ -88,12 +88,12 @@ class Config:
     batch: int = 64           # images per step, over all processes
     lr: float = 1e-4          # Adam; constant after 100 steps of warm-up
     ema: float = 0.9999       # decay of the averaged weights; the averaged weights are evaluated
-    minutes: float = 0.0      # at most so many minutes for each network; 0: no limit. results.json: the steps
+    minutes: float = 0.0      # at most so many minutes for each network; 0: no limit. Steps: in results.json
     save_every: int = 500     # steps between checkpoints
     # evaluation
     S: int = 50               # DDIM steps, both ways; paper: 20
     stride: Literal["quadratic", "trailing", "leading"] = "quadratic"   # see times(); paper: leading
-    draws: int = 8            # images from z_sem and random x_T; their mean counts
+    draws: int = 8            # images from z_sem and random x_T; SSIM is of their mean
     eval_images: int = 1000   # at most this many test images are reconstructed
 
 

@@ -93,7 +93,7 @@ class Config:
     batch: int = 32           # .. of stages B and C
     lr: float = 1e-4          # Adam; constant after 100 steps of warm-up
     ema: float = 0.999        # decay of the averaged weights; the averaged weights are evaluated
-    minutes: float = 0.0      # at most so many minutes for each network; 0: no limit. results.json: the steps
+    minutes: float = 0.0      # at most so many minutes for each network; 0: no limit. Steps: in results.json
     save_every: int = 500     # steps between checkpoints
     # evaluation
     S: int = 20               # DDIM steps, both ways
