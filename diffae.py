@@ -15,7 +15,7 @@ data have masks, images are cropped to the heart; --frame wall unrolls the ring 
 
 Preechakul et al., Diffusion Autoencoders, CVPR 2022 (arXiv 2111.15640).
 
-    python diffae.py                     # phantom hearts, 3 to 5 minutes on 2 CPU cores
+    python diffae.py                     # phantom hearts, 6 minutes on 2 CPU cores
     python diffae.py --data emidec.h5    # your hearts; on a GPU the default size is the paper's, 128x128
     python diffae.py --apply new.h5      # codes, predictions, reconstructions by the trained model
 
@@ -29,8 +29,8 @@ but lr and EMA warm up, and the prior predicts v. `--recipe ours`, the default, 
 - augment 0.5, no flip: small random motions of the training images, and no mirrored hearts;
 - stride quadratic, S 50 (demo: 20): DDIM ends at T - 1, the noisiest trained level, and steps finely at low
   noise;
-- with --frame wall the encoder pools over the angle and keeps the depth, see RingEncoder. There the training
-  images are turned by any angle, and mirrored.
+- with --frame wall the encoder pools over the angle and keeps the depth, see RingEncoder.
+In that frame both recipes turn training images by any angle and mirror them; augment and flip do nothing.
 """
 import copy, dataclasses, functools, math, signal, sys, time
 from pathlib import Path

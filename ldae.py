@@ -14,7 +14,7 @@ Question: does z_sem, learned without labels, tell Alzheimer's disease and age?
 Lozupone et al., Latent Diffusion Autoencoders, 2025 (arXiv 2504.08635). Stage C is PDAE (Zhang et al. 2022,
 arXiv 2212.12990).
 
-    python ldae.py                     # phantom brains, 4 to 7 minutes on 2 CPU cores
+    python ldae.py                     # phantom brains, half an hour on one CPU core
     python ldae.py --data brains.h5    # your volumes; on a GPU the default is the paper's networks
     python ldae.py --apply new.h5      # codes, predictions, reconstructions by the trained model
 
@@ -374,9 +374,9 @@ class SemanticEncoder(nn.Module):
     """2.5D: a 2D network on each axial slice, then attention over the slices. (B,1,D,H,W) -> (B,z_dim)
 
     spatial: one linear layer reads the maps of a slice, another one the tokens of all slices. A linear code
-    of the volume at a quarter of its resolution is added: trained on hundreds of people, it reads more than
-    the network. Otherwise (paper) a token is the mean of the maps, and a query, a weighted mean of the
-    tokens, attends to them."""
+    of the volume at a quarter of its resolution is added. Where shapes of phantoms differ threefold, that
+    code reads more than the network. Otherwise (paper) a token is the mean of the maps, and a query, a
+    weighted mean of the tokens, attends to them."""
     def __init__(self, cfg):
         super().__init__()
         n, *sides = cfg.size
