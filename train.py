@@ -367,13 +367,12 @@ def system(script, runs, seeds):
     arrows = {"lower": "↓", "higher": "↑", "": ""}
     arrow = lambda key: (f"{arrows[every[key]['better']]} {every[key]['unit']}".strip()
                          + ", all folds together" * (key in first["pooled"]))
-    shown, rows, first_of = [key for key in module.SHOWN if key in every], [], {}
+    shown, rows = [key for key in module.SHOWN if key in every], []
     for label, (row, words) in itertools.product(labels, module.ROWS.items()):
         numbers = [value(label, f"{key}.{row}" if row else key) for key in shown]
-        if set(numbers) != {"-"} and (not row or first_of.setdefault((row, *numbers), label) == label):
+        if set(numbers) != {"-"}:
             rows.append([f"{label}: {words}" if row else label, *numbers])
-    text += ["Some rows, as PCA, have the same numbers in several recipes. They stand once, with the first.",
-             table(["", *(f"{module.SHOWN[key]} {arrow(key)}" for key in shown)], rows)]
+    text.append(table(["", *(f"{module.SHOWN[key]} {arrow(key)}" for key in shown)], rows))
     rows = [[f"{key} {arrow(key)}", *(value(label, key) for label in labels)] for key in every]
     text += [f"<details><summary>All {len(rows)} numbers</summary>", table(["", *labels], rows), "</details>"]
     folder = next(run.out for run in runs if run.label in seeds[0])
