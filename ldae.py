@@ -1102,13 +1102,15 @@ def missing_scans(cfg, data, test, model, z, z0):
         passed = share[here, None, None, None]      # of the time between both: 0 before, 1 after
         w = torch.as_tensor(share[here], dtype=z.dtype, device=z.device)
         z_T = [travel(ddim_encode, model, z0[rows], z[rows]) for rows in (a, b)]
-        before, real, after = (data.image[rows] / 255 for rows in (a, target, b))
+        who, (before, real, after) = data.subject[target], (data.image[rows] / 255 for rows in (a, target, b))
         made = {"": render(model, slerp(*z_T, w), torch.lerp(z[a], z[b], w[:, None])),
                 "latent_mean": volumes(model, torch.lerp(z0[a], z0[b], w.view(-1, 1, 1, 1, 1))),
                 "voxel_mean": (1 - passed) * before + passed * after,
                 "copy": np.where(passed <= 0.5, before, after),
                 "ae": volumes(model, z0[target])}
-        metrics |= M.image_numbers(f"interp_{months}m", made, real, data.subject[target])
+        metrics |= M.image_numbers(f"interp_{months}m", made, real, who)
+        gain = M.mse(real, made[""]) - M.mse(real, made["copy"])
+        metrics[f"interp_{months}m_mse_gain.copy"] = M.row_of(np.mean, who, gain, better="lower")
         picture.append([before, real, after, *made.values()])
     M.grid(Path(cfg.out, "missing.png"), [[view(x[0]) for x in line] for line in picture],
            [f"{m} months" for m in np.unique(gap)],

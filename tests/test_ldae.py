@@ -316,6 +316,7 @@ def test_missing_scans_are_compared_with_the_real_one(tmp_path):
     made = m.missing_scans(cfg, study(), np.arange(6), model_of(), z, z0)
     assert made["interp_6m_mse.voxel_mean"]["value"] < 1e-12
     assert made["interp_6m_mse.copy"]["value"] == pytest.approx((20 / 255) ** 2) and made["interp_6m_mse"]["n"] == 2
+    assert made["interp_6m_mse_gain.copy"]["value"] == pytest.approx(made["interp_6m_mse"]["value"] - (20 / 255) ** 2)
     months = np.array([12, 0, 6, 0, 6, np.nan, 6.0])
     assert m.triples(np.array(list("aaabbbb")), months).tolist() == [[1, 2, 0]]
 
