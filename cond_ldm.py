@@ -895,6 +895,8 @@ def apply(out, path, device):
     arrays = D.load_drawings(path, cfg.size, cfg.edges, reads_mask, cfg.frame)
     folder.mkdir(parents=True, exist_ok=True)
     n = len(arrays["kind"])
+    if "subject" in arrays:
+        M.known_part(out, arrays["subject"])        # warns of those that the model has learned from
     subject = arrays.pop("subject", np.arange(n).astype(str))
     loader = D.Loader(arrays | {"edges": arrays["edges"][:, None]}, cfg.device)     # the plane of "full"
     images = generate(model, vq, loader, np.arange(n), "full")
@@ -947,8 +949,8 @@ def main(argv):
     held = M.lock(out) if rank == 0 else None           # until the process ends
     path = D.phantom_path(cfg, "views.h5", lambda out: D.phantom_views(out, 100, size=cfg.size))
     data, part = D.load_study(path, cfg.test, cfg.size, cfg.seed, fold=cfg.fold, frame=cfg.frame)
-    _, facts = D.describe(data, part)
-    all_views = np.flatnonzero(part == "train")     # of these the VQ-VAE and the judge learn, --view or not
+    # The VQ-VAE and the judge learn from all views, --view or not: facts and `split` are of all.
+    (_, facts), split, all_views = D.describe(data, part), part, np.flatnonzero(part == "train")
     if cfg.view:
         view = view_names(data)
         if cfg.view not in view:
@@ -966,7 +968,8 @@ def main(argv):
     if rank == 0:
         M.warn_if_edited(cfg, __file__)
         if cfg.init:
-            M.known_part(cfg.init, data.subject[part == "test"])
+            names = ["ckpt_vq", "ckpt_ldm"] + ["ckpt_judge"] * (data.mask is not None)
+            M.check_init(cfg.init, names, data.subject[part == "test"])
         print(f"cond_ldm: preset {cfg.preset}, recipe {cfg.recipe}, {device}, torch {torch.__version__}\n"
               f"data: {data.path} at {cfg.size}x{cfg.size}; subjects: {D.in_words(count)}\n"
               f"trains VQ-VAE, {cfg.vq_steps} steps, a judge, diffusion model, {cfg.steps}; evaluates\n"
@@ -1004,6 +1007,7 @@ def main(argv):
     metrics = evaluate(cfg, data, part, arrays, vq, models, judge, inception)
     reached = dict(vq_steps=vq_reached, steps=reached)
     seconds, config = time.perf_counter() - began, dataclasses.asdict(cfg) | reached
+    M.save_scores(out / "subjects.csv", data, split, {})        # for known_part()
     M.save_results(out / "results.json", "cond_ldm", data.path, count, seconds, config, metrics, device)
     print(M.table(metrics, SHOWN, ROWS))
     key = "edge_f1" if judge is None else "dice"

@@ -884,7 +884,7 @@ def main(argv):
     if rank == 0:
         M.warn_if_edited(cfg, __file__)
         if cfg.init:
-            M.known_part(cfg.init, data.subject[part == "test"])
+            M.check_init(cfg.init, ["ckpt", "ckpt_vae"], data.subject[part == "test"])
         print(f"diffae: preset {cfg.preset}, recipe {cfg.recipe}, {device}, torch {torch.__version__}\n"
               f"data: {data.path} at {cfg.size}x{cfg.size}; subjects: {D.in_words(count)}\n"
               f"trains the autoencoder and the VAE, {cfg.steps} steps each; an encoder from labels; a prior\n"

@@ -1256,7 +1256,7 @@ def main(argv):
     if rank == 0:
         M.warn_if_edited(cfg, __file__)
         if cfg.init:
-            M.known_part(cfg.init, data.subject[part == "test"])
+            M.check_init(cfg.init, ["ckpt_A", "ckpt_B", "ckpt_C"], data.subject[part == "test"])
         print(f"ldae: preset {cfg.preset}, recipe {cfg.recipe}, {device}, torch {torch.__version__}\n"
               f"data: {data.path} at {'x'.join(map(str, shape))}; subjects: {D.in_words(count)}\n"
               f"trains stage A: {cfg.ae_steps} steps, B: {cfg.ldm_steps}, C, prior: {cfg.steps}; evaluates\n"

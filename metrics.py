@@ -786,14 +786,24 @@ def check_evaluated(out, log="log.jsonl"):
         D.fail(f"{out}: trained on after its evaluation; let the command that trains it run to its end")
 
 
+def check_init(out, names, subject):
+    """Exits unless the folder `out` holds the checkpoints `names`, from which --init starts. Warns if its
+    networks were trained on any of the subjects."""
+    for name in names:
+        if not Path(out, f"{name}.pt").exists():
+            D.fail(f"--init {out}: {name}.pt is missing; name the folder of a finished run of this script")
+    known_part(out, subject)
+
+
 def known_part(out, subject):
     """In which part of the run in `out` was each subject (N,)? -> (N,) train, val, test, or new. Warns of
     those in train: a number of them says nothing about new patients."""
+    path = Path(out, "codes.csv")
+    path = path if path.exists() else Path(out, "subjects.csv")         # of cond_ldm.py, which has no codes
     try:
-        run = pandas.read_csv(Path(out, "codes.csv"), usecols=["subject", "part"], dtype=str,
-                              keep_default_na=False)
+        run = pandas.read_csv(path, usecols=["subject", "part"], dtype=str, keep_default_na=False)
     except (OSError, ValueError) as e:
-        D.warn(f"{out}/codes.csv: {e}; so nobody knows which subjects were trained on")
+        D.warn(f"{path}: {e}; so nobody knows which subjects were trained on")
         return np.full(len(subject), "unknown")
     parts = dict(zip(run["subject"].str.casefold(), run["part"]))
     part = np.array([parts.get(s.casefold(), "new") for s in subject])

@@ -272,6 +272,7 @@ def test_a_run_learns_from_training_rows_and_is_tested_on_others(tiny, tmp_path,
     assert abs(drawn.image / 255 - made[seen["at"]]).max() < 0.003
     assert np.array_equal(drawn.mask, columns["mask"][test])
     main("--out", out, "--apply", tiny, "--device=cpu")         # or slices: their edges and masks are the drawings
+    assert f"{out} was trained on" in capsys.readouterr().err
     again = D.load(out / "apply" / "tiny" / "drawn.h5")
     assert np.array_equal(again.mask, columns["mask"]) and np.array_equal(again.subject, columns["subject"])
     with h5py.File(written(tmp_path / "both.h5", columns), "a") as f:        # a user's own lines win
@@ -327,6 +328,8 @@ def test_the_papers_recipe_on_images_alone(tmp_path, capsys):
     assert {k: config[k] for k in ("cond", "edges", "predict", "scale", "ema", "w")} == dict(
         cond="seed", edges="full", predict="eps", scale=False, ema=0.0, w=1.0)
     assert "edge_f1.untrained" in metrics
+    refused = error_of(capsys, "--data", whole, "--out", tmp_path / "b", *FLAGS, "--init", tmp_path / "a")
+    assert "ckpt_judge.pt is missing" in refused       # before anything is trained
     assert not [k for k in metrics if "dice" in k or "edges_" in k or "view" in k]
     model = torch.load(tmp_path / "a" / "ckpt_ldm.pt", weights_only=True)["model"]
     assert model["std"].flatten().tolist() == [1, 1, 1]       # not standardised
