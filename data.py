@@ -916,6 +916,8 @@ def load_study(path, test="", size=None, seed=0, fractions=(0.7, 0.1, 0.2), fold
         if any(n in names[1] and names[1].index(n) != k for k, n in enumerate(names[0])):
             fail(f"{test}: {key} {names[1]} but {path} has {names[0]}; one name needs one number in both")
     part = split(data, seed, (0.85, 0.15, 0)) if data.split is None else \
+        if any(a != b for a, b in zip(*names)):
+            warn(f"{test}: {key} {names[1]} but {path} has {names[0]}; they count as the same")
         np.where(data.split == "val", "val", "train")
 
     def join(a, b):
@@ -2053,7 +2055,7 @@ def read_cine(folder, name, ids, size=256):
     return dict(image=to_uint8(image), mask=mask, slice=keep, spacing=np.full(len(keep), spacing))
 
 
-def cine_files(out, folders, describe, ids, diseases, source, licence):
+def cine_files(root, out, folders, describe, ids, diseases, source, licence):
     """Write OUT/SUBJECT.h5 for folders {subject: path}.
 
     describe(subject) -> [(view, phase, NIfTI name)], disease; one that is not in diseases is "unknown"."""
@@ -2072,7 +2074,7 @@ def cine_files(out, folders, describe, ids, diseases, source, licence):
         return parts
 
     attrs = dict(CINE_NAMES, source=source, licence=licence, label_names=diseases)
-    for subject, parts in attempt(out, folders, read, skipped):
+    for subject, parts in attempt(root, folders, read, skipped):
         write(os.path.join(out, subject + ".h5"), parts, attrs)
     print(f"{out}: {len(folders) - len(skipped)} subjects, {len(skipped)} skipped")
 
@@ -2090,7 +2092,7 @@ def acdc(root, out):
         frames = [f"{subject}_frame{int(entry[k]):02d}" for k in ("ed", "es")]  # both count from 1
         return [(0, phase, name) for phase, name in enumerate(frames)], entry.get("group")
 
-    cine_files(out, folders, describe, [0, 3, 2, 1], ["DCM", "HCM", "MINF", "NOR", "RV"],
+    cine_files(root, out, folders, describe, [0, 3, 2, 1], ["DCM", "HCM", "MINF", "NOR", "RV"],
                "ACDC (Bernard et al. 2018), python data.py acdc; its ids 1 RV, 2 myocardium, 3 LV mapped to "
                "1 LV, 2 myocardium, 3 RV", "CC BY-NC-SA 4.0")
 
@@ -2107,7 +2109,7 @@ def mms(root, out):
         return [(view, phase, f"{subject}_{v}_{p}") for view, v in enumerate(CINE_NAMES["view_names"])
                 for phase, p in enumerate(CINE_NAMES["phase_names"])], disease.get(subject)
 
-    cine_files(out, folders, describe, [0, 1, 2, 3], sorted({*disease.values()} - {"unknown"}),
+    cine_files(root, out, folders, describe, [0, 1, 2, 3], sorted({*disease.values()} - {"unknown"}),
                "M&Ms-2 (Martin-Isla et al. 2023), python data.py mms", "as the challenge's: ub.edu/mnms-2")
 
 

@@ -1237,6 +1237,8 @@ def main(argv):
     if cfg.ae_batch % world:
         D.fail(f"--ae_batch {cfg.ae_batch}: must be a multiple of the {world} processes")
     if not cfg.data:
+        if cfg.size != (cfg.size[0], cfg.size[0] * 5 // 32 * 8, cfg.size[0]):
+            D.fail(f"--size {cfg.size}: phantoms have D, 5/4 D cut to a multiple of 8, D, as 48,56,48")
         check_networks(cfg)
     held = M.lock(out) if rank == 0 else None           # until the process ends
     path = D.phantom_path(cfg, "brains.h5", lambda out: D.phantom_brains(out, size=cfg.size[0]))

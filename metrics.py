@@ -728,13 +728,15 @@ def save_probes(path, probes, z, classes):
 
 
 def read_probes(out):
-    """What save_probes wrote in the folder `out` -> {key: {"target", "weights", "intercept", "axis", "cut"}},
-    weights and axis as (d,) float32. {} if the run had no probe. A damaged file exits 2."""
+    """What save_probes wrote in the folder `out` -> {key: {"target", "weights", "intercept", "axis",
+    "classes", of a class also "cut"}}, weights and axis (d,) float32; {}: no probe. A damaged file exits 2"""
     path = Path(out, "probes.json")
     try:
         probes = json.loads(path.read_text()) if path.exists() else {}
-        return {key: p | {k: np.array(p[k], np.float32) for k in ("weights", "axis")}
-                for key, p in probes.items()}
+        for p in probes.values():
+            p |= {k: np.array(p[k], np.float32) for k in ("weights", "axis")}
+            p |= {k: p[k] for k in ("target", "intercept", "classes")}
+        return probes
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         D.fail(f"{path}: damaged ({type(e).__name__}: {e}); the command that trained the run writes it again")
 

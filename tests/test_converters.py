@@ -142,6 +142,8 @@ def test_acdc_layout_and_traps(tmp_path, capsys, monkeypatch):
     acdc_patient(root, "training", "patient006")
     broken = root / "training" / "patient006" / "patient006_frame12.nii.gz"
     broken.write_bytes(broken.read_bytes()[:300] + b"\xff" * 40 + broken.read_bytes()[340:])
+    acdc_patient(tmp_path / "bad", "training", "patient001", flat=True)
+    one_error(capsys, lambda: data.acdc(str(tmp_path / "bad"), str(out)), "bad: none of 1")
     data.acdc(str(root), str(out))
     said = capsys.readouterr().out
     whys = ("_gt holds [0.", "frame09.nii.gz", "no frame numbers ED and ES", "some heart", "")

@@ -544,6 +544,10 @@ def test_a_class_has_one_number_in_all_files(tmp_path, capsys):
             f.attrs["label_names"] = names
     one_error(capsys, lambda: data.load(tmp_path), "b.h5", "label_names", "['ill', 'healthy']", "a.h5")
     one_error(capsys, lambda: data.load_study(a, b), "b.h5", "label_names", "['ill', 'healthy']", "a.h5")
+    with h5py.File(b, "a") as f:
+        f.attrs["label_names"] = ["healthy", "worse"]
+    data.load_study(a, b)       # may be what is meant, so it runs, and says so
+    assert "['healthy', 'worse'] but" in capsys.readouterr().err
 
 
 def test_cohort_keeps_patients_out_of_training(capsys):

@@ -370,4 +370,4 @@ def test_volumes_that_cannot_be_are_one_line(tmp_path, capsys):
     D.phantom_brains(str(tmp_path / "brains.h5"), subjects=2, size=16)
     message = error_of(capsys, "--out", tmp_path, *FLAGS, "--size=24,24,24")
     assert "phantoms of (16, 16, 16), not of --size" in message
-    assert "no such network" in error_of(capsys, "--out", tmp_path, *FLAGS, "--size=48")
+    assert "phantoms have D" in error_of(capsys, "--out", tmp_path, *FLAGS, "--size=48")      # before they are drawn

@@ -332,8 +332,11 @@ def test_folds_are_pooled_and_saved_probes_read_like_the_fitted_ones(tmp_path, c
     M.check_evaluated(tmp_path)
     M.log_line(tmp_path / "log.jsonl", dict(step=40))
     one_error(capsys, lambda: M.check_evaluated(tmp_path), "trained on after its evaluation")
-    (tmp_path / "probes.json").write_text('{"probe": {"weights": 3}}')
-    one_error(capsys, lambda: M.read_probes(tmp_path), "probes.json", "damaged")
+    saved = json.loads((tmp_path / "probes.json").read_text())["probe"]
+    for key in ("weights", "axis", "classes"):
+        rest = {k: v for k, v in saved.items() if k != key}
+        (tmp_path / "probes.json").write_text(json.dumps({"probe": rest}))
+        one_error(capsys, lambda: M.read_probes(tmp_path), "probes.json", "damaged")
 
 
 def test_brain_age_gap_is_what_was_planted():
