@@ -1652,8 +1652,8 @@ def brain(rng, x, y, z, voxel, age=40.0, severity=0.0, alzheimer=0.0, own=1.0):
     picture = Picture(2 / max(1, voxel))
     over, inside = picture.over, picture.inside
 
-    def sided(sd, mean=0.0):  # a value of its own in each hemisphere
-        right, left = rng.normal(mean, sd, 2)
+    def sided(sd):  # a value of its own in each hemisphere
+        right, left = rng.normal(0, sd, 2)
         return np.where(x > 0, np.float32(right), np.float32(left))
 
     # Ageing: slow at first, faster later. 0 at 20 years, 1 at 80.
@@ -1925,12 +1925,12 @@ def read_header(path):
 
 
 def read_voxels(path):
-    """.nii or .nii.gz -> (X,Y,Z) float32 as stored, (3,) mm per voxel, affine."""
+    """.nii or .nii.gz -> (X,Y,Z) float32 as stored, (3,) mm per voxel."""
     volume, zooms = read_header(path)
     voxels = volume.get_fdata(dtype=np.float32).reshape(volume.shape[:3])
     if not np.isfinite(voxels).all():
         raise ValueError(f"{path}: NaN or Inf")
-    return voxels, zooms, volume.affine
+    return voxels, zooms
 
 
 def read_pair(image, labels, allowed):
@@ -1944,7 +1944,7 @@ def read_pair(image, labels, allowed):
         if not found:
             raise ValueError(f"no {name}.nii.gz")
         volumes.append(read_voxels(found[0]))
-    (x, zooms, _), (stored, *_) = volumes
+    (x, zooms), (stored, _) = volumes
     if stored.shape != x.shape:
         raise ValueError(f"image {x.shape} but labels {stored.shape}")
     label = np.rint(stored)  # some are floats like 1.9999

@@ -512,10 +512,10 @@ class Prior(nn.Module):
 
     codes (N,d): of the training images; inside, they are standardised. forward is the training loss, L1 at
     constant beta = 0.008. It predicts v, not eps as published: an error of eps at pure noise is an error of
-    the code 55 times as large, and drawn codes were far from all real ones. The samplers are below."""
-    def __init__(self, T, codes, layers=10):
+    the code 55 times as large, and drawn codes were far from all real ones."""
+    def __init__(self, T, codes):
         super().__init__()
-        d, width = codes.shape[1], 4 * codes.shape[1]
+        d, width, layers = codes.shape[1], 4 * codes.shape[1], 10
         self.register_buffer("mean", codes.mean(0))
         self.register_buffer("sd", codes.std(0).clamp(min=1e-6))
         self.alpha_bar = (1 - 0.008) ** torch.arange(1, T + 1, dtype=torch.float64)

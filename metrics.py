@@ -242,13 +242,12 @@ def threshold_f1(score_val, y_val):
 
 
 def classify(score, y, threshold):
-    """-> dict of f1, precision, recall, accuracy for `score >= threshold`; 0/0 is nan.
+    """-> dict of f1, precision, recall for `score >= threshold`; 0/0 is nan.
     The row to beat is all-positive, classify(zeros, y, 0): at prevalence p its F1 is 2p / (1 + p)."""
     called, true = to_numpy(score) >= threshold, to_numpy(y) > 0
     tp, wrong = (called & true).sum(), (called != true).sum()
     with np.errstate(invalid="ignore"):
-        return {"f1": 2 * tp / (2 * tp + wrong), "precision": tp / called.sum(), "recall": tp / true.sum(),
-                "accuracy": (called == true).mean()}
+        return {"f1": 2 * tp / (2 * tp + wrong), "precision": tp / called.sum(), "recall": tp / true.sum()}
 
 
 def regression(pred, y):
@@ -427,10 +426,9 @@ def factor_numbers(codes, columns, part, subject, seed=0):
 def brain_age_gap(codes, age, train, rows, subject):
     """Age as read from codes (N,k) by a ridge fit to the healthy `train` rows, minus the true one, (N,).
     Such a guess falls towards the mean age, so the gap falls with age: the line of gap on age over `rows`,
-    held-out healthy, is taken off (de Lange & Cole 2020). -> (predict(codes) -> ages, gap)"""
-    model = probe("regression", codes[train], age[train], subject[train])
-    gap = model.predict(codes) - age
-    return model.predict, gap - np.polyval(np.polyfit(age[rows], gap[rows], 1), age)
+    held-out healthy, is taken off (de Lange & Cole 2020)."""
+    gap = probe("regression", codes[train], age[train], subject[train]).predict(codes) - age
+    return gap - np.polyval(np.polyfit(age[rows], gap[rows], 1), age)
 
 
 # ---- Rows that need no training, or little -----------------------------------------------------------------
@@ -874,10 +872,10 @@ def cell(m):
     return number(m["value"]) + ("" if low == high == "-" else f" [{low}, {high}]")
 
 
-def table(metrics, shown, rows, width=100):
+def table(metrics, shown, rows):
     """The table that ends a run: one line per row, one column per key, each value with its interval.
     metrics: KEY and KEY.ROW -> row(..). shown: {key: name in words}. rows: {row name, "" is ours: words}.
-    Columns beyond `width` continue in a block below. A row that has none of a block's keys is left out."""
+    Columns beyond 100 letters go to a block below. A row that has none of a block's keys is left out."""
     columns = []  # (the heading's lines, {row name: cell})
     for key, words in shown.items():
         found = {name: metrics[k] for name in rows if (k := f"{key}.{name}" if name else key) in metrics}
@@ -886,7 +884,7 @@ def table(metrics, shown, rows, width=100):
             heading = textwrap.wrap(f"{words} {dict(lower='↓', higher='↑').get(first['better'], '')}", 24)
             columns.append((heading, {name: cell(m) for name, m in found.items()}))
     left, lines = max(map(len, rows.values())), []
-    fit = max(1, (width - left) // 26)  # columns of 24, two spaces apart
+    fit = max(1, (100 - left) // 26)  # columns of 24, two spaces apart
     for block in (columns[i:i + fit] for i in range(0, len(columns), fit)):
         for k in range(max(len(heading) for heading, _ in block)):
             lines.append(["", *("".join(heading[k:k + 1]) for heading, _ in block)])
@@ -904,7 +902,7 @@ def table(metrics, shown, rows, width=100):
     return "\n".join(text + [f"{words}: {explain(key)}" for key, words in shown.items() if key in metrics])
 
 
-def answer(question, name, ours, other, gain, unit="patients"):
+def answer(question, name, ours, other, gain):
     """The sentence that ends a run: the question, both numbers, their difference, and what it says.
     ours, other, gain: row(..); gain is ours minus other. yes: its interval lies on the better side of 0;
     no: on the worse; undecided: 0 is inside, or there is no interval."""
@@ -912,7 +910,7 @@ def answer(question, name, ours, other, gain, unit="patients"):
     verdict = "yes" if low > 0 else "no" if high < 0 else "undecided"
     plus = "+" if gain["value"] > 0 else ""
     return (f"{question} {name} {number(ours['value'])} against {number(other['value'])}, "
-            f"{plus}{cell(gain)}, {gain['n']} {unit}: {verdict}.")
+            f"{plus}{cell(gain)}, {gain['n']} patients: {verdict}.")
 
 
 def save_applied(folder, script, data, part, cfg, metrics, shown, rows, seconds):

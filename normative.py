@@ -375,8 +375,8 @@ class Model(nn.Module):
 
 
 class VAE(nn.Module):
-    """The baseline (Kingma & Welling 2014, eq. 10, KL weighted): as wide an encoder, of the image alone,
-    and as long a code."""
+    """The baseline (Kingma & Welling 2014, eq. 10, KL weighted): an encoder of the same width,
+    and a code of the same length. In normative.py, too, it sees the image alone, and no age."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -674,7 +674,7 @@ def all_scores(cfg, data, part, models, codes, loader):
     logvar = in_batches(lambda i: models["vae"].posterior(loader.batch(i)["image"])[1], every)
     scores["vae_deviation"] = latent_deviation(codes["vae"], logvar.cpu().numpy(), rows)
     scores["vae_error"] = -((real - drawn["vae"]) ** 2).mean((1, 2))
-    scores["brain_age_gap"] = -M.brain_age_gap(z_pca, age, train, rows, data.subject)[1]
+    scores["brain_age_gap"] = -M.brain_age_gap(z_pca, age, train, rows, data.subject)
     if "factor_severity" in data.columns:       # a phantom: the score of somebody who knows
         scores["planted"] = -data.columns["factor_severity"].astype(np.float64)
     return {row: scores[row] for row in ROWS if row in scores}, left_out[""], usual[""]

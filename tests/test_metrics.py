@@ -134,7 +134,6 @@ def test_auroc_and_classify_equal_sklearn():
         ours, called = M.classify(score, y, 3), score >= 3
         for name, theirs in [("f1", f1_score), ("precision", precision_score), ("recall", recall_score)]:
             assert abs(ours[name] - theirs(y, called)) < 1e-12
-        assert ours["accuracy"] == np.mean(called == y)
     assert np.isnan(M.auroc([1, 2], [1, 1]))
     assert np.isnan(M.classify(np.zeros(4), np.zeros(4), 1)["f1"])
 
@@ -343,7 +342,7 @@ def test_brain_age_gap_is_what_was_planted():
     rng = np.random.default_rng(0)
     age, ahead = rng.uniform(20, 90, 300), np.where(np.arange(300) >= 250, 8.0, 0)  # the last 50 are ill
     codes = ((age + ahead) / 20)[:, None] + 0.3 * rng.normal(size=(300, 4))
-    _, gap = M.brain_age_gap(codes, age, np.arange(150), np.arange(150, 250), np.arange(300))
+    gap = M.brain_age_gap(codes, age, np.arange(150), np.arange(150, 250), np.arange(300))
     assert abs(gap[150:250].mean()) < 1e-9 and abs(np.polyfit(age[150:250], gap[150:250], 1)[0]) < 1e-9
     assert gap[250:].mean() == pytest.approx(8, abs=2)
     d = M.mahalanobis(5 + 2 * rng.normal(size=(4000, 3)), np.arange(2000))
