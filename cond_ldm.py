@@ -21,7 +21,7 @@ The study: T. Yang, Conditional LDM with medical images, 2024. VQ-VAE: van den O
 `--recipe paper` trains as the study did (but lr warms up, unused codes are moved, attention has one head, the
 LPIPS loss is left out, and sampling is by DDIM). `--recipe ours`, the default, changes this:
 - cond conv: strided convolutions read the drawing. The study resizes the drawing to 32x32 by nearest
-  neighbour, and to one channel. Of the latent pixels that hold an edge 13 % keep it.
+  neighbour, and to one channel. Of the latent pixels whose square has an edge, 13 % show it.
   The view and the phase of the beat are planes of the drawing, too;
 - edges mixed: one model learns from all edges, a few strokes, the map's contours, and no edges;
 - predict v, of standardised latents, with averaged weights and a larger lr;
@@ -49,7 +49,7 @@ import metrics as M
 @dataclasses.dataclass
 class Config:
     data: str = ""            # HDF5 file, or a folder of one file per subject; empty: phantom views
-    test: str = ""            # second file: train on all of --data, test on all of this one
+    test: str = ""            # second file: all of it is tested; none of --data is
     fold: str = ""            # 0/5 .. 4/5: test on this fifth of the subjects, train on the others
     out: str = "out/cond_ldm" # everything the run leaves; the same command again goes on from there
     init: str = ""            # folder of another run: start from its weights (fine-tuning)
@@ -739,14 +739,14 @@ def preview_vq(cfg, loader):
         images, perplexity = reconstruct(ema, x0)
         log = Path(cfg.out, "log_vq.jsonl")
         last = (M.read_log(log) or [dict(step=0)])[-1]
-        M.log_line(log, last | dict(perplexity=perplexity))
+        M.log_line(log, last | dict(perplexity=perplexity))         # of a step the last record counts
         M.grid(Path(cfg.out, "preview_vq.png"), [M.to_image(x0)[::4], images[::4]], ["image", "VQ-VAE"], [],
                "Validation images at the last save.")
     return watch
 
 
 def preview_ldm(cfg, loader, vq):
-    """-> watch(ema) for fit: preview_ldm.png. Row 5 like row 4: the model does not use the drawing yet."""
+    """-> watch(ema) for fit: preview_ldm.png. If rows 4 and 5 are alike, the drawing is not used yet."""
     def watch(ema):
         rows, edges = M.evenly(np.arange(len(loader)), 6), cfg.edges
         batch = loader.batch(rows)
@@ -785,7 +785,7 @@ def painted(data, mask, train, test):
 def evaluate(cfg, data, part, arrays, vq, models, judge, inception):
     """Every number and picture of a run. -> metrics, as in results.json
 
-    arrays: for Loader, all rows; models: {"": the diffusion model, "untrained": the same at step 0}; judge: a
+    arrays: for Loader, all rows; models: {"": the diffusion model, "untrained": random weights}; judge: a
     Segmenter, or None if there are no masks; inception: the network of --inception, or None"""
     device, out = vq.codes.device, Path(cfg.out)
     loader, train = D.Loader(arrays, device), np.flatnonzero(part == "train")
@@ -873,7 +873,7 @@ def evaluate(cfg, data, part, arrays, vq, models, judge, inception):
 # Using a trained model
 
 def load(out, name="ckpt_ldm", device=""):
-    """A network that a run has trained in the folder `out`, ready to use. -> (network, Config)
+    """A network that a run has trained in the folder `out`, ready to use. -> (network, its training's Config)
 
     name: ckpt_ldm, the diffusion model; ckpt_vq, the VQ-VAE; ckpt_judge, the segmenter. device: "" is the
     first of cuda, mps, cpu that is there. A file that is damaged or of another network exits 2."""

@@ -16,7 +16,7 @@
     subject  (N,) utf-8            the unit of every split, test and interval           required
     mask     as image, uint8       label map; attr mask_names
     label    (N,) int >= 0         classes; attr label_names
-    age sex session time event     years, text, months, days > 0, 0/1;  NaN and "" are missing
+    age sex session time event     years, text, months, days > 0, 0/1;  NaN or "" is missing, but not in event
     split    (N,) train/val/test   else made by split()
     path     (N,) text             the file that the row came from
     view phase slice  (N,) ints    cine: 0 SA, 1 LA;  0 ED, 1 ES;  from base or apex, as scanned
@@ -630,7 +630,8 @@ def check_storage(path, name, x, shape):
 
 
 def check_column(path, name, x, lines=None):
-    """Check the values of one (N,) column -> the column in its schema type. NaN and "" are missing.
+    """Check the values of one (N,) column -> the column in its schema type. NaN and "" are missing,
+    but label, event and slice need a number in each row.
 
     An error names the row, or the line of a table or the file that `lines` gives."""
     def refuse(bad, why):
@@ -894,7 +895,7 @@ def on_hearts(data, rows, images):
 
 
 def load_study(path, test="", size=None, seed=0, fractions=(0.7, 0.1, 0.2), fold="", frame="image"):
-    """-> (Dataset, (N,) "train"/"val"/"test"): path by its split; or path to train and all of `test` to test.
+    """-> (Dataset, (N,) "train"/"val"/"test"): path by its split; or path is train and val, `test` is test.
 
     size: slices are resized to it. fold: see split(). frame: see load_framed()."""
     if test and fold:
@@ -915,9 +916,9 @@ def load_study(path, test="", size=None, seed=0, fractions=(0.7, 0.1, 0.2), fold
         names = data.attrs.get(key, []), other.attrs.get(key, [])
         if any(n in names[1] and names[1].index(n) != k for k, n in enumerate(names[0])):
             fail(f"{test}: {key} {names[1]} but {path} has {names[0]}; one name needs one number in both")
-    part = split(data, seed, (0.85, 0.15, 0)) if data.split is None else \
         if any(a != b for a, b in zip(*names)):
             warn(f"{test}: {key} {names[1]} but {path} has {names[0]}; they count as the same")
+    part = split(data, seed, (0.85, 0.15, 0)) if data.split is None else \
         np.where(data.split == "val", "val", "train")
 
     def join(a, b):
@@ -1192,7 +1193,7 @@ def load_drawings(path, size, edges, with_mask, frame="image"):
     """A user's drawings in HDF5: edges (N,H,W), not 0 on a line; mask (N,H,W) uint8; view, phase (N,). Or
     a data set of slices without edges: those of its images, in this frame, and its masks are the drawings.
 
-    edges: what the model was trained on, one of EDGES; with_mask: whether the model reads masks. What the
+    edges: the model's --edges, one of EDGES or mixed; with_mask: whether the model reads masks. What the
     model does not read may be missing. -> {edges, mask: (N,size,size), kind: view_phase} for Loader, and the
     subject (N,) of a data set."""
     with open_h5(h5_files(path)[0]) as file:
@@ -2230,7 +2231,7 @@ IMAGES = (*NIFTI, ".npy", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 
 
 def list_images(root):
-    """Images below a folder, but no hidden ones -> {name: path}, columns (just subject), attributes.
+    """Images below a folder, but no hidden ones -> {name: path}, columns (subject, path), attributes.
 
     subject: the first folder below root, else a file's name up to "_". Links to folders are not followed."""
     paths = sorted(os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names)

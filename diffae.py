@@ -53,7 +53,7 @@ import metrics as M
 @dataclasses.dataclass
 class Config:
     data: str = ""            # HDF5 file, or a folder of one file per subject; empty: phantoms
-    test: str = ""            # second file: train on all of --data, test on all of this one
+    test: str = ""            # second file: all of it is tested; none of --data is
     fold: str = ""            # 0/5 .. 4/5: test on this fifth of the subjects, train on the others
     out: str = "out/diffae"   # everything the run leaves; the same command again goes on from there
     init: str = ""            # folder of another run: start from its weights (fine-tuning)
@@ -74,7 +74,7 @@ class Config:
     groups: int = 32          # of GroupNorm; 0: one per 16 channels (backward up to 18x faster on a CPU)
     dropout: float = 0.1      # in the UNet's blocks
     z_dim: int = 512          # numbers in z_sem
-    z_scale: float = 1.0      # multiplies z_sem in AdaGN, in no other place; the cardiac study tried 3
+    z_scale: float = 1.0      # multiplies z_sem in AdaGN, in no other place; a study of hearts tried 3
     spatial: bool = True      # the encoder keeps position and the UNet sees an image of z_sem; paper: false
     # objective
     predict: Literal["v", "eps"] = "v"    # what the UNet outputs; paper: eps
@@ -270,11 +270,11 @@ class Encoder(nn.Module):
 class RingEncoder(Encoder):
     """Encoder for the frame of the wall, where rows are depth and columns are the angle, a closed ring.
 
-    A turn of the heart shifts the columns. Mean and maximum over the columns do not depend on their order: a
-    turn by 2^halvings columns changes nothing, and D.moved teaches the others. The code is these two of a few
-    channels in each row. Convolutions wrap around: a border of zeros would tell them the angle. (The rows
-    wrap, too: the centre sees a little of what lies outside.) x (B,ch_in,H,W) -> (B,ch_out) float32; ch_out:
-    a multiple of twice the rows, which are 12 to 23"""
+    A turn of the heart shifts the columns. The code is the mean and the maximum over the columns, in each row
+    of a few channels. Both ignore the order of the columns, so a turn by whole columns of the last map does
+    not change them. D.moved turns training images by any angle. Convolutions wrap around: a border of zeros
+    would tell them the angle. (The rows wrap, too: the centre sees a little of what lies outside.)
+    x (B,ch_in,H,W) -> (B,ch_out) float32; ch_out: a multiple of twice the rows of the last map (demo: 12)"""
     def __init__(self, cfg, ch_in, ch_out):
         halvings = max(0, int(math.log2(cfg.size / 12)))
         mult = cfg.enc_mult[:halvings + 1]
@@ -470,8 +470,8 @@ class VAE(nn.Module):
 
 
 class Supervised(nn.Module):
-    """For comparison: the same encoder, trained on the labels y (0 or 1) of training patients. No upper
-    bound: labels are few."""
+    """For comparison: the same encoder, trained on the labels y (0 or 1) of training patients. It is
+    no upper bound: there are few labels."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -686,7 +686,7 @@ def decode(model, x_T, z_sem):
 
 
 def preview(cfg, loader):
-    """-> watch(ema) for fit: preview.png of validation images. Another image in row 3: z_sem is not used."""
+    """-> watch(ema) for fit: preview.png of validation images. If row 3 is unlike row 1, z_sem is unused."""
     def watch(ema):
         x0, z = loader.batch(np.arange(len(loader)))["image"], semantic_codes(ema, loader)
         noise = torch.randn(x0.shape, generator=torch.Generator(x0.device).manual_seed(0), device=x0.device)
@@ -700,8 +700,8 @@ def preview(cfg, loader):
 def evaluate(cfg, data, part, models, prior, device):
     """Every number and picture of a run. -> metrics, as in results.json
 
-    models: {"": the diffusion autoencoder, "untrained": the same at step 0, "vae": .., "supervised": ..}
-    prior: a Prior"""
+    models: {"": the diffusion autoencoder, "untrained": the same with random weights, "vae": ..,
+    "supervised": ..}; prior: a Prior"""
     out, train = Path(cfg.out), np.flatnonzero(part == "train")
     loader = D.Loader({"image": data.image}, device)
     test = M.evenly(np.flatnonzero(part == "test"), cfg.eval_images)
@@ -711,7 +711,7 @@ def evaluate(cfg, data, part, models, prior, device):
     codes = {row: semantic_codes(model, loader) for row, model in models.items()}
 
     # Images from z_sem with the encoded x_T (recon), and from z_sem alone (mean over random x_T). The VAE and
-    # the trivial rows have one image for both. Ours comes last: what it leaves is used below.
+    # the trivial rows have one image for both. Ours comes last: its model, z, x_T, draws are used below.
     recon = M.trivial_images(data, train, test, cfg.z_dim)
     recon["vae"] = M.to_image(in_batches(models["vae"].decoder, codes["vae"][test]))
     ratio = lambda a, b: a.mean() / b.mean()
@@ -777,7 +777,7 @@ def evaluate(cfg, data, part, models, prior, device):
 
 def edits(out, model, x_T, z, axis, picture):
     """interpolation.png and manipulation.png. x_T (n,1,H,W), z (n,d). axis (d,): direction of the probe, as
-    long as one SD of the training codes; None if there is no probe. picture: n images (B,1,H,W) -> to show"""
+    long as one SD of the training codes; None if there is no probe. picture: (n,1,H,W) -> n images to show"""
     alpha, lines = torch.linspace(0, 1, 7, device=z.device), []
     for i in range(0, len(z) - 1, 2):
         between = slerp(x_T[[i] * 7], x_T[[i + 1] * 7], alpha), torch.lerp(z[[i]], z[[i + 1]], alpha[:, None])
@@ -788,14 +788,14 @@ def edits(out, model, x_T, z, axis, picture):
     if axis is not None:
         moved = {f"{k:+d} SD": picture(decode(model, x_T, z + k * axis)) for k in (-4, -2, -1, 0, 1, 2, 4)}
         M.grid(out / "manipulation.png", list(moved.values()), list(moved), [],
-               "A column per patient. z_sem moved along the probe, + to class 1 or more, in SDs; x_T kept.")
+               "A column per patient. z_sem moved by so many SDs along the probe (+: to class 1); x_T kept.")
 
 
 # --------------------------------------------------------------------------------------------------------
 # Using a trained model
 
 def load(out, name="ckpt", device=""):
-    """A network that a run has trained in the folder `out`, ready to use. -> (network, Config)
+    """A network that a run has trained in the folder `out`, ready to use. -> (network, its training's Config)
 
     name: ckpt, the diffusion autoencoder; ckpt_vae, the VAE; ckpt_prior_STEPS, the prior. device: "" is the
     first of cuda, mps, cpu that is there. A file that is damaged or of another network exits 2."""
@@ -845,9 +845,9 @@ def apply(out, path, device):
 # --------------------------------------------------------------------------------------------------------
 # The command
 
-# The table that ends a run. z_sem + x_T proves little. When v is predicted, the output 0 of an untrained UNet
-# makes DDIM a mere scaling, and the image comes back. Its x_T is no noise then, but 0.92 times the image. So
-# look at the SD of x_T, and at z_sem alone: the mean of images from random x_T.
+# The table that ends a run. z_sem + x_T proves little. Where v is predicted, an untrained UNet outputs 0, and
+# each DDIM step only scales the image. x_T is 0.92 times the image then (S = 50: 0.97), and the way back
+# makes a slightly paler image. So look at the SD of x_T, and at z_sem alone, the mean over random x_T.
 SHOWN = {"recon_ssim": "z_sem + x_T, SSIM", "semantic_mean_ssim": "z_sem alone (mean), SSIM",
          "semantic_gain": "right - wrong z_sem, SSIM", "grain": "grain of one draw, times real",
          "x_T_sd_error": "SD of x_T, off 1 by",
@@ -855,7 +855,7 @@ SHOWN = {"recon_ssim": "z_sem + x_T, SSIM", "semantic_mean_ssim": "z_sem alone (
          "ill_auroc": "AUROC, slices of the ill", "probe_f1": "F1, slice", "probe_r2": "R2, slice"}
 ROWS = {"": "diffusion autoencoder", "untrained": "the same, untrained", "vae": "VAE", "pca": "PCA",
         "pca_sorted": "PCA, sorted along the angle", "supervised": "same encoder, from labels",
-        "copy": "next slice of patient", "constant": "mean training image",
+        "copy": "nearest slice, same patient", "constant": "mean training image",
         "all_positive": "all called positive", "mean": "mean training label"}
 
 

@@ -54,7 +54,7 @@ import metrics as M
 @dataclasses.dataclass
 class Config:
     data: str = ""            # HDF5 file, or a folder of one file per subject; empty: phantom brains
-    test: str = ""            # second file: train on all of --data, test on all of this one
+    test: str = ""            # second file: all of it is tested; none of --data is
     fold: str = ""            # 0/5 .. 4/5: test on this fifth of the subjects, train on the others
     out: str = "out/ldae"     # everything the run leaves; the same command again goes on from there
     init: str = ""            # folder of another run: start from its weights (fine-tuning)
@@ -65,14 +65,14 @@ class Config:
     seed: int = 0             # of the split, the weights, the order of the data and every draw
     target: str = ""          # column that the probe predicts, beside age; empty: label
     # volumes, and the autoencoder of stage A
-    size: tuple = (128, 160, 128)         # D, H, W of phantoms, as 48,56,48 (D decides all); a file keeps its
+    size: tuple = (128, 160, 128)         # D, H, W of phantoms: D, 5/4 D cut to a multiple of 8, D
     patch: int = 1            # the first convolution takes steps of so many voxels: 4 is quick, but coarse
     ae_base: int = 64         # channels of the first level
     ae_mult: tuple = (1, 2, 2, 2)         # channels per level, in units of ae_base; sides are halved between
     z_ch: int = 3             # channels of the latent
     disc_base: int = 64       # discriminator: channels of the first layer
     gan: float = 0.0025       # weight of the adversarial loss; paper: 0.025
-    # stages B and C
+    # stages B and C; blocks, groups and spatial also stage A
     base: int = 256           # channels of the first level
     mult: tuple = (1, 2, 3)   # channels per level, in units of base
     blocks: int = 2           # residual blocks per level (one more on the way up of B and C)
@@ -88,7 +88,7 @@ class Config:
     # training
     ae_steps: int = 20000     # optimizer steps of stage A
     ldm_steps: int = 20000    # .. of stage B
-    steps: int = 20000        # .. of stage C; raise it and run again to train longer
+    steps: int = 20000        # .. of stage C and of the prior; raise it and run again to train longer
     ae_batch: int = 2         # volumes per step of stage A, over all processes (about 23 GB each)
     batch: int = 32           # .. of stages B and C
     lr: float = 1e-4          # Adam; constant after 100 steps of warm-up
@@ -655,7 +655,7 @@ class Model(nn.Module):
     """Stage C: a gradient decoder G(z_t, t, z_sem) steers the frozen stage B; z_sem = SemanticEncoder(x).
 
     predict eps (paper): lambda_t || eps_theta + s_t G - eps ||^2 trains, eps_theta - sqrt(1 - alpha_bar_t) G
-    samples; lambda_t is `weight`. predict v: || v_theta + G - v ||^2, || eps_hat - eps ||^2 / alpha_bar_t."""
+    samples. lambda_t: `weight`. predict v: || v_theta + G - v ||^2 = || eps_hat - eps ||^2 / alpha_bar_t."""
     def __init__(self, cfg, ldm, ae):
         super().__init__()
         self.cfg, self.ldm, self.ae, self.alpha_bar = cfg, Frozen(ldm), Frozen(ae), ldm.alpha_bar
@@ -897,7 +897,7 @@ def in_batches(fn, *tensors, batch=64):
 
 
 def over_rows(fn, loader):
-    """fn(batch) of all rows of the loader, concatenated. fn is Model.encode: z_sem (N,z_dim)"""
+    """fn(batch) of all rows of the loader, concatenated; with Model.encode: z_sem (N,z_dim)"""
     rows = torch.arange(len(loader), device=loader.device)
     return in_batches(lambda i: fn(loader.batch(i)), rows, batch=4)
 
@@ -963,7 +963,7 @@ def draw_semantic(model, batch):
 def evaluate(cfg, data, part, loader, models, prior, device):
     """Every number and picture of a run. -> metrics, as in results.json
 
-    loader: all rows, with latents. models: {"": stage C, "untrained": the same at step 0}; prior: a Prior"""
+    loader: all rows, with latents. models: {"": stage C, "untrained": random weights}; prior: a Prior"""
     out, train, model = Path(cfg.out), np.flatnonzero(part == "train"), models[""]
     everything = np.flatnonzero(part == "test")
     test = M.evenly(everything, cfg.eval_images)
@@ -1146,7 +1146,7 @@ def throughput(cfg, batch, model):
 # Using a trained model
 
 def load(out, name="ckpt_C", device=""):
-    """A network that a run has trained in the folder `out`, ready to use. -> (network, Config)
+    """A network that a run has trained in the folder `out`, ready to use. -> (network, its training's Config)
 
     name: ckpt_C, the whole model; ckpt_A, the autoencoder; ckpt_B, the unconditional diffusion model;
     ckpt_prior_STEPS, the prior. device: "" is the first of cuda, mps, cpu that is there. A file that is

@@ -4,7 +4,7 @@ Two rules run through the file. The subject is the unit: intervals resample subj
 folds of subjects, slices are averaged to patients. And no number stands alone: beside each are the rows that
 need no model (a constant image, another slice, all-positive, PCA): they score higher than one expects.
 
-Numbers come back as numpy float64. Images are in [0,1] (data_range 1), AUROC in [0,1], 0/0 is nan.
+Arrays (N,) are float64. Images are in [0,1] (data_range 1), AUROC in [0,1].
 """
 import dataclasses
 import itertools
@@ -846,7 +846,7 @@ GLOSSARY = {  # first words of keys in results.json; a longer one wins
     "kid_vq": "the same, by a kernel; 0 is one distribution",
     "edit": "mean change of grey there, from 2 SD towards health to 2 SD towards disease",
     "interp": "a scan that is missing between two visits, drawn from both",
-    "manip": "what a step of one SD along z_sem's disease direction does to this volume",
+    "manip_ventricle_slope": "growth of the ventricles for one SD of z_sem towards disease",
     "recon_s": "seconds to encode and draw one scan again",
 }
 

@@ -49,7 +49,7 @@ import metrics as M
 @dataclasses.dataclass
 class Config:
     data: str = ""            # HDF5 file, or a folder of one file per subject; empty: phantoms
-    test: str = ""            # second file: train on all of --data, test on all of this one
+    test: str = ""            # second file: all of it is tested; none of --data is
     fold: str = ""            # 0/5 .. 4/5: test on this fifth of the healthy, and on all patients
     out: str = "out/normative"  # everything the run leaves; the same command again goes on from there
     init: str = ""            # folder of another run: start from its weights (fine-tuning)
@@ -69,7 +69,7 @@ class Config:
     groups: int = 32          # of GroupNorm; 0: one per 16 channels (backward up to 18x faster on a CPU)
     dropout: float = 0.1      # in the UNet's blocks
     z_dim: int = 512          # numbers in z_sem
-    z_scale: float = 1.0      # multiplies z_sem in AdaGN, in no other place; the cardiac study tried 3
+    z_scale: float = 1.0      # multiplies z_sem in AdaGN, in no other place; a study of hearts tried 3
     spatial: bool = True      # the encoder keeps position and the UNet sees an image of z_sem; paper: false
     # the primary score: see five_scores. paper: cosine
     score: Literal["residual", "cosine", "age_matched", "l2", "mahalanobis"] = "residual"
@@ -578,7 +578,7 @@ def decode(model, x_T, z_sem):
 
 
 def preview(cfg, loader):
-    """-> watch(ema) for fit: preview.png of validation images. Another image in row 3: z_sem is not used."""
+    """-> watch(ema) for fit: preview.png of validation images. If row 3 is unlike row 1, z_sem is unused."""
     def watch(ema):
         x0, z = loader.batch(np.arange(len(loader)))["image"], semantic_codes(ema, loader)
         noise = torch.randn(x0.shape, generator=torch.Generator(x0.device).manual_seed(0), device=x0.device)
@@ -650,7 +650,7 @@ def latent_deviation(mean, logvar, rows):
 
 
 def all_scores(cfg, data, part, models, codes, loader):
-    """-> scores {row: (N,)}; of our code left_out (N,H,W), image minus image_of_code() over usual, and usual
+    """-> scores {row: (N,)}; of our code left_out (N,H,W) = (image - image_of_code()) / usual, and usual
     (H,W), see usual_residual(). Only part "val", the reference, says what is usual.
 
     Rows: KIND of our code, CODE_KIND of another (names: ROWS). "" and CODE are the kind in cfg.score."""
@@ -696,7 +696,7 @@ def lesion_gain(change, lesion, brain, age, ill):
 def evaluate(cfg, data, part, models, device):
     """Every number and picture of a run. -> metrics, as in results.json
 
-    models: {"": the diffusion autoencoder, "untrained": the same at step 0, "vae": ..}"""
+    models: {"": the diffusion autoencoder, "untrained": the same with random weights, "vae": ..}"""
     out, train = Path(cfg.out), np.flatnonzero(part == "train")
     loader = D.Loader({"image": data.image, "age": data.columns["age"]}, device)
     test = M.evenly(np.flatnonzero(part == "test"), cfg.eval_images)
@@ -763,7 +763,7 @@ def evaluate(cfg, data, part, models, device):
     names, lesion = list(data.attrs.get("mask_names", [])), np.zeros(real.shape, bool)
     if data.mask is not None and "lesion" in names and not ill[test].all():
         mask, lesion = data.mask[test], data.mask[test] == names.index("lesion")
-        lesion &= ((mask > 0) & ~lesion).any((1, 2), keepdims=True)     # a mask of lesions alone: none
+        lesion &= ((mask > 0) & ~lesion).any((1, 2), keepdims=True)     # no brain in the mask: none
         found = ill[test] & lesion.any((1, 2))
         # Ours is the healthy twin. The others have none: it is what their own code of the patient draws.
         for row, images in (mean | {"": twin}).items() if found.any() else ():
@@ -805,7 +805,7 @@ def signed(x):
 # Using a trained model
 
 def load(out, name="ckpt", device=""):
-    """A network that a run has trained in the folder `out`, ready to use. -> (network, Config)
+    """A network that a run has trained in the folder `out`, ready to use. -> (network, its training's Config)
 
     name: ckpt, the diffusion autoencoder; ckpt_vae, the VAE. device: "" is the first of cuda, mps, cpu that
     is there. A file that is damaged or of another network exits 2."""
@@ -929,7 +929,7 @@ def main(argv):
     metrics = evaluate(cfg, data, part, models, device)
     seconds, config = time.perf_counter() - began, dataclasses.asdict(cfg) | {"steps": reached}
     M.save_results(out / "results.json", "normative", data.path, count, seconds, config, metrics, device)
-    rows = {row: words for row, words in ROWS.items() if not row.endswith(cfg.score)}  # these are "" or CODE
+    rows = {row: words for row, words in ROWS.items() if not row.endswith(cfg.score)}  # shown as "" or CODE
     print(M.table(metrics, SHOWN, rows))
     if "c_index" in metrics:
         print(f"The primary score is {cfg.score}: name it before you see results. * is exploratory: of many "
