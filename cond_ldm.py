@@ -614,7 +614,7 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
         M.record(cfg, __file__)
         if watch:           # a fault in watch shows now, and not after hours
             watch(ema)
-    for net in model.children() if device.type == "cuda" else ():
+    for net in model.children() if device.type == "cuda" else ():      # the networks: forward() draws noise
         net.compile()
     net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     caught, restore = D.catch_signals()

@@ -485,7 +485,7 @@ def fit(model, loader, cfg, name, steps, facts, watch=None):
         M.record(cfg, __file__)
         if watch:           # a fault in watch shows now, and not after hours
             watch(ema)
-    for net in model.children() if device.type == "cuda" else ():
+    for net in model.children() if device.type == "cuda" else ():      # the networks: forward() draws noise
         net.compile()
     net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     caught, restore = D.catch_signals()
@@ -897,7 +897,7 @@ def main(argv):
             batch = {"image": x0, "age": torch.empty(2)}
             images = model.unet(x0, t, model.encode(batch)), vae.decoder(vae.encode(batch))
         if cfg.size < 11 or any(x.shape != x0.shape for x in images):
-            raise ValueError(f"--size {cfg.size} is below 11 or cannot be halved as often as the levels ask")
+            raise ValueError(f"--size {cfg.size} is below 11 (SSIM) or cannot be halved once per level")
     except (ValueError, RuntimeError, OverflowError) as e:
         D.fail(f"--size {cfg.size}, --mult, --enc_mult, --groups, --S: do not fit each other ({e})")
     held = M.lock(out) if rank == 0 else None           # until the process ends
