@@ -6,7 +6,7 @@
     python exercises.py hint e03         # again: the second hint
     python exercises.py solve e03        # puts the original back, and shows it; reset does it silently
 
-    python exercises.py handout DIR e01 e03              # for students: no solutions, no hints, no history
+    python exercises.py handout DIR e01 e03              # for students: functions blanked, no hints
     python exercises.py grade alice/ bob/ --ids e01 e03  # writes grades.csv
 
 The table is exercises.toml, the checks are in tests/test_exercises.py. `.exercises/` keeps the originals.
@@ -131,7 +131,7 @@ def give_back(key, aloud):
 def hint(key):
     """The first hint; when asked again, both."""
     e, seen = pick(key)[0], KEPT / f"{key}.hints"
-    print("\n".join(e.get("hint", ["A handout has no hints."])[:1 + seen.exists()]))
+    print("\n".join(e.get("hint", ["Experiments and handouts have no hints."])[:1 + seen.exists()]))
     seen.touch()
 
 
@@ -223,7 +223,7 @@ def judge(e, predicted):
     for clause, a, b, true in found:
         print(f"{'yes' if true else 'no '}  {clause}  ({a:.4g}, {b:.4g})")
     right = all(true for *_, true in found)
-    print(e.get("because", "") if right else "In our runs all of these are so. Did yours run to its end?")
+    print(e.get("because", "") if right else "In our runs all are so. Did yours run to its end?")
     return right
 
 
@@ -236,7 +236,7 @@ def main(words):
         KEPT.mkdir(exist_ok=True)
         try:
             students[command](*rest, *[command == "solve"] * (command in ("solve", "reset")))
-        except (SyntaxError, LookupError) as error:
+        except (SyntaxError, LookupError, EOFError) as error:      # EOFError: asks where no terminal is
             fail(f"{rest[0]}: {type(error).__name__}, {error}: mend that first")
     elif command in ("handout", "grade") and rest and (ROOT / "grade.py").exists():
         import grade

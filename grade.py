@@ -1,12 +1,12 @@
 """For the lecturer: `python exercises.py handout DIR IDS..` and `grade SUBMISSIONS.. --ids IDS..`.
 
 A handout is the last commit with the chosen functions blanked (or their bug put in), in every script that has
-the same function, without solutions, hints, history and the tests that would tell.
+the same function, without hints, history and the tests of the repository.
 
 A submission is a folder with the scripts, or one .py file. Nothing of it is imported or run as a whole. The
 named functions alone are read from it, by AST, and each is put into a clean copy of the last commit in a
-temporary folder. There a process runs the checks on inputs that no student has seen (another seed, other
-sizes) and sends back WHAT CAME, numbers alone. This process compares them with what the original gives. So it
+temporary folder. There a process runs the checks on inputs that no student has seen (another seed)
+and sends back WHAT CAME, numbers alone. This process compares them with what the original gives. So it
 does not help to print "passed", to exit, or to change what a check compares with.
 Three walls: 1. names and attributes that a formula does not need are refused before anything runs; 2. each
 function runs in a process of its own, with limits of time and memory, its output closed; 3. an audit hook in
@@ -22,7 +22,7 @@ SECRET = ("hint", "old", "new", "because")      # keys of the table that a hando
 LEFT_OUT = ("tests", ".ci", "RESULTS.md", "LOG.md", "grade.py")
 # What a function may use beside its own variables and what the original uses
 MODULES = {"torch", "nn", "F", "np", "math"}
-MAY_CALL = set("signal_noise q_sample v_target eps_from_v times ddim_step per_sample resample".split())
+MAY_CALL = set("signal_noise q_sample v_target eps_from_v times ddim_step resample".split())
 BUILTINS = set("""abs all any bool complex dict enumerate filter float int isinstance len list map max min pow
     print range reversed round set slice sorted str sum tuple zip ValueError TypeError IndexError
     AssertionError NotImplementedError ZeroDivisionError""".split())
@@ -162,7 +162,7 @@ def numbers(done, error):
     return json.dumps([came, error])
 
 
-def answer(job, pipe, generators):
+def answer(job, pipe, generators, seconds):
     """In a process of its own: runs the checks of a job on a submission and sends what came."""
     import resource
     _, key, text, seed = job
@@ -172,7 +172,7 @@ def answer(job, pipe, generators):
     for number in (0, 1, 2):
         os.dup2(nothing, number)
     statm = Path("/proc/self/statm")
-    limits = {resource.RLIMIT_CPU: SECONDS, resource.RLIMIT_FSIZE: 0, resource.RLIMIT_CORE: 0}
+    limits = {resource.RLIMIT_CPU: int(seconds) + 1, resource.RLIMIT_FSIZE: 0, resource.RLIMIT_CORE: 0}
     if statm.exists():
         limits[resource.RLIMIT_AS] = int(statm.read_text().split()[0]) * resource.getpagesize() + MEMORY
     for which, most in limits.items():
@@ -209,7 +209,7 @@ def serve():
             try:
                 os.setsid()
                 os.close(out)
-                answer(job, into, generators)
+                answer(job, into, generators, seconds)
             finally:
                 os._exit(0)
         os.close(into)
@@ -273,7 +273,7 @@ def grade(words):
                               env={"OMP_NUM_THREADS": "1", "MPLCONFIGDIR": tree})
     said = [json.loads(line) for line in made.stdout.splitlines()]
     if len(said) != len(args.ids) + len(jobs):
-        X.fail("the process that grades has ended early; nothing is written")
+        X.fail("the process that grades ended early. Is the exercise committed? Nothing is written")
     wanted = {}
     for at, key, text in said:
         if at < 0:

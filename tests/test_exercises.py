@@ -40,7 +40,8 @@ def e01(m, rng):
     ab = torch.as_tensor(schedule())
     for shape, x0, eps, t, a, s in mixtures(rng):
         wanted = np.array([a[i] * x0[i].numpy() + s[i] * eps[i].numpy() for i in range(len(t))])
-        yield f"x_t of shape {shape} at t = {t.tolist()}", m.q_sample(x0, t, eps, ab), wanted, F32
+        x_t = m.q_sample(x0, t, eps, ab)
+        yield f"x_t of shape {shape}, {x0.dtype} (nan: another type), at t = {t.tolist()}", x_t if x_t.dtype == x0.dtype else math.nan, wanted, F32
     x0, eps = normal(rng, 2, 3), normal(rng, 2, 3)
     ends = torch.tensor([1.0, 0.0], dtype=torch.float64)
     x = m.q_sample(x0, torch.tensor([0, 1]), eps, ends)
@@ -56,7 +57,7 @@ def e02(m, rng):
         v = m.v_target(x0, t, eps, ab)
         # (x_t, v) is (x0, eps), turned by an angle: a product of complex numbers
         turned = (x0.numpy() + 1j * eps.numpy()) * (a - 1j * s)
-        yield f"v of shape {shape} at t = {t.tolist()}", v, turned.imag, F32
+        yield f"v of shape {shape}, {x0.dtype} (nan: another type), at t = {t.tolist()}", v if v.dtype == x0.dtype else math.nan, turned.imag, F32
         yield ".. gives eps back by eps_from_v", m.eps_from_v(v, x_t, t, ab), eps, F32
         yield ".. and x0 as a x_t - s v", a * x_t.numpy() - s * v.numpy(), x0, F32
 
@@ -153,7 +154,8 @@ def e06(m, rng):
             for b in range(2):
                 for c in range(16):     # DiffAE eq. 7, one channel at a time
                     h[b, c] = (1 + by_z[b, c]) * ((1 + by_t[b, c]) * h[b, c] + by_t[b, 16 + c])
-            wanted = block.skip(m.resample(x, how)) + block.conv2(torch.as_tensor(silu(h)))
+            block.dropout.forward = lambda h: 2 * h         # to see that it is there
+            wanted = block.skip(m.resample(x, how)) + block.conv2(2 * torch.as_tensor(silu(h)))
             yield f"block that goes {how or 'level'}", block(x, emb, z), wanted, F64
 
 
@@ -295,6 +297,11 @@ def e16(m, rng):
     used = torch.zeros(32)
     used[index.flatten()] = 1
     yield "steps trained; steps that each code was idle", [*vq.unused, vq.trained], [*(1 - used), 1], F64
+    vq.discriminator, vq.adversarial = torch.nn.Identity(), lambda x0, recon: (x0 * recon).mean()
+    with mock.patch.object(m.D, "augment", lambda x, *_: -x):
+        loss, x0, recon = vq(batch, torch.Generator()), -batch["image"], vq.decoder(e)
+    wanted = (recon - x0).square().mean() + (x0 * recon).mean() + 1.2 * gap.square().mean()
+    yield "the loss of augmented images, with a discriminator", loss, wanted, F64
 
 
 def two_gaussians(x_t, t, cond, s=0.3):
@@ -312,7 +319,8 @@ def scaled_schedule():
 
 
 def e17(m, rng):
-    model = SimpleNamespace(condition=lambda c: c, eps=two_gaussians)
+    model = SimpleNamespace(condition=lambda c: c + 5,       # the condition of an empty drawing is not zero
+                            eps=lambda x, t, cond: two_gaussians(x, t.expand(len(x)), cond - 5))
     for w in (0, 1, 2, float(rng.uniform(3, 5))):
         x, cond, t = normal(rng, 9, 1), torch.ones(9, 1).double(), int(rng.integers(1000))
         levels = torch.full((9,), t)
@@ -420,7 +428,13 @@ def e25(m, rng):
     order, seen = rng.permutation(len(who)), []
     who, x = who[order], rng.normal(size=len(who))
     code, size = np.unique(who, return_inverse=True)[1], np.unique(who, return_counts=True)[1]
-    got = m.bootstrap(lambda a, b: seen.append(b.astype(int)) or a.mean(), who, x, code, n=200)
+    means = []
+    statistic = lambda a, b: seen.append(b.astype(int)) or means.append(a.mean()) or a.mean()
+    got = m.bootstrap(statistic, who, x, code, n=200)
+    if got["value"] in means:
+        means.remove(got["value"])      # that of all rows; the rest are of resamples
+    yield "interval: percentiles 2.5 and 97.5 of 200 resamples", [len(means), *got["ci"]], [
+        200, *np.percentile(means, [2.5, 97.5])], F64
     yield "value, and number of subjects", [got["value"], got["n"]], [x.mean(), 9], F64
     drawn = [(1 / size[s]).sum().round(6) for s in seen]
     yield "resamples that hold another number of subjects than 9", np.not_equal(drawn, 9).sum(), 0, F64
@@ -458,6 +472,7 @@ def e26(m, rng):
     counts = np.stack([np.bincount(p, minlength=n) for p in picks])
     wanted = [by_hand(risk[p], time[p], event[p]) for p in picks]
     yield "resamples, all at once", m.c_index(risk, time, event, counts), wanted, F64
+    yield "a nan in risk", m.c_index([1, np.nan, 3], [5, 6, 7], [1, 1, 1]), np.nan, F64
     yield "no pair is known", m.c_index([1, 2], [5, 9], [0, 1]), np.nan, F64
 
 
@@ -555,6 +570,7 @@ OF = {kind: [key for key, e in TABLE.items() if e["kind"] == kind] for kind in (
 WRONG = [
     ("e01", "a * x0 + s * eps", "a * x0 + s ** 2 * eps"),
     ("e01", "a * x0 + s * eps", "s * x0 + a * eps"),
+    ("e01", "return a * x0", "return a.double() * x0"),
     ("e02", "a * eps - s * x0", "s * x0 - a * eps"),
     ("e03", "        eps_hat = (x - math.sqrt(ab_from) * x0_hat) / math.sqrt(1 - ab_from)\n", ""),
     ("e03", "1.0 if t < 0 else ", ""),
@@ -566,6 +582,7 @@ WRONG = [
     ("e05", "omega.sin() < 1e-4, omega.sin().clamp(min=1e-4)", "omega.sin() < -1, omega.sin()"),
     ("e06", "+ t_shift * (1 + z_gain)", "+ t_shift"),
     ("e06", "self.skip(resample(x, self.how)) + h", "resample(x, self.how) + h"),
+    ("e06", "self.dropout(F.silu(h))", "F.silu(h)"),
     ("e10", "np.clip(a, low, high)", "a"),
     ("e10", "np.linalg.lstsq(powers(age[rows]), z[rows], rcond=None)", "np.linalg.lstsq(powers(age), z, rcond=None)"),
     ("e11", "mean[rows].var(0)", "mean[rows].std(0)"),
@@ -575,6 +592,7 @@ WRONG = [
     ("e16", "self.decoder(z + (e - z).detach())", "self.decoder(e)"),
     ("e16", "F.mse_loss(e, z.detach()) + 0.2 * F.mse_loss(z, e.detach())", "1.2 * F.mse_loss(e, z)"),
     ("e17", "eps_u + w * (eps_c - eps_u)", "eps_c + w * (eps_c - eps_u)"),
+    ("e17", "model.condition(torch.zeros_like(drawing))", "torch.zeros_like(cond)"),
     ("e20", "(1 - before)", "(1 - alpha_bar)"),
     ("e21", "out - signal_noise", "out + signal_noise"),
     ("e21", "eps_from_v(out + G, z_t", "eps_from_v(out, z_t"),
@@ -583,6 +601,7 @@ WRONG = [
     ("e25", "np.concatenate([rows[i] for i in rng.integers(len(rows), size=len(rows))])",
      "rng.integers(len(index), size=len(index))"),
     ("e25", "    draws = [d for d in draws if not np.isnan(d)]\n", ""),
+    ("e25", "[2.5, 97.5]", "[5, 95]"),
     ("e26", " + (risk == risk[i]) / 2", ""),
     ("e26", " | (time == time[i]) & ~event", ""),
 ]

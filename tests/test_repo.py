@@ -23,7 +23,7 @@ BUDGETS = {
     "train.py": (400, 456, "the claims of four sources take 57 lines; quick studies and folds 70"),
     "exercises.py": (250, 250, ""),
     "grade.py": (0, 290, "handouts and grades that a submission cannot forge; with it exercises.py would be twice as long"),
-    "tests/*.py": (3800, 5632, "attacks on files and checkpoints, and spies on which rows are used, for four scripts; the "
+    "tests/*.py": (3800, 5651, "attacks on files and checkpoints, and spies on which rows are used, for four scripts; the "
                                "checks of 24 exercises and the tests of the course take 886, a GPU that is not there 241, bench 185"),
 }
 
