@@ -873,7 +873,7 @@ def evaluate(cfg, data, part, arrays, vq, models, judge, inception):
 # Using a trained model
 
 def load(out, name="ckpt_ldm", device=""):
-    """A network that a run has trained in the folder `out`, ready to use. -> (network, its training's Config)
+    """A network that a run has trained in the folder `out`, ready to use. -> (network, Config)
 
     name: ckpt_ldm, the diffusion model; ckpt_vq, the VQ-VAE; ckpt_judge, the segmenter. device: "" is the
     first of cuda, mps, cpu that is there. A file that is damaged or of another network exits 2."""

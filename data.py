@@ -22,7 +22,8 @@
     view phase slice  (N,) ints    cine: 0 SA, 1 LA;  0 ED, 1 ES;  from base or apex, as scanned
     anything else (N,) numeric is a probe target; factor_* are the known causes of a phantom
 """
-import argparse, datetime, difflib, glob, hashlib, inspect, io, os, re, shutil, signal, sys, typing, zipfile
+import argparse, datetime, difflib, glob, hashlib, inspect, io, json, os, re, shutil, signal, sys
+import typing, zipfile
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -386,11 +387,20 @@ def start_from(path, *networks):
 
 
 def trained(path, Config, build, device=""):
-    """A trained network, ready to use, from its checkpoint alone: build(cfg) with the averaged weights.
+    """A trained network, ready to use: build(cfg) with the averaged weights of its checkpoint.
 
+    Settings of evaluation, as --S, are those of the last evaluation in its folder, if there was one.
     -> (the network on `device`, which "" chooses, in eval mode and without gradients; its Config)"""
     state, kinds = read_state(path), typing.get_type_hints(Config)
-    config = {k: tuple(v) if isinstance(v, list) else v for k, v in state["config"].items() if k in kinds}
+    results, last = os.path.join(os.path.dirname(path), "results.json"), {}
+    if os.path.exists(results):
+        try:
+            with open(results) as file:
+                last = dict(json.load(file)["config"])
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            fail(f"{results}: damaged ({type(e).__name__}: {e}); the same command writes it again")
+    config = {k: v for k, v in (state["config"] | last).items() if k in kinds}
+    config = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
     cfg = Config(**config | dict(out=os.path.dirname(path), device=choose_device(device)))
     model = build(cfg)
     load_weights(path, "ema", state["ema"], model)

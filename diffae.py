@@ -795,7 +795,7 @@ def edits(out, model, x_T, z, axis, picture):
 # Using a trained model
 
 def load(out, name="ckpt", device=""):
-    """A network that a run has trained in the folder `out`, ready to use. -> (network, its training's Config)
+    """A network that a run has trained in the folder `out`, ready to use. -> (network, Config)
 
     name: ckpt, the diffusion autoencoder; ckpt_vae, the VAE; ckpt_prior_STEPS, the prior. device: "" is the
     first of cuda, mps, cpu that is there. A file that is damaged or of another network exits 2."""

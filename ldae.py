@@ -1146,7 +1146,7 @@ def throughput(cfg, batch, model):
 # Using a trained model
 
 def load(out, name="ckpt_C", device=""):
-    """A network that a run has trained in the folder `out`, ready to use. -> (network, its training's Config)
+    """A network that a run has trained in the folder `out`, ready to use. -> (network, Config)
 
     name: ckpt_C, the whole model; ckpt_A, the autoencoder; ckpt_B, the unconditional diffusion model;
     ckpt_prior_STEPS, the prior. device: "" is the first of cuda, mps, cpu that is there. A file that is

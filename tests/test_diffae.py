@@ -387,6 +387,10 @@ def test_a_trained_model_is_loaded_and_applied(tiny, tmp_path, capsys):
     assert "holds a run of other data than phantoms" in error_of(capsys, "--out", out, *FLAGS)
     assert "leave this flag away" in error_of(capsys, "--out", out, "--apply", new, "--lr=1")
     assert "no such file" in error_of(capsys, "--out", tmp_path / "none", "--apply", new)
+    main("--data", tiny, "--out", out, *FLAGS, "--fold=1/3", "--S=3")         # a later evaluation tells what --apply takes
+    assert (m.load(out)[1].S, model.cfg.S) == (3, 4)
+    (out / "results.json").write_text("{")
+    assert "results.json: damaged" in error_of(capsys, "--out", out, "--apply", new)
 
 
 def test_the_commands_of_the_readme(tmp_path, monkeypatch):
