@@ -717,6 +717,9 @@ def load(path, size=None, max_gb=4.0):
     size = None if shape == (size, size) else size
     columns = {k: np.concatenate([c[k] for c, _ in parts]) for k in first if k not in PIXELS}
     subject, split = columns.pop("subject"), columns.pop("split", None)
+    twice = [s for s, n in Counter(s.casefold() for s in set(subject)).items() if n > 1]
+    if twice:
+        fail(f"{path}: subject: {', '.join(twice[:5])}: written in small and in capital letters; choose one")
     if split is not None:
         check_split(path, subject, split)
     counts = [c["image"][0] for c, _ in parts]

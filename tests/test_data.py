@@ -534,6 +534,8 @@ def test_study_with_a_test_file_trains_on_one_and_tests_on_the_other(tmp_path, c
     for other in (["x", "y", "a3", "z"], ["x", "y", "A3", "z"]):     # also in other letters
         c = make(tmp_path / "c.h5", subject=np.repeat(other, 3))
         one_error(capsys, lambda: data.load_study(a, c), "c.h5", "a3", "one part")
+    c = make(tmp_path / "c.h5", subject=np.repeat(["x", "y", "X", "z"], 3))
+    one_error(capsys, lambda: data.load(c), "c.h5", "x: written in small and in capital letters")
 
 
 def test_a_class_has_one_number_in_all_files(tmp_path, capsys):
