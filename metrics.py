@@ -336,8 +336,9 @@ def direction(model, z):
 def predict(codes, y, part, subject, seed=0):
     """Reads y (N,), nan where unknown, from each of the codes {row name, "" is ours: (N,d)} by a linear probe
     of training rows. y None: there is no such column. -> (table, {row name: fitted probe})
-    table: a DataFrame with a line per row: subject, row, part, truth, score[.NAME], and, if y is in {0,1},
-    cut[.NAME]: the threshold, chosen on validation rows. ValueError: the rows cannot answer."""
+    table: a DataFrame with a line per row: subject, row, part, truth, score[.NAME]; if y is in {0,1},
+    cut[.NAME]: the threshold, chosen on validation rows; else mean: that of y over training rows.
+    ValueError: the rows cannot answer."""
     if y is None:
         raise ValueError("the data have no such column, so there are no predictions")
     y = to_numpy(y).astype(np.float64)
@@ -352,7 +353,7 @@ def predict(codes, y, part, subject, seed=0):
                "chance, too; trust folds more than one split")
     task = "class" if set(np.unique(y[train])) == {0, 1} else "regression"
     table = pandas.DataFrame({"subject": subject, "row": np.arange(len(y)), "part": part, "truth": y})
-    probes = {}
+    probes, table = {}, table if task == "class" else table.assign(mean=y[train].mean())
     for name, z in codes.items():
         z, dot = to_numpy(z).astype(np.float64), f".{name}" if name else ""
         probes[name] = probe(task, z[train], y[train], subject[train], seed)
@@ -363,20 +364,25 @@ def predict(codes, y, part, subject, seed=0):
     return table, probes
 
 
+def per_subject(subject, *arrays):
+    """The mean over each subject's rows. subject and arrays (N,) -> names (n,), then (n,) of each array"""
+    names, index, rows = np.unique(subject, return_inverse=True, return_counts=True)
+    return names, *(np.bincount(index, x) / rows for x in arrays)
+
+
 def probe_numbers(table, key="probe"):
     """Numbers of the test rows in a table of predict(), or in those of several folds, one below the other.
     y in {0,1}: probe_auroc, _f1, _precision, _recall of rows, patient_auroc (mean score, any positive),
-    ill_auroc (rows of subjects with a positive row alone: no difference between patients can fake it).
+    ill_auroc (rows of subjects with a positive row alone: to know who is ill does not help).
     Other y: probe_r2, _mae, _rmse. probe_auroc_gain.NAME, probe_r2_gain.NAME: ours minus that row, by a
     paired bootstrap. key: another first word than probe. -> {KEY[.NAME]: row(..)}"""
     known = table[table["truth"].notna()]
-    test, train = known[known["part"] == "test"], known[known["part"] == "train"]
+    test = known[known["part"] == "test"]
     who, truth, out = test["subject"].to_numpy(str), test["truth"].to_numpy(float), {}
     names = [c.partition(".")[2] for c in table if c.partition(".")[0] == "score"]
     column = lambda word, name: test[f"{word}.{name}" if name else word].to_numpy(float)
     guesses, is_class = {name: column("score", name) for name in names}, "cut" in table
     cuts = {name: column("cut", name) for name in names} if is_class else {}
-    constant = np.full(len(test), 0.0 if is_class or not len(train) else train["truth"].mean())
     cuts["all_positive"] = np.zeros(len(test))
 
     main, summary = f"{key}_auroc", auroc
@@ -385,10 +391,11 @@ def probe_numbers(table, key="probe"):
     gain = lambda ours, other, t: summary(ours, t) - summary(other, t)
     for name in filter(None, names):
         out[f"{main}_gain.{name}"] = row_of(gain, who, guesses[""], guesses[name], truth)
-    patient, index, slices = np.unique(who, return_inverse=True, return_counts=True)
     ill = np.isin(who, who[truth > 0])
-    if is_class or len(train):      # without training rows their mean is unknown
-        guesses["all_positive" if is_class else "mean"] = constant
+    if is_class:
+        guesses["all_positive"] = np.zeros(len(test))
+    elif "mean" in table:           # of the training rows; --apply has none
+        guesses["mean"] = test["mean"].to_numpy(float)
     for name, guess in guesses.items():
         dot = f".{name}" if name else ""
         if not is_class:
@@ -397,8 +404,7 @@ def probe_numbers(table, key="probe"):
                 out[f"{key}_{k}{dot}"] = row_of(statistic, who, guess, truth, better=better)
             continue
         out[f"{key}_auroc{dot}"] = row_of(auroc, who, guess, truth)
-        out[f"patient_auroc{dot}"] = row_of(auroc, patient, np.bincount(index, guess) / slices,
-                                            np.bincount(index, truth))
+        out[f"patient_auroc{dot}"] = row_of(auroc, *per_subject(who, guess, truth))
         out[f"ill_auroc{dot}"] = row_of(auroc, who[ill], guess[ill], truth[ill]) if ill.any() else row(np.nan)
         for k in ("f1", "precision", "recall"):
             statistic = lambda g, t, cut: classify(g, t, cut)[k]
@@ -554,7 +560,7 @@ def survival_numbers(scores, time, event, age, sex, seed=0):
         hr, low, high, p = (fitted["score"][k] if "score" in fitted else np.nan for k in hr)
         out[f"hr_per_sd{dot}"] = row(hr, (low, high), n, unit, "lower")
         # Halves at the median, never at a searched cut: the best of all cuts of a useless score has a
-        # log-rank p < 0.05 in 29 % of cohorts. KS compares observed times and IGNORES CENSORING: halves with
+        # log-rank p < 0.05 in 3 of 4 cohorts. KS compares observed times and IGNORES CENSORING: halves with
         # the same survival, followed for unequal spans, are "significant". It is here as the paper has it.
         top = score > np.median(score)
         ks = ks_2samp(time[top], time[~top]).pvalue if 0 < top.sum() < n else np.nan
@@ -831,11 +837,11 @@ GLOSSARY = {  # first words of keys in results.json; a longer one wins
     "age_mae": "age as a line through the codes reads it, mean absolute error",
     "hr_per_sd": "hazard for one SD more of the score, age and sex kept; 1: no effect",
     "c_index": "of two patients, the one with the higher risk dies first; 0.5 is chance",
-    "logrank_p": "do patients above and below the median score live equally long?",
-    "ks_p": "the paper's test of the same; a small p proves little",
-    "auroc": "a patient scores below a control of this age; 0.5 is chance",
+    "logrank_p": "p of: patients above and below the median score live equally long",
+    "ks_p": "p of: their times are alike, censored or not; the paper's test, a small p proves little",
+    "auroc": "a patient scores below a control, age taken off; 0.5 is chance",
     "severity_r": "rank correlation with the planted severity, of patients",
-    "lesion_gain": "the twin differs most in the lesion; 0 is chance",
+    "lesion_gain": "the difference finds the lesion better than a control's does; 0 is chance",
     "dice": "overlap of drawn structures and those that a segmenter finds; 1 is all",
     "edge_f1": "drawn edges that are found again, and found ones that were drawn; 1 is all",
     "ssim": "likeness to the real slice; 1 is the slice itself",
@@ -899,7 +905,8 @@ def table(metrics, shown, rows):
     few = " With so few, intervals are too narrow." if n and n[0] < 10 else ""
     text.append(f"In brackets: the 95 % interval, by bootstrap over {who}{wald}.{few}")
     text.append("↑ higher is better, ↓ lower is better.")
-    return "\n".join(text + [f"{words}: {explain(key)}" for key, words in shown.items() if key in metrics])
+    return "\n".join(text + [f"{words}: {explain(key)}" for key, words in shown.items()
+                             if any(k.partition(".")[0] == key for k in metrics)])
 
 
 def answer(question, name, ours, other, gain):

@@ -739,10 +739,11 @@ def evaluate(cfg, data, part, models, device):
     M.save_arrays(out / "reference.npz", of_healthy)
     for row, score in scores.items():
         dot, below = f".{row}" if row else "", age_mean(score, age, reference)(age) - score
-        metrics["auroc" + dot] = M.row_of(M.auroc, data.subject[tested], below[tested], ill[tested])
+        people = M.per_subject(data.subject[tested], below[tested], ill[tested])
+        metrics["auroc" + dot] = M.row_of(M.auroc, *people)
         if "planted" in scores:
-            metrics["severity_r" + dot] = M.row_of(M.spearman, data.subject[patients], below[patients],
-                                                   -scores["planted"][patients])
+            people = M.per_subject(data.subject[patients], below[patients], -scores["planted"][patients])
+            metrics["severity_r" + dot] = M.row_of(M.spearman, *people)
 
     # Survival: one line per patient, the mean over the patient's images.
     _, first, index = np.unique(data.subject[patients], return_index=True, return_inverse=True)
@@ -813,7 +814,7 @@ def load(out, name="ckpt", device=""):
 
 
 def apply(out, path, device):
-    """Scores of the people in `path` by the model in the folder `out`, among healthy people of their age.
+    """Scores of the people in `path` by the model in the folder `out`, beside healthy people.
 
     Nothing is trained, and nothing is written but OUT/apply/NAME/: codes.csv; scores.csv, each score and its
     percentile (low: ill); twins.h5 and .png, healthy twins and the differences from them; results.json."""
@@ -843,7 +844,8 @@ def apply(out, path, device):
         columns[kind] = score[n:]
         columns[f"{kind}_percentile"] = 100 * (below[:n] > below[n:, None]).mean(1)
         if known.any():
-            metrics[f"auroc.{kind}"] = M.row_of(M.auroc, data.subject[known], below[n:][known], ill[known])
+            people = M.per_subject(data.subject[known], below[n:][known], ill[known])
+            metrics[f"auroc.{kind}"] = M.row_of(M.auroc, *people)
     M.save_scores(folder / "scores.csv", data, part, columns)
 
     typical, twins = age_mean(healthy["z"], healthy["age"], rows), []
@@ -859,7 +861,7 @@ def apply(out, path, device):
             "what z_sem leaves out, in healthy SDs": signed(left_out / 6)}
     M.grid(folder / "twins.png", [images[few] for images in rows.values()], list(rows),
            [f"{data.subject[k]}, {columns[f'{cfg.score}_percentile'][k]:.0f} %" for k in few],
-           f"The lowest percentiles of {cfg.score} among healthy people of the same age.")
+           f"The lowest percentiles of {cfg.score} among healthy people, age taken off.")
     M.save_applied(folder, "normative", data, part, cfg, metrics, {"auroc": SHOWN["auroc"]}, KINDS,
                    time.perf_counter() - began)
 
@@ -936,7 +938,7 @@ def main(argv):
               "scores one looks good by chance.")
         if "hr_per_sd" in data.attrs:
             print(f"Planted hazard ratio per SD of health: {1 / data.attrs['hr_per_sd']:.2f}.")
-        print(M.answer("Does the primary score foretell survival better than age and sex alone?", "C-index",
+        print(M.answer("Does the primary score add to age and sex in foretelling survival?", "C-index",
                        metrics["c_index"], metrics["c_index.age_sex"], metrics["c_index_gain.age_sex"]))
     else:
         print("no survival analysis: the data have no columns time and event")

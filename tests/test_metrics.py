@@ -251,6 +251,9 @@ def test_probe_numbers_regress_and_refuse():
     assert factors == {"factor_r2_size": got["probe_r2"], "factor_r2_size.noise": got["probe_r2.noise"]}
     assert got["probe_r2"]["value"] > 0.8 and got["probe_mae"]["value"] < got["probe_mae.mean"]["value"]
     assert got["probe_r2.mean"]["value"] <= 0 and got["probe_r2_gain.noise"]["ci"][0] > 0
+    # In folds, the mean to beat is that of the training rows of a fold: of 2 and 3 for 0 and 1, and the reverse.
+    table = pandas.DataFrame(dict(subject=list("abcd"), part="test", truth=[0, 1, 2, 3.0], score=0.0, mean=[2.5, 2.5, 0.5, 0.5]))
+    assert M.probe_numbers(table)["probe_r2.mean"]["value"] == pytest.approx(1 - 17 / 5)
     for bad, why in ((0 * y, "one value"), (np.where(part == "test", np.nan, y), "no test row")):
         with pytest.raises(ValueError, match=why):
             M.predict(codes, bad, part, subject)
@@ -336,6 +339,12 @@ def test_folds_are_pooled_and_saved_probes_read_like_the_fitted_ones(tmp_path, c
         rest = {k: v for k, v in saved.items() if k != key}
         (tmp_path / "probes.json").write_text(json.dumps({"probe": rest}))
         one_error(capsys, lambda: M.read_probes(tmp_path), "probes.json", "damaged")
+
+
+def test_a_patient_counts_once_however_many_images():
+    who, score = np.array(["a"] * 50 + list("bc") + list("defgh")), np.r_[np.ones(50), 0, 0, 0.1, 0.3, 0.5, 0.7, 0.9]
+    names, value, ill = M.per_subject(who, score, np.arange(57) < 52)
+    assert list(names) == list("abcdefgh") and M.auroc(value, ill) == pytest.approx(1 / 3)
 
 
 def test_brain_age_gap_is_what_was_planted():

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -221,6 +222,17 @@ def test_the_report_sets_both_recipes_side_by_side(stubs, tmp_path):
     assert "does it <count> & stop?" in text
     assert "python diffae.py --recipe=paper --seed=1 --out=out/diffae_paper_s1" in text
     assert sys.executable not in text       # no path of this machine
+
+
+def test_means_over_folds(tmp_path):
+    """p values become one that is valid. A fold without an interval takes the interval away."""
+    def of(p, ci, n):
+        entry = dict(n=n, unit="", better="")
+        return SimpleNamespace(out=tmp_path), dict(config=dict(preset="demo", steps=600), metrics={
+            "ks_p.vae": entry | dict(value=p, ci=[None, None]), "hr_per_sd": entry | dict(value=1 + p, ci=ci)})
+    found = t.as_one("normative", [of(0.04, [0.9, 1.1], 9), of(0.2, [None, None], 5)])["metrics"]
+    assert found["ks_p.vae"]["value"] == pytest.approx(0.24) and found["hr_per_sd"]["value"] == pytest.approx(1.12)
+    assert found["hr_per_sd"]["ci"] == [None, None] and found["hr_per_sd"]["n"] == 5
 
 
 def test_folds_are_pooled_by_recipe_and_seed(stubs, tmp_path, monkeypatch):
