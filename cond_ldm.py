@@ -13,7 +13,7 @@ Question: does the generated slice obey its drawing?
 The study: T. Yang, Conditional LDM with medical images, 2024. VQ-VAE: van den Oord et al. 2017 (arXiv
 1711.00937). Its discriminator, and latent diffusion: Rombach et al. 2022 (arXiv 2112.10752).
 
-    python cond_ldm.py                      # phantom hearts in two views, 7 minutes on 2 CPU cores
+    python cond_ldm.py                      # phantom hearts in two views, 6 minutes on one CPU core
     python cond_ldm.py --data acdc256.h5    # your hearts; on a GPU the study's networks, at 256x256
     python cond_ldm.py --data acdc256.h5 --preset hearts    # cropped to 96x96, for 2 CPU cores
     python cond_ldm.py --apply drawings.h5  # images for your drawings, by the trained model
@@ -919,7 +919,7 @@ SHOWN = {"dice": "Dice, segmenter with map", "edge_f1": "F1 of edges", "ssim": "
          "kid_vq": "KID, VQ features"}
 ROWS = {"": "ours", "edges_sparse": "a few strokes", "edges_mask": "contours, no edges inside",
         "edges_none": "no edges", "other_drawing": "another patient's drawing",
-        "view_SA": "ours, short-axis slices", "view_LA": "ours, long-axis slices",
+        "view_SA": "short-axis slices alone", "view_LA": "long-axis slices alone",
         "untrained": "untrained diffusion", "painted": "map in mean greys",
         "copy": "nearest slice, same patient", "constant": "mean training image",
         "pca": "PCA of the real slice", "vq": "VQ-VAE of the real slice",

@@ -15,7 +15,7 @@ data have masks, images are cropped to the heart; --frame wall unrolls the ring 
 
 Preechakul et al., Diffusion Autoencoders, CVPR 2022 (arXiv 2111.15640).
 
-    python diffae.py                     # phantom hearts, 6 minutes on 2 CPU cores
+    python diffae.py                     # phantom hearts, 8 minutes on one CPU core
     python diffae.py --data emidec.h5    # your hearts; on a GPU the default size is the paper's, 128x128
     python diffae.py --apply new.h5      # codes, predictions, reconstructions by the trained model
 

@@ -14,7 +14,7 @@ Question: does z_sem, learned without labels, tell Alzheimer's disease and age?
 Lozupone et al., Latent Diffusion Autoencoders, 2025 (arXiv 2504.08635). Stage C is PDAE (Zhang et al. 2022,
 arXiv 2212.12990).
 
-    python ldae.py                     # phantom brains, half an hour on one CPU core
+    python ldae.py                     # phantom brains, 6 minutes on one CPU core
     python ldae.py --data brains.h5    # your volumes; on a GPU the default is the paper's networks
     python ldae.py --apply new.h5      # codes, predictions, reconstructions by the trained model
 

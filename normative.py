@@ -13,7 +13,7 @@ a higher score live longer.
 Ijishakin et al., Normative Diffusion Autoencoders, 2024 (arXiv 2407.14191). Neither code nor data are public.
 Where the paper is silent, this script does what diffae.py does.
 
-    python normative.py                     # phantom cohort, half an hour on one CPU core
+    python normative.py                     # phantom cohort, 7 minutes on one CPU core
     python normative.py --data cohort.h5    # yours: label (0 healthy), age; for survival also time, event
     python normative.py --apply new.h5      # scores of new people, by the trained model
 
