@@ -376,7 +376,7 @@ class Model(nn.Module):
 
 class VAE(nn.Module):
     """The baseline (Kingma & Welling 2014, eq. 10, KL weighted): an encoder of the same width,
-    and a code of the same length. In normative.py, too, it sees the image alone, and no age."""
+    and a code of the same length. It sees the image alone: in normative.py, not the age."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
